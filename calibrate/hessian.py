@@ -1,0 +1,43 @@
+"""The statistic of the second-order methods: `H = 2/N * X^T X` of a linear layer's inputs."""
+
+import torch
+from torch import Tensor
+
+# Below this width one full product beats the saving of skipping its lower half.
+TILED_WIDTH, TILES = 1024, 4
+
+
+class Hessian:
+    """Streaming Hessian of the layer objective `1/N * ||X (W - Q)^T||^2` (GPTQ, section 3; methods of Frantar et al.).
+
+    Linears that read the same tensor share one instance. `dtype` is that of the accumulation, float32 or float64.
+    """
+
+    def __init__(self, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        self.width = width
+        self.sequences = 0
+        self.tokens = 0
+        self._sum = torch.zeros(width, width, dtype=dtype, device=device)
+
+    def update(self, inputs: Tensor, sequences: int) -> None:
+        """Add the rows of `inputs` `[tokens, width]` (any float dtype) that came from `sequences` calibration rows."""
+        x = inputs.to(self._sum.dtype)
+        for start, stop in self._tiles():  # only the upper tiles: X^T X is symmetric
+            self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
+        self.sequences += sequences
+        self.tokens += inputs.shape[0]
+
+    def matrix(self) -> Tensor:
+        """`2/N * X^T X` `[width, width]`, symmetric to the last bit."""
+        upper = self._sum.triu().mul_(2 / max(self.sequences, 1))
+        return upper.add_(upper.triu(1).T)
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of `matrix()` `[width]`."""
+        return self._sum.diagonal() * (2 / max(self.sequences, 1))
+
+    def _tiles(self) -> list[tuple[int, int]]:
+        if self.width < TILED_WIDTH:
+            return [(0, self.width)]
+        step = -(-self.width // TILES)
+        return [(start, min(start + step, self.width)) for start in range(0, self.width, step)]

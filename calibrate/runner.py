@@ -1,0 +1,249 @@
+"""The calibration runner: walks the blocks of a model in order, one in memory at a time.
+
+It records what the model hands to every block (hidden states, masks, rotary tables, ...) on the calibration rows, replays
+each block with exactly those arguments, gathers statistics of the linears' inputs, and feeds a block's output onwards.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..compress.errors import CompressError
+from .discovery import find_blocks, find_linears
+from .hessian import Hessian
+from .rows import Rows
+from .skeleton import Names, materialise, outside, release
+from .source import Source
+from .store import ActivationStore
+
+TOKENS_PER_BATCH = 4096
+
+
+class _Reached(Exception):
+    """The forward pass has come to the last block: nothing after it is needed."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """How the model calls a block: all arguments but the hidden states, verbatim."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
+        """The block's output hidden states for the input `hidden` `[rows, length, width]`."""
+        out = block(hidden, *self.args, **self.kwargs)
+        return out[0] if isinstance(out, tuple) else out
+
+
+@dataclass
+class Statistics:
+    """Hessians by linear name; linears that read the same tensor share one. `groups` lists them in order of use."""
+
+    hessians: dict[str, Hessian] = field(default_factory=dict)
+    groups: list[list[str]] = field(default_factory=list)
+
+
+class Runner:
+    """Walks `model`, a skeleton of `source`, over the calibration `rows`.
+
+    Hidden states are float32 and lie in `scratch` when they are many. `blocks` are the decoder blocks, `prefix` their name.
+    """
+
+    def __init__(self, model: PreTrainedModel, source: Source, rows: Rows, scratch: Path, device: str = "cpu") -> None:
+        self.model, self.source, self.device = model, source, torch.device(device)
+        self.names = Names(model, source)
+        self.prefix, self.blocks = find_blocks(model)
+        batch = max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
+        self._ids = rows.ids.split(batch)
+        self._masks = rows.mask.split(batch) if rows.mask is not None else None
+        self._hidden = ActivationStore(scratch)
+        self._calls: list[list[Call]] = []  # [block][batch]
+
+    def block_name(self, index: int) -> str:
+        """The dotted name of block `index`."""
+        return f"{self.prefix}.{index}"
+
+    def load(self, index: int) -> nn.Module:
+        """Block `index` with its weights in memory."""
+        block = self.blocks[index]
+        materialise(block, self.block_name(index), self.source, self.names, self.device)
+        return block
+
+    def unload(self, index: int) -> None:
+        """Forget the weights of block `index`."""
+        release(self.blocks[index])
+
+    @torch.no_grad()
+    def capture(self) -> None:
+        """Run the model up to its blocks: record the first block's inputs and how every block is called."""
+        self._calls = [[] for _ in self.blocks]
+        with self._outside_on_demand(), self._blocks_recording():
+            for i, ids in enumerate(self._ids):
+                mask = None if self._masks is None else self._masks[i].to(self.device)
+                try:
+                    self.model(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
+                except _Reached:
+                    continue
+                raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
+
+    @torch.no_grad()
+    def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
+        """Gather the Hessians of the linears `wanted` (names inside the block) of the loaded block `index`."""
+        statistics, sharing = Statistics(), {}
+        linears = {name: m for name, m in find_linears(self.blocks[index]).items() if name in wanted}
+        for i, call in enumerate(self._calls[index]):
+            mask = None if self._masks is None else self._masks[i].to(self.device)
+            with _observing(linears, _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)):
+                call.replay(self.blocks[index], self._hidden[i].to(self.device))
+        _check_finite(statistics, self.block_name(index))
+        return statistics
+
+    @torch.no_grad()
+    def forward(self, index: int) -> None:
+        """Replace the stored hidden states by the output of the loaded block `index`."""
+        for i, call in enumerate(self._calls[index]):
+            self._hidden[i] = call.replay(self.blocks[index], self._hidden[i].to(self.device))
+
+    @contextmanager
+    def _outside_on_demand(self) -> Iterator[None]:
+        """Load a module outside the blocks when it is first called, so that the head and final norm never are."""
+        loaded: list[nn.Module] = []
+
+        def load(module: nn.Module, args: object, name: str) -> None:
+            if any(p.is_meta for p in module.parameters(recurse=False)):
+                materialise(module, name, self.source, self.names, self.device)
+                loaded.append(module)
+
+        modules = list(outside(self.model, self.blocks))
+        hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: load(mod, args, name)) for name, m in modules]
+        for _, module in modules:
+            for leaf, buffer in module._buffers.items():
+                module._buffers[leaf] = None if buffer is None else buffer.to(self.device)
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for module in loaded:
+                release(module)
+
+    @contextmanager
+    def _blocks_recording(self) -> Iterator[None]:
+        """Blocks that note how they are called and pass the hidden states on untouched, in the form that they return."""
+        as_tuple = self._returns_tuple()
+        for index, block in enumerate(self.blocks):
+            block.forward = self._recorder(index, as_tuple)  # an instance attribute shadows the method
+        try:
+            yield
+        finally:
+            for block in self.blocks:
+                del block.forward
+
+    def _recorder(self, index: int, as_tuple: bool) -> Any:
+        def record(*args: Any, **kwargs: Any) -> Any:
+            hidden, rest = (args[0], args[1:]) if args else (kwargs.pop("hidden_states"), ())
+            calls = self._calls[index]
+            call = Call(rest, kwargs)
+            calls.append(calls[-1] if calls and _equal((calls[-1].args, calls[-1].kwargs), (rest, kwargs)) else call)
+            if index == 0:
+                self._hidden[len(calls) - 1] = hidden
+            if index == len(self.blocks) - 1:
+                raise _Reached
+            return (hidden,) if as_tuple else hidden
+
+        return record
+
+    def _returns_tuple(self) -> bool:
+        """Whether blocks return a tuple: run the first one once on two tokens."""
+        answer: list[bool] = []
+
+        def look(module: nn.Module, args: object, output: object) -> None:
+            answer.append(isinstance(output, tuple))
+            raise _Reached
+
+        hook = self.load(0).register_forward_hook(look)
+        try:
+            self.model(input_ids=self._ids[0][:1, :2].to(self.device), use_cache=False)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+            self.unload(0)
+        return answer[0]
+
+
+class _Gatherer:
+    """Adds each distinct input of one forward pass to one Hessian."""
+
+    def __init__(
+        self, statistics: Statistics, leaders: dict[str, str], mask: Tensor | None, sequences: int, dtype: torch.dtype
+    ) -> None:
+        self._statistics, self._leaders, self._mask = statistics, leaders, mask
+        self._sequences, self._dtype = sequences, dtype
+        self._seen: list[tuple[Tensor, str]] = []  # inputs of this pass, held so that identities stay unique
+
+    def __call__(self, name: str, inputs: Tensor) -> None:
+        leader = self._leaders.get(name) or self._join(name, inputs)
+        self._seen.append((inputs, name))
+        if leader == name:
+            self._statistics.hessians[name].update(self._tokens(name, inputs), self._sequences)
+
+    def _join(self, name: str, inputs: Tensor) -> str:
+        leader = next((self._leaders[other] for tensor, other in self._seen if tensor is inputs), name)
+        self._leaders[name] = leader
+        if leader == name:
+            self._statistics.hessians[name] = Hessian(inputs.shape[-1], self._dtype, inputs.device)
+            self._statistics.groups.append([name])
+        else:
+            self._statistics.hessians[name] = self._statistics.hessians[leader]
+            next(group for group in self._statistics.groups if leader in group).append(name)
+        return leader
+
+    def _tokens(self, name: str, inputs: Tensor) -> Tensor:
+        """The inputs of real tokens `[tokens, width]`: padding never enters a statistic."""
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        if self._mask is None:
+            return flat
+        if flat.shape[0] != self._mask.numel():
+            raise CompressError(f"{name} sees {flat.shape[0]} routed tokens, which a padding mask cannot follow")
+        return flat[self._mask.reshape(-1).bool()]
+
+
+@contextmanager
+def _observing(linears: dict[str, nn.Module], gatherer: _Gatherer) -> Iterator[None]:
+    def hook(name: str) -> Any:
+        return lambda module, args: gatherer(name, args[0])
+
+    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
+    try:
+        yield
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def _check_finite(statistics: Statistics, block: str) -> None:
+    for name, hessian in statistics.hessians.items():
+        if not hessian.diagonal().isfinite().all():
+            raise CompressError(
+                f"the inputs of {block}.{name} are not finite on the calibration rows",
+                "check the model and the calibration data; a float16 model may have overflowed",
+            )
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two structures of arguments are equal, tensors by value."""
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_equal(a[k], b[k]) for k in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(map(_equal, a, b))
+    return a is b or (type(a) is type(b) and a == b)

@@ -1,0 +1,133 @@
+"""Grid: scales and zeros of one weight matrix under one `QuantArgs`.
+
+`dequantized = scale * (code - zero)` with `code` in `0 .. maxq`; rounding is half-to-even everywhere. Scales are rounded
+to their stored dtype here, before any solver sees them, so that what is evaluated is what is served.
+
+    formula   scale                                     zero                                    source
+    gptq sym  2 absmax / maxq                           2**(b-1)                                GPTQ, quant.py
+    gptq asym (max(xmax,0) - min(xmin,0)) / maxq        round(-xmin / scale)                    GPTQ, quant.py
+    signed    absmax / (2**(b-1) - 1)                   2**(b-1)                                SmoothQuant, LLM.int8
+    ds sym    2 absmax / 2**b                           2**(b-1)                                ZeroQuant
+    ds asym   (xmax - xmin) / 2**b                      -round(xmin / scale)                    ZeroQuant
+    awq asym  max(xmax - xmin, 1e-5) / maxq             clamp(-round(xmin / scale), 0, maxq)    AWQ
+    spqr asym (xmax - xmin) / maxq                      -xmin / scale, real-valued              SpQR
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .errors import CompressError
+from .scheme import QuantArgs
+
+SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
+
+# The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
+MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Scales and zeros `[rows, groups]` (rows is 1 for per-tensor grids), in the compute dtype of the fitted weight.
+
+    `scale` is exactly representable in `args.scale_dtype`; `zero` is integer-valued except for the spqr formula.
+    """
+
+    scale: Tensor
+    zero: Tensor
+    args: QuantArgs
+
+    @classmethod
+    def fit(cls, weight: Tensor, args: QuantArgs) -> "Grid":
+        """Fit the grid of `weight` `[out, in]`; `args.group_size` must divide `in` (see `QuantArgs.for_width`)."""
+        rows = weight.reshape(1, -1) if args.strategy == "tensor" else weight
+        groups = rows.unflatten(1, (-1, args.columns_per_scale(rows.shape[1])))
+        scale, zero = fit_groups(groups, args)
+        return cls(scale, zero, args)
+
+    def quantize(self, weight: Tensor) -> Tensor:
+        """Nearest codes of `weight` `[out, in]`: uint8 `[out, in]`."""
+        groups = weight.unflatten(1, (-1, self.args.columns_per_scale(weight.shape[1])))
+        codes = encode(groups, self.scale.unsqueeze(-1), self.zero.unsqueeze(-1), self.args)
+        return codes.flatten(1).to(torch.uint8)
+
+    def dequantize(self, codes: Tensor) -> Tensor:
+        """Values `[out, in]` of `codes` `[out, in]`, in the dtype of the scales."""
+        return dequantize(codes, self.scale, self.zero)
+
+
+def dequantize(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
+    """`scale * (codes - zero)`, computed in the dtype of `scale`: codes `[out, in]`, scale and zero `[out|1, groups]`."""
+    groups = codes.unflatten(1, (scale.shape[1], -1)).to(scale.dtype)
+    return ((groups - zero.unsqueeze(-1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor, args: QuantArgs) -> Tensor:
+    """Nearest codes of `values`, as floats; `scale` and `zero` broadcast."""
+    if args.formula == "spqr":  # a real-valued zero takes part in the rounding
+        return (values / scale).add_(zero).round_().clamp_(0, args.maxq)
+    return (values / scale).round_().add_(zero).clamp_(0, args.maxq)
+
+
+def fit_groups(groups: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """Scale and zero of every group: `groups [..., n]` gives two tensors `[...]`.
+
+    Raises `CompressError` where a scale does not fit its stored dtype.
+    """
+    low, high = groups.amin(-1), groups.amax(-1)
+    if args.observer == "minmax":
+        return parameters(low, high, args)
+    return _fit_mse(groups, low, high, args)
+
+
+def parameters(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """Scale and zero for values between `low` and `high` by the named formula (the table above)."""
+    if args.formula == "gptq":  # the range always holds zero; an all-zero group gets [-1, 1]
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        empty = (low == 0) & (high == 0)
+        low, high = low.masked_fill(empty, -1.0), high.masked_fill(empty, 1.0)
+    absmax = torch.maximum(low.abs(), high.abs())
+    spread = 2 * absmax if args.symmetric else high - low
+    steps = {"gptq": args.maxq, "signed": args.maxq - 1, "ds": args.maxq + 1, "awq": args.maxq, "spqr": args.maxq}
+    if args.formula == "awq":
+        spread = spread.clamp(min=1e-5)
+    scale = stored(spread / steps[args.formula], args)
+    return scale, _zero(low, scale, args)
+
+
+def stored(scale: Tensor, args: QuantArgs) -> Tensor:
+    """`scale` rounded to `args.scale_dtype` and never zero, back in its compute dtype.
+
+    Raises `CompressError` where a scale overflows that dtype.
+    """
+    dtype = SCALE_DTYPES[args.scale_dtype]
+    if scale.isfinite().all() and scale.max() > torch.finfo(dtype).max:
+        raise CompressError(f"a scale of {float(scale.max()):.3g} overflows {args.scale_dtype}", "use float32 scales")
+    smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number
+    return scale.clamp(min=smallest).to(dtype).to(scale.dtype)
+
+
+def _zero(low: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
+    if args.symmetric:
+        return torch.full_like(scale, 2 ** (args.bits - 1))
+    if args.formula == "spqr":
+        return -low / scale
+    zero = (-low / scale).round()
+    # A scale rounded down, or a range without zero (awq, ds), may push the zero out of the stored range.
+    return zero if args.formula == "ds" else zero.clamp_(0, args.maxq)
+
+
+def _fit_mse(groups: Tensor, low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """Shrink both ends of the range together; the strictly smallest `sum |q - x|**2.4` wins, widest range first."""
+    best = torch.full_like(low, torch.inf)
+    scale, zero = parameters(low, high, args)
+    for step in range(int(MSE_SHRINK * MSE_STEPS)):
+        keep = 1 - step / MSE_STEPS
+        s, z = parameters(low * keep, high * keep, args)
+        codes = encode(groups, s.unsqueeze(-1), z.unsqueeze(-1), args)
+        error = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups).abs_().pow_(MSE_NORM).sum(-1)
+        better = error < best
+        best = torch.where(better, error, best)
+        scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+    return scale, zero

@@ -1,0 +1,82 @@
+"""The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
+
+The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
+and statistics of `block.linears` and leaves a `CompressedTensor` and its figures in each.
+"""
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from importlib import import_module
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from ..calibrate.hessian import Hessian
+from .errors import UsageError
+from .scheme import QuantArgs, Scheme
+from .tensor import CompressedTensor
+
+# Method name -> (module below `compress`, config class). The module also holds `apply`.
+METHODS: dict[str, tuple[str, str]] = {
+    "rtn": ("quantize.rtn", "RTN"),
+    "gptq": ("quantize.gptq", "GPTQ"),
+}
+
+
+class PassConfig(Protocol):
+    """What the pipeline reads from a method's frozen config dataclass."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+    needs: ClassVar[frozenset[str]]  # statistics to gather first: any of {"hessian"}
+
+    @property
+    def scheme(self) -> Scheme: ...
+
+    @property
+    def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
+
+
+@dataclass
+class Linear:
+    """One linear layer while it is being compressed. `weight` is float32 `[out, in]` whatever the module's layout."""
+
+    name: str
+    weight: Tensor
+    args: QuantArgs  # of the weight, resolved for its width
+    hessian: Hessian | None = None
+    result: CompressedTensor | None = None
+    figures: dict[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass
+class Block:
+    """One decoder block: its module (weights in place) and the linears of this stage."""
+
+    name: str
+    module: nn.Module
+    linears: list[Linear]
+
+
+@dataclass(frozen=True)
+class Method:
+    """A registered method: its name, the type of its options, and what it does."""
+
+    name: str
+    config: type[Any]
+    apply: Callable[[Any, Block], None]
+
+    def options(self) -> list[str]:
+        """The names of the method's options."""
+        return [f.name for f in fields(self.config)]
+
+
+def method(name: str) -> Method:
+    """The method called `name`. Raises `UsageError` with the close matches where there is none."""
+    if name not in METHODS:
+        close = difflib.get_close_matches(name, METHODS, n=2, cutoff=0.4)
+        hint = f"did you mean {' or '.join(close)}?" if close else f"methods: {', '.join(METHODS)}"
+        raise UsageError(f"unknown method {name!r}", hint)
+    path, config = METHODS[name]
+    module = import_module(f".{path}", __package__)
+    return Method(name, getattr(module, config), module.apply)

@@ -1,0 +1,182 @@
+"""The pipeline: for each block, gather what the passes need, apply the passes, pack and write, run it for the next block.
+
+The output grows in a hidden sibling of the target, a file per block, and is renamed when complete. A run that was killed
+goes on where it stopped: finished blocks are read back and only run forward.
+"""
+
+import resource
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..calibrate.discovery import find_linears, set_weight, weight_of
+from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
+from ..calibrate.runner import Runner, Statistics
+from ..calibrate.skeleton import build
+from ..calibrate.source import Source, open_source
+from ..recipes.schema import PassSpec, Recipe
+from .passes import Block, Linear
+from .plan import Plan, make_plan
+from .progress import Event, Observer, silent
+from .workspace import Workspace
+
+
+Tell = Callable[..., None]  # (phase, layer=None, **figures)
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """What a run did. `layers` holds one dictionary of figures per quantized layer; sizes are of the weight files."""
+
+    out: Path
+    plan: Plan
+    layers: list[dict[str, float | int | str]]
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    seconds: float
+    peak_bytes: int
+
+
+def plan(model: str | Path, recipe: Recipe) -> Plan:
+    """What `run` would do, from the config and the file headers alone."""
+    source = open_source(model)
+    return make_plan(source, build(source), recipe)
+
+
+def run(
+    model: str | Path,
+    out: Path,
+    recipe: Recipe,
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> RunReport:
+    """Compress the Hugging Face directory (or hub id) `model` by `recipe` into the directory `out`.
+
+    Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
+    """
+    started = time.monotonic()
+    source = open_source(model)
+    skeleton = build(source)
+    planned = make_plan(source, skeleton, recipe)
+    observer(Event("plan", blocks=planned.blocks))
+    rows = _rows(source, recipe, observer) if _needs(recipe) else None
+    with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
+        _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
+        observer(Event("assemble", planned.blocks, planned.blocks))
+        layers = workspace.finish()
+    observer(Event("done", planned.blocks, planned.blocks))
+    return RunReport(
+        out=out,
+        plan=planned,
+        layers=layers,
+        bytes_before=planned.bytes_before,
+        bytes_after=planned.bytes_after,
+        bits_per_weight=planned.bits_per_weight,
+        seconds=time.monotonic() - started,
+        peak_bytes=peak_bytes(),
+    )
+
+
+def _needs(recipe: Recipe) -> frozenset[str]:
+    return frozenset().union(*(p.config.needs for p in recipe.passes))
+
+
+def _rows(source: Source, recipe: Recipe, observer: Observer) -> Rows:
+    """The calibration rows, no longer than the model's context."""
+    asked = recipe.calibration
+    limit = context_length(source.config)
+    length = asked.seq_len if limit is None else min(asked.seq_len, limit)
+    if length < asked.seq_len:
+        observer(Event("warning", message=f"rows of {length} tokens instead of {asked.seq_len}: the model's context"))
+    rows = calibration_rows(asked.data, load_tokenizer(source.path), asked.samples, length, recipe.seed)
+    for note in rows.notes:
+        observer(Event("warning", message=note))
+    return rows
+
+
+def _walk(
+    skeleton: PreTrainedModel,
+    source: Source,
+    recipe: Recipe,
+    planned: Plan,
+    rows: Rows | None,
+    workspace: Workspace,
+    device: str,
+    observer: Observer,
+) -> None:
+    runner = Runner(skeleton, source, rows, workspace.scratch, device)
+    if rows is not None:
+        observer(Event("capture", blocks=planned.blocks))
+        runner.capture()
+    for index in range(planned.blocks):
+
+        def tell(phase: str, layer: str | None = None, index: int = index, **figures: float | int | str) -> None:
+            observer(Event(phase, index, planned.blocks, layer, figures=figures))
+
+        if workspace.has(index) and rows is None:
+            continue
+        tell("load")
+        module = runner.load(index)
+        if workspace.has(index):
+            for name, weight in workspace.weights(index).items():
+                set_weight(skeleton.get_submodule(name), weight)
+        else:
+            block = Block(runner.block_name(index), module, _linears(runner.block_name(index), module, planned))
+            for entry in recipe.passes:
+                _apply(entry, block, runner, index, tell)
+            tell("write")
+            workspace.write(index, block.linears)
+        if rows is not None and index + 1 < planned.blocks:
+            tell("forward")
+            runner.forward(index)
+        runner.unload(index)
+        tell("block")
+
+
+def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
+    args = planned.quantized
+    found = {f"{block}.{name}": linear for name, linear in find_linears(module).items()}
+    return [Linear(name, weight_of(linear).detach(), args[name]) for name, linear in found.items() if name in args]
+
+
+def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell) -> None:
+    """Carry out one pass on a loaded block, in one stage or, if it asks for it, linears with a common input at a time."""
+    local = {linear.name.removeprefix(f"{block.name}."): linear for linear in block.linears}
+    if "hessian" not in entry.config.needs:
+        return _solve(entry, block, local, Statistics(), tell)
+    tell("collect")
+    statistics = runner.collect(index, set(local))
+    if not entry.config.true_sequential:
+        return _solve(entry, block, local, statistics, tell)
+    unused = local.keys() - {name for group in statistics.groups for name in group}
+    for position, names in enumerate([*statistics.groups, sorted(unused)]):
+        if position:  # the statistics of the first group are those just gathered
+            statistics = runner.collect(index, set(names))
+        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+    return None
+
+
+def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: Statistics, tell: Tell) -> None:
+    """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
+    for name, linear in local.items():
+        linear.hessian = statistics.hessians.get(name)
+    entry.method.apply(entry.config, replace(block, linears=list(local.values())))
+    for name, linear in local.items():
+        linear.hessian = None
+        if linear.result is not None:
+            set_weight(block.module.get_submodule(name), linear.result.dequantize())
+            tell("solve", linear.name, **linear.figures)
+
+
+def peak_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

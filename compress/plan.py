@@ -1,0 +1,138 @@
+"""The plan: what a recipe will do to a model, decided per tensor from the config and the file headers alone.
+
+Nothing is computed or loaded, and the promise is exact: the sizes predicted here are the sizes on disk.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..calibrate.discovery import find_blocks, find_linears, weight_of
+from ..calibrate.skeleton import Names
+from ..calibrate.source import Source
+from ..recipes.schema import Recipe
+from .errors import UsageError
+from .formats import pack_quantized as packed
+from .formats.shards import TensorSpec
+from .scheme import QuantArgs
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """What becomes of one linear layer of a block. `args` is None where it stays dense; `note` says what was adapted."""
+
+    name: str
+    block: int
+    kind: str
+    shape: tuple[int, int]
+    args: QuantArgs | None
+    nbytes: int
+    note: str | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Every linear layer's fate and every tensor of the output.
+
+    `tensors` are the specs of all output tensors by name, `copied` maps output names to the source tensors taken over
+    unchanged, `bytes_before` and `bytes_after` are sizes of the weight files.
+    """
+
+    layers: tuple[LayerPlan, ...]
+    copied: dict[str, str]
+    tensors: dict[str, TensorSpec]
+    blocks: int
+    prefix: str
+    bytes_before: int
+    bytes_after: int
+
+    @property
+    def quantized(self) -> dict[str, QuantArgs]:
+        """The layers that will be quantized, with their resolved arguments."""
+        return {layer.name: layer.args for layer in self.layers if layer.args is not None}
+
+    @property
+    def dense(self) -> list[str]:
+        """The linear layers of the blocks that stay as they are."""
+        return [layer.name for layer in self.layers if layer.args is None]
+
+    @property
+    def notes(self) -> list[str]:
+        """Every adaptation, grouped by what it is: never silently less than asked."""
+        grouped: dict[str, list[str]] = {}
+        for layer in self.layers:
+            if layer.note:
+                grouped.setdefault(layer.note, []).append(layer.name)
+        return [f"{note}: {_summary(names)}" for note, names in grouped.items()]
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bits on disk per weight of the quantized layers, scales and zeros included."""
+        layers = [layer for layer in self.layers if layer.args is not None]
+        return 8 * sum(layer.nbytes for layer in layers) / sum(math.prod(layer.shape) for layer in layers)
+
+
+def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
+    """Decide the fate of every tensor of `source`, whose skeleton is `model`.
+
+    Raises `UsageError` where nothing would be quantized, or where the format cannot hold what the recipe asks for.
+    """
+    if "quantization_config" in source.config:
+        raise UsageError(f"{source.path} is quantized already", "start from the original model")
+    names = Names(model, source)
+    prefix, blocks = find_blocks(model)
+    layers = tuple(_plan_layers(prefix, blocks, recipe))
+    if not any(layer.args for layer in layers):
+        raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
+    tensors: dict[str, TensorSpec] = {}
+    for layer in layers:
+        if layer.args is not None:
+            tensors |= packed.spec(layer.name, layer.args, *layer.shape)
+    replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
+    copied = _copied(source, model, names, replaced)
+    tensors |= {name: TensorSpec.of(source.tensors[stored]) for name, stored in copied.items()}
+    after = packed.shards_nbytes(tensors)
+    return Plan(layers, copied, tensors, len(blocks), prefix, source.nbytes, after)
+
+
+def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> Iterator[LayerPlan]:
+    for index, block in enumerate(blocks):
+        for name, module in find_linears(block).items():
+            yield _plan_layer(f"{prefix}.{index}.{name}", index, module, recipe)
+
+
+def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe) -> LayerPlan:
+    rows, columns = weight_of(module).shape
+    kind = type(module).__name__
+    asked = recipe.scheme.weights
+    if any(fnmatch(name, pattern) for pattern in recipe.keep):
+        return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
+    args = asked.for_width(columns)
+    reason = packed.supports(args, kind)
+    if reason:
+        raise UsageError(f"{name} cannot be stored: {reason}")
+    note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+    return LayerPlan(name, block, kind, (rows, columns), args, packed.nbytes(args, rows, columns), note)
+
+
+def _group(args: QuantArgs) -> str:
+    return str(args.group_size) if args.group_size else "one scale per row"
+
+
+def _copied(source: Source, model: PreTrainedModel, names: Names, replaced: set[str | None]) -> dict[str, str]:
+    """Output name -> source tensor for all that is taken over: the model's names where it has one."""
+    known = {}
+    for name in model.state_dict(keep_vars=True):
+        stored = names.find(name)
+        if stored is not None and stored not in replaced:
+            known.setdefault(stored, name)
+    return {known.get(stored, stored): stored for stored in source.tensors if stored not in replaced}
+
+
+def _summary(names: list[str], shown: int = 3) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(names[:shown]) + more

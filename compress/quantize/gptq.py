@@ -1,0 +1,157 @@
+"""GPTQ (Frantar et al. 2022): quantize column by column, let the columns still to come make up for the error.
+
+The column order, the grids and the damping are this file; the sweep and the factor are `solver/`.
+"""
+
+from dataclasses import dataclass as plain_dataclass
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ..errors import UsageError
+from ..grid import Grid, encode, fit_groups
+from ..passes import Block
+from ..scheme import QuantArgs, Scheme
+from ..solver.factor import Factor, inverse_factor
+from ..solver.sweep import BLOCK, sweep
+from ..tensor import CompressedTensor
+from .guard import keep_better
+
+Order = Literal["natural", "act", "group"]
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class GPTQ:
+    """Options of GPTQ.
+
+    damping          added to the Hessian's diagonal, relative to its mean; raised tenfold while the factorisation fails
+    order            columns are settled as they stand (`natural`), by falling Hessian diagonal (`act`), or in whole groups
+                     by falling diagonal (`group`)
+    groups           grids from the original weights (`static`) or from the compensated ones when a group is reached
+                     (`dynamic`; not with order `act`, whose groups no file format can store contiguously)
+    true_sequential  gather the statistics of each linear after the linears before it in the block were quantized
+    block_size       columns updated one by one before the rest of the matrix is; the result does not depend on it
+    """
+
+    scheme: Scheme = Scheme()
+    damping: float = 0.01
+    order: Order = "act"
+    groups: Literal["static", "dynamic"] = "static"
+    true_sequential: bool = False
+    block_size: int = BLOCK
+    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+
+    def __post_init__(self) -> None:
+        if self.order == "act" and self.groups == "dynamic":
+            raise UsageError("order 'act' with dynamic groups scatters the groups", "use groups=static or order=group")
+        if self.damping < 0:
+            raise UsageError(f"damping {self.damping} is negative", "use a small positive share such as 0.01")
+        if self.block_size < 1:
+            raise UsageError(f"block_size {self.block_size} is not positive", f"use {BLOCK}")
+
+
+def apply(config: GPTQ, block: Block) -> None:
+    """Quantize every linear of the block; linears with a common input and order share one factorisation."""
+    prepared: dict[int, Prepared] = {}
+    for linear in block.linears:
+        assert linear.hessian is not None
+        key = id(linear.hessian)
+        if key not in prepared:
+            prepared = {key: prepare(linear.hessian.matrix(), linear.args, config)}  # one at a time: factors are large
+        solution = solve(linear.weight, prepared[key], linear.args, config)
+        linear.result = solution.tensor
+        linear.figures |= {
+            "damping": prepared[key].factor.damping,
+            "dead_columns": int(prepared[key].dead.sum()),
+            "damped_loss": solution.damped_loss,
+        }
+        keep_better(linear, prepared[key].hessian)
+
+
+@plain_dataclass(frozen=True)
+class Prepared:
+    """What the linears that share an input share: the Hessian with its dead columns fixed, their order, the factor."""
+
+    hessian: Tensor  # [in, in], natural order, undamped
+    dead: Tensor  # bool [in]
+    order: Tensor  # int64 [in], order[i] is the i-th column to be settled
+    factor: Factor  # of the Hessian in that order
+
+
+@plain_dataclass(frozen=True)
+class Solution:
+    """A solved layer: the packed result, its loss `1/2 tr((W-Q) Hd (W-Q)^T)`, the scaled errors `E^T` `[in, out]`."""
+
+    tensor: CompressedTensor
+    damped_loss: float
+    errors: Tensor
+
+
+def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
+    """Fix the dead columns of `hessian` `[in, in]`, choose the order of the columns, factor."""
+    dead = hessian.diagonal() <= 0
+    if dead.any():
+        hessian = hessian + torch.diag(dead.to(hessian.dtype))
+    order = column_order(hessian.diagonal(), args.columns_per_scale(len(hessian)), config.order)
+    ordered = hessian if config.order == "natural" else hessian.index_select(0, order).index_select(1, order)
+    return Prepared(hessian, dead, order, inverse_factor(ordered, config.damping))
+
+
+def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
+    """The columns in the order in which they are settled: int64 `[in]`. Ties keep the natural order."""
+    if order == "natural":
+        return torch.arange(diagonal.numel(), device=diagonal.device)
+    if order == "act":
+        return diagonal.argsort(dim=0, descending=True, stable=True)
+    grouped = diagonal.unflatten(0, (-1, group))
+    groups = grouped.amax(1).argsort(dim=0, descending=True, stable=True)
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    return (groups.unsqueeze(1) * group + inside[groups]).flatten()
+
+
+def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> Solution:
+    """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
+    order = prepared.order
+    alive = weight.masked_fill(prepared.dead, 0.0)
+    columns = alive.T.contiguous()[order]
+    projection = GridProjection(alive, order, args, dynamic=config.groups == "dynamic")
+    errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
+    loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
+    return Solution(projection.result(), loss, errors)
+
+
+class GridProjection:
+    """Columns become points of a grid, fitted before the sweep or when their group is reached (`dynamic`)."""
+
+    def __init__(self, weight: Tensor, order: Tensor, args: QuantArgs, dynamic: bool) -> None:
+        group = args.columns_per_scale(weight.shape[1])
+        self.span = group if dynamic and args.strategy == "group" else None
+        grid = Grid.fit(weight, args)
+        rows = weight.shape[0]
+        self._args, self._order = args, order
+        self._scale = grid.scale.expand(rows, -1).T.contiguous()  # [groups, out]
+        self._zero = grid.zero.expand(rows, -1).T.contiguous()
+        self._group = (order // group).tolist() if args.strategy == "group" else [0] * weight.shape[1]
+        self._codes = weight.new_empty(weight.shape[1], rows, dtype=torch.uint8)
+
+    def fit(self, start: int, columns: Tensor) -> None:
+        """Fit the grid of the group that begins at `start` to its current values `[span, out]`."""
+        scale, zero = fit_groups(columns.T, self._args)
+        self._scale[self._group[start]], self._zero[self._group[start]] = scale, zero
+
+    def column(self, index: int, column: Tensor) -> Tensor:
+        """Round column `index` and keep its codes."""
+        scale, zero = self._scale[self._group[index]], self._zero[self._group[index]]
+        codes = encode(column, scale, zero, self._args)
+        self._codes[index] = codes
+        return codes.sub_(zero).mul_(scale)
+
+    def result(self) -> CompressedTensor:
+        """The codes in natural order and their grid."""
+        codes = torch.empty_like(self._codes)
+        codes[self._order] = self._codes
+        grid = Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)
+        return CompressedTensor.from_grid(codes.T.contiguous(), grid)

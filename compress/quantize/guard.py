@@ -1,0 +1,29 @@
+"""The invariant of every calibrated quantizer: never worse than rounding to nearest on the layer's own objective."""
+
+from torch import Tensor
+
+from ..passes import Linear
+from ..solver.loss import layer_loss
+from .rtn import round_to_nearest
+
+
+def keep_better(linear: Linear, hessian: Tensor) -> None:
+    """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
+
+    `hessian` `[in, in]` is undamped. Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    """
+    assert linear.result is not None
+    dtype = hessian.dtype
+    weight = linear.weight.to(dtype)
+    rounded = round_to_nearest(linear.weight, linear.args)
+    loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
+    rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)
+    if not loss <= rtn_loss:
+        linear.result, loss = rounded, rtn_loss
+        linear.figures["fallback"] = "rtn"
+    energy = layer_loss(weight, hessian)
+    linear.figures |= {
+        "loss": loss,
+        "rtn_loss": rtn_loss,
+        "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0,
+    }

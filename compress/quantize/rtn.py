@@ -1,0 +1,33 @@
+"""RTN: round every weight to the nearest point of its grid. No calibration, the yardstick of all other methods."""
+
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ..grid import Grid
+from ..passes import Block
+from ..scheme import QuantArgs, Scheme
+from ..tensor import CompressedTensor
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RTN:
+    """Round to nearest."""
+
+    scheme: Scheme = Scheme()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    true_sequential: ClassVar[bool] = False
+
+
+def apply(config: RTN, block: Block) -> None:
+    """Quantize every linear of the block."""
+    for linear in block.linears:
+        linear.result = round_to_nearest(linear.weight, linear.args)
+
+
+def round_to_nearest(weight: Tensor, args: QuantArgs) -> CompressedTensor:
+    """The nearest codes of `weight` `[out, in]` on the grid that `args` fits to it."""
+    grid = Grid.fit(weight, args)
+    return CompressedTensor.from_grid(grid.quantize(weight), grid)

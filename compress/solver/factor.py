@@ -1,0 +1,70 @@
+"""The factor that every column sweep needs: upper `U` with `Hd^-1 = U^T U` of the damped Hessian `Hd`."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Damping grows by this factor until the Cholesky factorisation succeeds, up to the mean diagonal itself.
+ESCALATION, LARGEST_DAMPING = 10.0, 1.0
+LEAF = 256  # below this order a plain triangular solve beats further splitting
+
+
+@dataclass(frozen=True)
+class Factor:
+    """`upper` `[n, n]`: row-major `U`; `damping`: the relative damping that was needed; `floored`: eigenvalues were raised."""
+
+    upper: Tensor
+    damping: float
+    floored: bool = False
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Factor:
+    """Factor `hessian + damping * mean(diag) * I` `[n, n]`, escalating the damping where it is not positive definite.
+
+    Never fails on a finite symmetric matrix: when even the largest damping does not help, eigenvalues are raised to it.
+    """
+    mean = hessian.diagonal().mean()
+    while True:
+        lower = _reversed_cholesky(hessian, damping * mean)
+        if lower is not None:
+            return Factor(triangular_inverse_(lower).flip(0, 1).contiguous(), damping)
+        if damping >= LARGEST_DAMPING:
+            return Factor(_floored(hessian, damping * mean), damping, floored=True)
+        damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
+
+
+def _reversed_cholesky(hessian: Tensor, shift: Tensor) -> Tensor | None:
+    """Lower Cholesky factor of `J (H + shift I) J` with `J` the index reversal, or None where there is none.
+
+    `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky.
+    """
+    flipped = hessian.flip(0, 1)
+    flipped.diagonal().add_(shift)
+    lower, info = torch.linalg.cholesky_ex(flipped)
+    if info.item() or not lower.diagonal().isfinite().all() or lower.diagonal().min() <= 0:
+        return None
+    return lower
+
+
+def _floored(hessian: Tensor, floor: Tensor) -> Tensor:
+    """The factor after raising every eigenvalue of `hessian` to at least `floor` (or to one where all vanish)."""
+    values, vectors = torch.linalg.eigh(hessian.double())
+    least = floor.double() if floor > 0 else torch.ones((), dtype=torch.float64)
+    raised = (vectors * values.clamp(min=least)) @ vectors.T
+    lower = torch.linalg.cholesky(raised.flip(0, 1))
+    return triangular_inverse_(lower).flip(0, 1).contiguous().to(hessian.dtype)
+
+
+def triangular_inverse_(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix `[n, n]` in place, by halves: almost all work is matrix products."""
+    n = lower.shape[0]
+    if n <= LEAF:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        return lower.copy_(torch.linalg.solve_triangular(lower, eye, upper=False))
+    half = n // 2
+    top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
+    triangular_inverse_(top)
+    triangular_inverse_(bottom)
+    corner.copy_((bottom @ corner @ top).neg_())
+    return lower

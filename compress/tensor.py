@@ -1,0 +1,44 @@
+"""CompressedTensor: what a pass leaves in place of a weight. Formats write it, kernels serve it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .grid import SCALE_DTYPES, Grid, dequantize
+from .scheme import QuantArgs
+
+
+@dataclass(frozen=True)
+class CompressedTensor:
+    """A quantized weight matrix `[out, in]`: `dequantized = scale * (codes - zero)`.
+
+    codes  uint8 `[out, in]`, values `0 .. 2**bits - 1`
+    scale  `args.scale_dtype` `[out, groups]` (one group per row for channel and tensor grids)
+    zero   uint8 `[out, groups]`, or None where the grid is symmetric (then it is `2**(bits - 1)`)
+    args   the grid's description, its group size resolved for this width
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    args: QuantArgs
+
+    @classmethod
+    def from_grid(cls, codes: Tensor, grid: Grid) -> "CompressedTensor":
+        """Join the codes `[out, in]` and the grid that gave them."""
+        rows = codes.shape[0]
+        scale = grid.scale.to(SCALE_DTYPES[grid.args.scale_dtype]).expand(rows, -1).contiguous()
+        zero = None if grid.args.symmetric else grid.zero.to(torch.uint8).expand(rows, -1).contiguous()
+        return cls(codes.to(torch.uint8), scale, zero, grid.args)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` that is served, computed in `dtype`."""
+        zero = 2 ** (self.args.bits - 1) if self.zero is None else self.zero.to(dtype)
+        scale = self.scale.to(dtype)
+        return dequantize(self.codes, scale, torch.as_tensor(zero, dtype=dtype).expand_as(scale))

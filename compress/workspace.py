@@ -1,0 +1,197 @@
+"""The output while it grows: a hidden sibling of the target directory, one file per finished block, renamed when complete.
+
+A run that was killed, interrupted or stopped by a full disk leaves the workspace; the same command finds it and goes on.
+Any other failure removes it.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from torch import Tensor
+
+from ..calibrate.rows import Rows
+from ..calibrate.source import Source
+from ..recipes.schema import Recipe, dump
+from . import card
+from .errors import StorageError, UsageError
+from .formats import pack_quantized as packed
+from .formats import shards
+from .passes import Linear
+from .plan import Plan
+
+MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
+Figures = dict[str, float | int | str]
+
+
+@dataclass
+class Workspace:
+    """Use as a context manager; `finish` makes `out` appear."""
+
+    out: Path
+    source: Source
+    plan: Plan
+    recipe: Recipe
+    rows: Rows | None
+    _figures: dict[int, list[Figures]] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, out: Path, source: Source, plan: Plan, recipe: Recipe, rows: Rows | None, overwrite: bool) -> Self:
+        """Prepare the workspace of `out`, taking up an unfinished run of the same request.
+
+        Raises `UsageError` where `out` exists and may not be replaced or an unfinished run of another request lies there,
+        `StorageError` where the directory cannot be written or is too small.
+        """
+        check_target(out, overwrite)
+        workspace = cls(out, source, plan, recipe, rows)
+        workspace._prepare(overwrite)
+        return workspace
+
+    @property
+    def path(self) -> Path:
+        """The hidden sibling of the output."""
+        return self.out.parent / f".{self.out.name}.partial"
+
+    @property
+    def scratch(self) -> Path:
+        """A place for files that only the run itself needs."""
+        return self.path / SCRATCH
+
+    def has(self, index: int) -> bool:
+        """Whether block `index` is finished."""
+        return self._part(f"block-{index:05d}").exists()
+
+    def write(self, index: int, linears: list[Linear]) -> None:
+        """Store block `index`: its packed linears and the tensors that it takes over from the source."""
+        tensors: dict[str, Tensor] = {}
+        for linear in linears:
+            assert linear.result is not None
+            tensors |= packed.pack(linear.name, linear.result)
+        prefix = f"{self.plan.prefix}.{index}."
+        tensors |= {o: self.source.read(stored) for o, stored in self.plan.copied.items() if o.startswith(prefix)}
+        figures = [_figures(linear) for linear in linears]
+        with shards.storage_errors(self.path):
+            self._figures_file(index).write_text(json.dumps(figures))
+        shards.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
+        self._figures[index] = figures
+
+    def weights(self, index: int) -> dict[str, Tensor]:
+        """The dequantized weights `[out, in]` of the finished block `index` by layer name."""
+        tensors = shards.read(self._part(f"block-{index:05d}"))
+        names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
+        return {name: packed.unpack(name, tensors, self.plan.quantized[name]).dequantize() for name in names}
+
+    def finish(self) -> list[Figures]:
+        """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
+        inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
+        for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
+            if not name.startswith(inside):
+                shards.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
+        figures = [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
+        complete = self.path / "complete"
+        with shards.storage_errors(self.path):
+            shutil.rmtree(complete, ignore_errors=True)
+            complete.mkdir()
+            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            self._write_documents(complete, figures)
+            _replace(complete, self.out)
+            shutil.rmtree(self.path)
+        return figures
+
+    def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
+        quantization = packed.quantization_config(self.plan.quantized, self._ignored(), _kinds(self.plan))
+        config = self.source.config | {"quantization_config": quantization}
+        (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        self.source.copy_companions(complete)
+        (complete / "recipe.yaml").write_text(dump(self.recipe))
+        (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
+        (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
+
+    def _ignored(self) -> list[str]:
+        return [*self.plan.dense, *self.plan.heads]
+
+    def _part(self, name: str) -> Path:
+        return self.path / PARTS / f"{name}.safetensors"
+
+    def _figures_file(self, index: int) -> Path:
+        return self.path / PARTS / f"block-{index:05d}.json"
+
+    def _provenance(self) -> dict[str, object]:
+        """What the result depends on: equal provenance means equal bytes."""
+        return {
+            "base_model": self.source.name,
+            "source": self.source.fingerprint,
+            "recipe": self.recipe.model_dump(mode="json"),
+            "calibration": None if self.rows is None else self.rows.fingerprint,
+            "versions": {name: version(name) for name in ("lmpress", "torch", "transformers")},
+        }
+
+    def _prepare(self, overwrite: bool) -> None:
+        manifest = json.dumps(self._provenance(), indent=2, sort_keys=True)
+        found = self.path / MANIFEST
+        if found.exists() and found.read_text() != manifest:
+            if not overwrite:
+                raise UsageError(
+                    f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+                )
+            shutil.rmtree(self.path)
+        with shards.storage_errors(self.path):
+            self._check_space()
+            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(self.scratch, ignore_errors=True)
+            self.scratch.mkdir()
+            found.write_text(manifest)
+
+    def _check_space(self) -> None:
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        free = shutil.disk_usage(self.out.parent).free
+        if free < self.plan.bytes_after:
+            raise StorageError(
+                f"{self.out.parent} has {free:,} bytes free, the result takes {self.plan.bytes_after:,}",
+                "free some space or choose another -o",
+            )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
+        if error is not None and not resumable:
+            shutil.rmtree(self.path, ignore_errors=True)
+        else:
+            shutil.rmtree(self.scratch, ignore_errors=True)
+
+
+def check_target(out: Path, overwrite: bool) -> None:
+    """Raise `UsageError` where `out` exists and may not be replaced."""
+    if out.exists() and not overwrite:
+        raise UsageError(f"{out} exists already", "choose another -o, or replace it with --overwrite")
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"{out} is a file", "choose a directory for -o")
+
+
+def _figures(linear: Linear) -> Figures:
+    assert linear.result is not None
+    args = linear.result.args
+    return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
+
+
+def _kinds(plan: Plan) -> Mapping[str, str]:
+    return {layer.name: layer.kind for layer in plan.layers}
+
+
+def _replace(complete: Path, out: Path) -> None:
+    """Put the finished directory in place of `out`; an older result goes only once the new one stands."""
+    old = out.parent / f".{out.name}.replaced"
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    complete.rename(out)
+    shutil.rmtree(old, ignore_errors=True)

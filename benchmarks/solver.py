@@ -15,12 +15,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
 from lmpress.calibrate.hessian import Hessian
 from lmpress.compress.grid import Grid
 from lmpress.compress.quantize.gptq import GPTQ, prepare, solve
 from lmpress.compress.scheme import QuantArgs
 from lmpress.compress.solver.loss import layer_loss
-from torch import Tensor
 
 
 def textbook(weight: Tensor, hessian: Tensor, args: QuantArgs, damping: float, block: int = 128) -> Tensor:

@@ -12,9 +12,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
     Raises `UsageError` where the model has no list of modules.
     """
-    lists = [(name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [
+        (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
+    ]
     if not lists:
-        raise UsageError(f"{type(model).__name__} has no list of blocks", "only stacks of decoder blocks are compressed")
+        raise UsageError(
+            f"{type(model).__name__} has no list of blocks", "only stacks of decoder blocks are compressed"
+        )
     return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), -len(item[0])))
 
 

@@ -58,7 +58,9 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
         after=plan.bytes_after,
         share=plan.bytes_after / plan.bytes_before,
         bits=plan.bits_per_weight,
-        calibration="none" if rows is None else f"{rows.source}, {rows.tokens:,} tokens, sha256 {rows.fingerprint[:12]}",
+        calibration="none"
+        if rows is None
+        else f"{rows.source}, {rows.tokens:,} tokens, sha256 {rows.fingerprint[:12]}",
         adaptations="".join(f"| adapted | {note} |\n" for note in plan.notes),
         loading=_loading(plan),
         recipe=dump(recipe),

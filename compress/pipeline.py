@@ -25,7 +25,6 @@ from .plan import Plan, make_plan
 from .progress import Event, Observer, silent
 from .workspace import Workspace
 
-
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
 

@@ -137,7 +137,8 @@ class Workspace:
         if found.exists() and found.read_text() != manifest:
             if not overwrite:
                 raise UsageError(
-                    f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+                    f"{self.path} holds an unfinished run with other settings",
+                    "repeat those, or discard it: --overwrite",
                 )
             shutil.rmtree(self.path)
         with shards.storage_errors(self.path):

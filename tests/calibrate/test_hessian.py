@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lmpress.calibrate import hessian as module
 from lmpress.calibrate.hessian import Hessian
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lmpress.compress.errors import CompressError, UsageError
 from lmpress.compress.grid import Grid
 from lmpress.compress.scheme import QuantArgs, group_strategy, nearest_divisor
@@ -22,7 +23,15 @@ def expected_grid(formula: str, symmetric: bool, bits: int, x: list[float]) -> t
     return scale, min(max(zero, 0), maxq) if formula in ("awq", "gptq") else zero
 
 
-NAMED = [("gptq", True), ("gptq", False), ("signed", True), ("ds", True), ("ds", False), ("awq", False), ("spqr", False)]
+NAMED = [
+    ("gptq", True),
+    ("gptq", False),
+    ("signed", True),
+    ("ds", True),
+    ("ds", False),
+    ("awq", False),
+    ("spqr", False),
+]
 
 
 @pytest.mark.parametrize(("formula", "symmetric"), NAMED, ids=lambda v: str(v))

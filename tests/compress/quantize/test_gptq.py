@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor, nn
+
 from lmpress.calibrate.hessian import Hessian
 from lmpress.compress.errors import UsageError
 from lmpress.compress.grid import Grid
@@ -13,7 +15,6 @@ from lmpress.compress.quantize.gptq import GPTQ, column_order, prepare, solve
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs
 from lmpress.compress.solver.loss import layer_loss
-from torch import Tensor, nn
 
 CHANNEL = QuantArgs(bits=4, strategy="channel", group_size=None)
 CONFIGS = [
@@ -62,7 +63,9 @@ def test_equals_the_textbook_loop(width: int, group: int | None, symmetric: bool
     args = QuantArgs(bits=3, symmetric=symmetric, strategy="group" if group else "channel", group_size=group)
     inputs, weight = correlated(400, width), weights(24, width)
     config = GPTQ(order="natural", block_size=32)
-    ours = solve(weight, prepare(statistic(inputs).matrix(), args, config), args, config).tensor.dequantize(torch.float64)
+    ours = solve(weight, prepare(statistic(inputs).matrix(), args, config), args, config).tensor.dequantize(
+        torch.float64
+    )
     expected = textbook(weight, inputs, args, config.damping)
     assert (ours != expected).double().mean() < 0.002  # ties of the symmetric grid may fall either way
     hessian = 2 * inputs.T @ inputs
@@ -112,7 +115,9 @@ def test_permuting_the_columns_permutes_the_result() -> None:
     inputs, weight = correlated(500, 96), weights(16, 96)
     shuffle = torch.randperm(96, generator=torch.Generator().manual_seed(3))
     direct = solve(weight, prepare(statistic(inputs).matrix(), CHANNEL, GPTQ()), CHANNEL, GPTQ()).tensor
-    moved = solve(weight[:, shuffle], prepare(statistic(inputs[:, shuffle]).matrix(), CHANNEL, GPTQ()), CHANNEL, GPTQ()).tensor
+    moved = solve(
+        weight[:, shuffle], prepare(statistic(inputs[:, shuffle]).matrix(), CHANNEL, GPTQ()), CHANNEL, GPTQ()
+    ).tensor
     assert (direct.codes[:, shuffle] != moved.codes).double().mean() < 0.002
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from lmpress.compress.solver.factor import inverse_factor, triangular_inverse_
 
 

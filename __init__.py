@@ -1,0 +1,35 @@
+"""lmpress: compress language models with calibration, and trust the result.
+
+    import lmpress
+    lmpress.quantize("path/to/model", "path/to/out", method="gptq", bits=4)
+    model = lmpress.load("path/to/out")
+
+Importing the package is cheap: a name below brings its module along when it is first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .compress.api import quantize, run
+    from .compress.errors import CompressError, StorageError, UsageError
+    from .compress.formats.load import load
+    from .eval.perplexity import evaluate
+
+__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "load", "quantize", "run"]
+
+_HOMES = {
+    "CompressError": "compress.errors",
+    "StorageError": "compress.errors",
+    "UsageError": "compress.errors",
+    "evaluate": "eval.perplexity",
+    "load": "compress.formats.load",
+    "quantize": "compress.api",
+    "run": "compress.api",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)

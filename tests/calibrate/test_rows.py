@@ -86,7 +86,7 @@ def test_calibration_rows_follow_the_seed(letters: PreTrainedTokenizerFast, tmp_
     assert torch.equal(one.ids, again.ids) and not torch.equal(one.ids, other.ids)
     assert one.ids.shape == (20, 4) and one.mask is None and one.notes == ()
     assert len({tuple(row) for row in one.ids.tolist()}) == 20, "drawn without replacement"
-    whole = {tuple([BOS, *(letters.convert_tokens_to_ids(letter) for letter in text)]) for text in texts}
+    whole = {(BOS, *(letters.convert_tokens_to_ids(letter) for letter in text)) for text in texts}
     assert {tuple(row) for row in one.ids.tolist()} <= whole
     assert one.ids[:, 1].unique().numel() > 4, "documents come from everywhere, not from the front"
 

@@ -34,7 +34,7 @@ NAMED = [
 ]
 
 
-@pytest.mark.parametrize(("formula", "symmetric"), NAMED, ids=lambda v: str(v))
+@pytest.mark.parametrize(("formula", "symmetric"), NAMED, ids=str)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("shift", [0.0, 2.0, -2.0], ids=["mixed", "positive", "negative"])
 def test_named_grids(formula, symmetric: bool, bits: int, shift: float) -> None:
@@ -48,7 +48,7 @@ def test_named_grids(formula, symmetric: bool, bits: int, shift: float) -> None:
             assert float(grid.zero[row, group]) == pytest.approx(zero, rel=1e-6)
 
 
-@pytest.mark.parametrize(("formula", "symmetric"), NAMED, ids=lambda v: str(v))
+@pytest.mark.parametrize(("formula", "symmetric"), NAMED, ids=str)
 @pytest.mark.parametrize("strategy", ["tensor", "channel", "group"])
 @pytest.mark.parametrize("observer", ["minmax", "mse"])
 def test_codes_are_the_nearest_points(formula, symmetric: bool, strategy, observer) -> None:

@@ -66,7 +66,7 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     observer(Event("plan", blocks=planned.blocks))
-    rows = _rows(source, recipe, observer) if _needs(recipe) else None
+    rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
         observer(Event("assemble", planned.blocks, planned.blocks))
@@ -88,10 +88,9 @@ def _needs(recipe: Recipe) -> frozenset[str]:
     return frozenset().union(*(p.config.needs for p in recipe.passes))
 
 
-def _rows(source: Source, recipe: Recipe, observer: Observer) -> Rows:
-    """The calibration rows, no longer than the model's context."""
+def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> Rows:
+    """The calibration rows, no longer than the model's context `limit`."""
     asked = recipe.calibration
-    limit = context_length(source.config)
     length = asked.seq_len if limit is None else min(asked.seq_len, limit)
     if length < asked.seq_len:
         observer(Event("warning", message=f"rows of {length} tokens instead of {asked.seq_len}: the model's context"))
@@ -167,7 +166,7 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian = statistics.hessians.get(name)
-    entry.method.apply(entry.config, replace(block, linears=list(local.values())))
+    entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = None
         if linear.result is not None:

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
-from . import card
 from .errors import StorageError, UsageError
 from .formats import pack_quantized as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
+from .report import card
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
 Figures = dict[str, float | int | str]

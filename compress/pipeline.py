@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner, Statistics
-from ..calibrate.skeleton import build
+from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
@@ -83,6 +83,7 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    device_of(device)
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)

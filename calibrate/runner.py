@@ -235,7 +235,8 @@ class _Gatherer:
                 continue
             known = self._statistics.drifts.get(name)
             if known is None:
-                known = Drift(*weight_of(linears[name]).shape, self._dtype, inputs.device)
+                rows, columns = weight_of(linears[name]).shape
+                known = Drift(rows, columns, self._dtype, inputs.device)
                 self._statistics.drifts[name] = known
             known.update(self._tokens(name, there - here), self._tokens(name, inputs), self._sequences)
 

@@ -4,9 +4,9 @@ Every output row is its own problem with the same Hessian. Settling weight `p` o
 the others by `-H^-1[:, p] e_p / [H^-1]_pp`, and takes row and column `p` out of that row's inverse (Lemma 1 of the paper):
 `H^-1 -= H^-1[:, p] H^-1[p, :] / [H^-1]_pp`.
 
-Rows are worked on in batches, each row with its own copy of the inverse. The updates of a panel of steps are kept as a
-factor `U` (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only) and applied by one matrix
-product; settled columns leave the copies as soon as they are a quarter of them.
+Rows are worked on in batches. Within a panel of steps the inverse stays as it is: the updates are kept as a factor `U`
+per row (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only). After the panel each row gets its
+own inverse of the columns that are left, updated by one matrix product.
 """
 
 import math
@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ..grid import Grid, encode
 
-PANEL = 64  # columns settled per row before the copies of the inverse are updated
-SHRINK = 0.75  # the share of living columns at which the dead ones are dropped
+PANEL = (16, 128)  # columns settled per row before the inverse is updated: a quarter of those left, within these limits
 BATCH_BYTES = 2**26  # memory for the copies of the inverse
 
 # (weights `[rows, m]`, diagonal of their inverse) -> (what settling removes from each, the key: the smallest is next)
@@ -145,33 +144,36 @@ class _Elimination:
         count, width = weight.shape
         self._rows, self._target, self._block, self._copies = rows, target, block, copies
         self._settled, self._weight = torch.empty_like(weight), weight.clone()
-        self._inverse = copies.of(inverse, count)
-        self._offset = torch.arange(count, device=weight.device)
+        self._inverse, self._batch = inverse, torch.arange(count, device=weight.device)  # shared until the first panel's end
         self._columns = torch.arange(width, device=weight.device).expand(count, -1)
         self._judge = target(rows, self._columns)
-        self._diagonal = self._inverse.diagonal(dim1=1, dim2=2).clone()
+        self._diagonal = inverse.diagonal(dim1=-2, dim2=-1).expand(count, -1).clone()
         self._floor = self._diagonal * torch.finfo(weight.dtype).eps
-        self._corners = _corners(self._inverse, block)
+        self._corners = _corners(inverse, block, count)
         self._unit = torch.eye(block, dtype=weight.dtype, device=weight.device)  # in place of a settled corner
         self._barred = weight.new_zeros(count, width // block)  # infinite where a block can no longer be chosen
         self._groups = None if pattern is None else _Groups(pattern, count, width, weight.device)
         self._steps = width if self._groups is None else self._groups.total
-        self._dead: list[Tensor] = []  # positions settled but still held
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Order and losses `[rows, steps]` per block, settled weights `[rows, cols]`."""
         order = self._columns.new_empty(len(self._weight), self._steps // self._block, dtype=torch.int32)
         losses = self._weight.new_zeros(order.shape)
-        panel = max(1, PANEL // self._block)
-        for start in range(0, order.shape[1], panel):
-            self._panel(order[:, start : start + panel], losses[:, start : start + panel])
+        start = 0
+        while start < order.shape[1]:
+            steps = min(max(self._weight.shape[1] // 4, PANEL[0]), PANEL[1]) // self._block
+            stop = min(start + max(steps, 1), order.shape[1])
+            settled, factor = self._panel(order[:, start:stop], losses[:, start:stop])
+            if stop < order.shape[1]:
+                self._restrict(settled, factor)
+            start = stop
         self._settled.scatter_(1, self._columns, self._weight)
         return order, losses, self._settled
 
-    def _panel(self, order: Tensor, losses: Tensor) -> None:
-        """Settle one block per column of `order` and `losses` (views to be filled), then update the inverse at once."""
-        width = self._weight.shape[1]
-        factor = self._weight.new_empty(len(order), order.shape[1] * self._block, width)
+    def _panel(self, order: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
+        """Settle one block per column of `order` and `losses` (views to be filled): the positions, the factor `U`."""
+        factor = self._weight.new_empty(len(order), order.shape[1] * self._block, self._weight.shape[1])
+        settled = []
         for index in range(order.shape[1]):
             errors, key = self._keys()
             chosen = key.add_(self._barred).argmin(1, keepdim=True)
@@ -183,10 +185,9 @@ class _Elimination:
                 self._groups.take(column, self._columns, self._barred)
             for step in range(index * self._block, (index + 1) * self._block):
                 losses[:, index] += self._settle(position, errors.gather(1, position), factor, step)
+                settled.append(position)
                 position = position + 1
-        if width - len(self._dead) <= SHRINK * width:
-            factor = self._drop_dead(factor)
-        self._inverse.baddbmm_(factor.transpose(1, 2), factor, alpha=-1)
+        return torch.cat(settled, dim=1), factor
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """What settling would remove from each weight, and the key of each block."""
@@ -197,14 +198,13 @@ class _Elimination:
 
     def _settle(self, position: Tensor, error: Tensor, factor: Tensor, step: int) -> Tensor:
         """Take `error` `[rows, 1]` from the weight at `position`, compensate, and note the step's row of the factor."""
-        width = self._weight.shape[1]
-        current = self._inverse.view(-1, width).index_select(0, position.squeeze(1) + self._offset * width)
+        current = _rows_of(self._inverse, position)
         if step:
             past = factor[:, :step]
             taken = past.gather(2, position.unsqueeze(1).expand(-1, step, -1))
-            current.unsqueeze(1).baddbmm_(taken.transpose(1, 2), past, alpha=-1)
+            current.baddbmm_(taken.view(-1, 1, step), past, alpha=-1)
         root = self._diagonal.gather(1, position).sqrt_()
-        fresh = torch.div(current, root, out=factor[:, step])
+        fresh = torch.div(current.squeeze(1), root, out=factor[:, step])
         scaled = error / root
         final = self._weight.gather(1, position).sub_(error)
         self._weight.addcmul_(fresh, scaled, value=-1).scatter_(1, position, final)
@@ -213,51 +213,48 @@ class _Elimination:
         if self._corners is not None:
             parts = fresh.unflatten(1, (-1, self._block))
             self._corners.sub_(parts.unsqueeze(3) * parts.unsqueeze(2))
-            self._corners[self._offset, position.squeeze(1) // self._block] = self._unit
-        self._dead.append(position)
+            self._corners[self._batch, position.squeeze(1) // self._block] = self._unit
         return scaled.square_().squeeze(1).div_(2)
 
-    def _drop_dead(self, factor: Tensor) -> Tensor:
-        """Drop the settled columns from every copy, every vector, and from `factor`, which is returned."""
+    def _restrict(self, settled: Tensor, factor: Tensor) -> None:
+        """Leave the positions `settled` `[rows, steps]` out of every vector and of the inverse, and update the inverse."""
         self._settled.scatter_(1, self._columns, self._weight)
-        width = self._weight.shape[1]
-        dead = torch.zeros_like(self._weight, dtype=torch.uint8).scatter_(1, torch.cat(self._dead, dim=1), 1)
-        keep = dead.argsort(dim=1, stable=True)[:, : width - len(self._dead)]
-        self._inverse = self._copies.submatrices(self._inverse, keep)
+        gone = torch.zeros_like(self._weight, dtype=torch.uint8).scatter_(1, settled, 1)
+        keep = gone.argsort(dim=1, stable=True)[:, : gone.shape[1] - settled.shape[1]]
         self._weight, self._diagonal, self._floor, self._columns = (
             vector.gather(1, keep) for vector in (self._weight, self._diagonal, self._floor, self._columns)
         )
         blocks = keep[:, :: self._block] // self._block
         self._barred = self._barred.gather(1, blocks)
         if self._corners is not None:
-            self._corners = self._corners[self._offset.unsqueeze(1), blocks]
+            self._corners = self._corners[self._batch.unsqueeze(1), blocks]
         self._judge = self._target(self._rows, self._columns)
-        self._dead = []
-        return factor.gather(2, keep.unsqueeze(1).expand(-1, factor.shape[1], -1))
+        self._inverse = self._copies.submatrices(self._inverse, keep)
+        left = factor.gather(2, keep.unsqueeze(1).expand(-1, factor.shape[1], -1))
+        self._inverse.baddbmm_(left.transpose(1, 2), left, alpha=-1)
 
 
 class _Copies:
-    """Memory for the copies of the inverse, used again by every batch: fresh pages would cost more than the arithmetic."""
+    """Memory for the inverses of a batch of rows, used again and again: fresh pages would cost more than the arithmetic."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        width = like.shape[-1]
-        self._held, self._spare = (like.new_empty(rows * width * width) for _ in range(2))
-
-    def of(self, inverse: Tensor, count: int) -> Tensor:
-        """`count` copies of `inverse` `[m, m]`, or a copy of `[count, m, m]`."""
-        width = inverse.shape[-1]
-        return self._held[: count * width * width].view(count, width, width).copy_(inverse)
+        self._held, self._spare = (like.new_empty(rows * like.shape[-1] ** 2) for _ in range(2))
 
     def submatrices(self, inverse: Tensor, keep: Tensor) -> Tensor:
-        """Rows and columns `keep` `[count, l]` of each of the copies `inverse` `[count, m, m]`, over which it writes."""
-        count, width = inverse.shape[:2]
-        living = keep.shape[1]
-        rows = (keep + torch.arange(0, count * width, width, device=keep.device).unsqueeze(1)).flatten()
-        tall = self._spare[: count * living * width].view(count * living, width)
-        torch.index_select(inverse.view(-1, width), 0, rows, out=tall)
-        index = keep.unsqueeze(1).expand(-1, living, -1)
+        """Rows and columns `keep` `[rows, l]` of `inverse` `[m, m]` or, row by row, `[rows, m, m]`, which may be held here."""
+        count, living = keep.shape
+        tall = self._spare[: count * living * inverse.shape[-1]].view(count, living, -1)
         small = self._held[: count * living * living].view(count, living, living)
-        return torch.gather(tall.view(count, living, width), 2, index, out=small)
+        return torch.gather(_rows_of(inverse, keep, out=tall), 2, keep.unsqueeze(1).expand(-1, living, -1), out=small)
+
+
+def _rows_of(matrix: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:
+    """Rows `index` `[rows, k]` of one `matrix` `[m, m]` or of each row's own `[rows, m, m]`: `[rows, k, m]`."""
+    width = matrix.shape[-1]
+    if matrix.ndim == 3:
+        index = index + torch.arange(0, len(index) * width, width, device=index.device).unsqueeze(1)
+    flat = None if out is None else out.view(-1, width)
+    return torch.index_select(matrix.reshape(-1, width), 0, index.flatten(), out=flat).view(*index.shape, width)
 
 
 class _Groups:
@@ -279,20 +276,17 @@ class _Groups:
         barred.masked_fill_(full, torch.inf)
 
 
-def _corners(inverse: Tensor, block: int) -> Tensor | None:
-    """The diagonal blocks `[rows, blocks, c, c]` of `inverse` `[rows, m, m]`; None for single columns."""
+def _corners(inverse: Tensor, block: int, rows: int) -> Tensor | None:
+    """The diagonal blocks `[rows, blocks, c, c]` of `inverse` `[m, m]`; None for single columns."""
     if block == 1:
         return None
-    tiles = inverse.unflatten(2, (-1, block)).unflatten(1, (-1, block))  # [rows, blocks, c, blocks, c]
-    return tiles.diagonal(dim1=1, dim2=3).permute(0, 3, 1, 2).clone()
+    tiles = inverse.unflatten(1, (-1, block)).unflatten(0, (-1, block))  # [blocks, c, blocks, c]
+    return tiles.diagonal(dim1=0, dim2=2).permute(2, 0, 1).repeat(rows, 1, 1, 1)
 
 
 def _padded(weight: Tensor, inverse: Tensor, extra: int) -> tuple[Tensor, Tensor]:
     """Append `extra` zero columns that are independent of the others."""
     if not extra:
-        return weight, inverse
-    width = weight.shape[1]
-    larger = torch.eye(width + extra, dtype=inverse.dtype, device=inverse.device)
-    larger = larger.expand(*inverse.shape[:-2], -1, -1).clone()
-    larger[..., :width, :width] = inverse
-    return torch.nn.functional.pad(weight, (0, extra)), larger
+        return weight, inverse.contiguous()
+    unit = torch.eye(extra, dtype=inverse.dtype, device=inverse.device)
+    return torch.nn.functional.pad(weight, (0, extra)), torch.block_diag(inverse, unit)

@@ -51,18 +51,20 @@ class Statistics:
 
 
 class Runner:
-    """Walks `model`, a skeleton of `source`, over the calibration `rows`.
+    """Walks `model`, a skeleton of `source`, over the calibration `rows`; without rows it only loads and unloads blocks.
 
     Hidden states are float32 and lie in `scratch` when they are many. `blocks` are the decoder blocks, `prefix` their name.
     """
 
-    def __init__(self, model: PreTrainedModel, source: Source, rows: Rows, scratch: Path, device: str = "cpu") -> None:
+    def __init__(
+        self, model: PreTrainedModel, source: Source, rows: Rows | None, scratch: Path, device: str = "cpu"
+    ) -> None:
         self.model, self.source, self.device = model, source, torch.device(device)
         self.names = Names(model, source)
         self.prefix, self.blocks = find_blocks(model)
-        batch = max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
-        self._ids = rows.ids.split(batch)
-        self._masks = rows.mask.split(batch) if rows.mask is not None else None
+        batch = 1 if rows is None else max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
+        self._ids = () if rows is None else rows.ids.split(batch)
+        self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
         self._hidden = ActivationStore(scratch)
         self._calls: list[list[Call]] = []  # [block][batch]
 

@@ -21,8 +21,6 @@ from torch import Tensor
 from .errors import CompressError
 from .scheme import QuantArgs
 
-SCALE_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
-
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
 
@@ -101,7 +99,7 @@ def stored(scale: Tensor, args: QuantArgs) -> Tensor:
 
     Raises `CompressError` where a scale overflows that dtype.
     """
-    dtype = SCALE_DTYPES[args.scale_dtype]
+    dtype = args.torch_scale_dtype
     if scale.isfinite().all() and scale.max() > torch.finfo(dtype).max:
         raise CompressError(f"a scale of {float(scale.max()):.3g} overflows {args.scale_dtype}", "use float32 scales")
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
 from .plan import Plan, make_plan
 from .progress import Event, Observer, silent
-from .workspace import Workspace
+from .verdict import Verdict, judge
+from .workspace import Workspace, check_target
 
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
@@ -40,6 +42,25 @@ class RunReport:
     bits_per_weight: float
     seconds: float
     peak_bytes: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the result can be trusted."""
+        return judge(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "out": str(self.out),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "verdict": self.verdict.word,
+            "notes": self.plan.notes,
+            "layers": self.layers,
+        }
 
 
 def plan(model: str | Path, recipe: Recipe) -> Plan:
@@ -65,8 +86,9 @@ def run(
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
+    check_target(out, overwrite)
     observer(Event("plan", blocks=planned.blocks))
-    rows = _rows(source, recipe, observer) if _needs(recipe) else None
+    rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
         observer(Event("assemble", planned.blocks, planned.blocks))
@@ -88,10 +110,9 @@ def _needs(recipe: Recipe) -> frozenset[str]:
     return frozenset().union(*(p.config.needs for p in recipe.passes))
 
 
-def _rows(source: Source, recipe: Recipe, observer: Observer) -> Rows:
-    """The calibration rows, no longer than the model's context."""
+def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> Rows:
+    """The calibration rows, no longer than the model's context `limit`."""
     asked = recipe.calibration
-    limit = context_length(source.config)
     length = asked.seq_len if limit is None else min(asked.seq_len, limit)
     if length < asked.seq_len:
         observer(Event("warning", message=f"rows of {length} tokens instead of {asked.seq_len}: the model's context"))
@@ -167,7 +188,7 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian = statistics.hessians.get(name)
-    entry.method.apply(entry.config, replace(block, linears=list(local.values())))
+    entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = None
         if linear.result is not None:

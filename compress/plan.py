@@ -6,17 +6,17 @@ Nothing is computed or loaded, and the promise is exact: the sizes predicted her
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatch
 
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
-from ..calibrate.skeleton import Names
+from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
 from .formats import pack_quantized as packed
+from .formats import shards
 from .formats.shards import TensorSpec
 from .scheme import QuantArgs
 
@@ -38,11 +38,13 @@ class LayerPlan:
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `tensors` are the specs of all output tensors by name, `copied` maps output names to the source tensors taken over
-    unchanged, `bytes_before` and `bytes_after` are sizes of the weight files.
+    `heads` are the linear layers outside the blocks, which stay dense. `tensors` are the specs of all output tensors by
+    name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
+    sizes of the weight files.
     """
 
     layers: tuple[LayerPlan, ...]
+    heads: tuple[str, ...]
     copied: dict[str, str]
     tensors: dict[str, TensorSpec]
     blocks: int
@@ -94,9 +96,17 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
             tensors |= packed.spec(layer.name, layer.args, *layer.shape)
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
-    tensors |= {name: TensorSpec.of(source.tensors[stored]) for name, stored in copied.items()}
-    after = packed.shards_nbytes(tensors)
-    return Plan(layers, copied, tensors, len(blocks), prefix, source.nbytes, after)
+    tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
+    return Plan(
+        layers=layers,
+        heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
+        copied=copied,
+        tensors=tensors,
+        blocks=len(blocks),
+        prefix=prefix,
+        bytes_before=source.nbytes,
+        bytes_after=shards.nbytes(tensors),
+    )
 
 
 def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> Iterator[LayerPlan]:
@@ -108,15 +118,16 @@ def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> Iterator
 def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe) -> LayerPlan:
     rows, columns = weight_of(module).shape
     kind = type(module).__name__
-    asked = recipe.scheme.weights
-    if any(fnmatch(name, pattern) for pattern in recipe.keep):
+    asked = recipe.weights(name)
+    if asked is None:
         return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
     args = asked.for_width(columns)
-    reason = packed.supports(args, kind)
+    reason = packed.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
     note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
-    return LayerPlan(name, block, kind, (rows, columns), args, packed.nbytes(args, rows, columns), note)
+    nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
+    return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 
 def _group(args: QuantArgs) -> str:

@@ -6,6 +6,7 @@ Field names follow compressed-tensors where it has one. All validation of bits, 
 from dataclasses import replace
 from typing import Literal
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
@@ -61,6 +62,11 @@ class QuantArgs:
     def maxq(self) -> int:
         """The largest code."""
         return 2**self.bits - 1
+
+    @property
+    def torch_scale_dtype(self) -> torch.dtype:
+        """The dtype in which scales are stored."""
+        return getattr(torch, self.scale_dtype)
 
     def columns_per_scale(self, width: int) -> int:
         """How many of `width` input columns share one scale."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .grid import SCALE_DTYPES, Grid, dequantize
+from .grid import Grid, dequantize
 from .scheme import QuantArgs
 
 
@@ -28,7 +28,7 @@ class CompressedTensor:
     def from_grid(cls, codes: Tensor, grid: Grid) -> "CompressedTensor":
         """Join the codes `[out, in]` and the grid that gave them."""
         rows = codes.shape[0]
-        scale = grid.scale.to(SCALE_DTYPES[grid.args.scale_dtype]).expand(rows, -1).contiguous()
+        scale = grid.scale.to(grid.args.torch_scale_dtype).expand(rows, -1).contiguous()
         zero = None if grid.args.symmetric else grid.zero.to(torch.uint8).expand(rows, -1).contiguous()
         return cls(codes.to(torch.uint8), scale, zero, grid.args)
 

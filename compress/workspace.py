@@ -6,7 +6,6 @@ Any other failure removes it.
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -44,10 +43,9 @@ class Workspace:
     def open(cls, out: Path, source: Source, plan: Plan, recipe: Recipe, rows: Rows | None, overwrite: bool) -> Self:
         """Prepare the workspace of `out`, taking up an unfinished run of the same request.
 
-        Raises `UsageError` where `out` exists and may not be replaced or an unfinished run of another request lies there,
+        Raises `UsageError` where an unfinished run of another request lies there,
         `StorageError` where the directory cannot be written or is too small.
         """
-        check_target(out, overwrite)
         workspace = cls(out, source, plan, recipe, rows)
         workspace._prepare(overwrite)
         return workspace
@@ -104,16 +102,13 @@ class Workspace:
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        quantization = packed.quantization_config(self.plan.quantized, self._ignored(), _kinds(self.plan))
+        quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
         config = self.source.config | {"quantization_config": quantization}
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
         (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
-
-    def _ignored(self) -> list[str]:
-        return [*self.plan.dense, *self.plan.heads]
 
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"
@@ -151,9 +146,10 @@ class Workspace:
     def _check_space(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
         free = shutil.disk_usage(self.out.parent).free
-        if free < self.plan.bytes_after:
+        needed = 2 * self.plan.bytes_after  # the finished blocks, and the shards that are put together from them
+        if free < needed:
             raise StorageError(
-                f"{self.out.parent} has {free:,} bytes free, the result takes {self.plan.bytes_after:,}",
+                f"{self.out.parent} has {free:,} bytes free, the run takes up to {needed:,}",
                 "free some space or choose another -o",
             )
 
@@ -182,10 +178,6 @@ def _figures(linear: Linear) -> Figures:
     assert linear.result is not None
     args = linear.result.args
     return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
-
-
-def _kinds(plan: Plan) -> Mapping[str, str]:
-    return {layer.name: layer.kind for layer in plan.layers}
 
 
 def _replace(complete: Path, out: Path) -> None:

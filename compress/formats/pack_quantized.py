@@ -1,0 +1,135 @@
+"""compressed-tensors `pack-quantized`: integer weights of 2 to 8 bits, packed into 32-bit words.
+
+P.weight_packed      int32 [out, ceil(in * bits / 32)]     codes, a little-endian bit stream along each row
+P.weight_scale       [out, groups] in the scale's dtype
+P.weight_zero_point  int32 [ceil(out * bits / 32), groups] zeros, a stream along each column (asymmetric only)
+P.weight_shape       int64 [2]                             (out, in)
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scheme import QuantArgs
+from ..tensor import CompressedTensor
+from .bitstream import pack_rows, unpack_rows
+from .shards import NAMES, TensorSpec
+
+NAME = "pack-quantized"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+
+
+def supports(args: QuantArgs) -> str | None:
+    """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+    if args.strategy not in ("group", "channel", "tensor"):
+        return f"{NAME} stores no scales per {args.strategy}"
+    if args.formula == "spqr":
+        return f"{NAME} stores integer zeros only, the spqr grid has real ones"
+    return None
+
+
+def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    """The tensors that `pack` will give for a `rows` x `columns` weight."""
+    groups = columns // args.columns_per_scale(columns)
+    tensors = {
+        f"{name}.weight_packed": TensorSpec("I32", (rows, words(columns, args.bits))),
+        f"{name}.weight_scale": TensorSpec(NAMES[args.torch_scale_dtype], (rows, groups)),
+        f"{name}.weight_shape": TensorSpec("I64", (2,)),
+    }
+    if not args.symmetric:
+        tensors[f"{name}.weight_zero_point"] = TensorSpec("I32", (words(rows, args.bits), groups))
+    return tensors
+
+
+def words(count: int, bits: int) -> int:
+    """32-bit words that `count` codes take."""
+    return math.ceil(count * bits / 32)
+
+
+def pack(name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
+    """The tensors of one quantized weight."""
+    bits = tensor.args.bits
+    packed = {
+        f"{name}.weight_packed": pack_rows(tensor.codes, bits),
+        f"{name}.weight_scale": tensor.scale,
+        f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64),
+    }
+    if tensor.zero is not None:
+        packed[f"{name}.weight_zero_point"] = pack_rows(tensor.zero.T.contiguous(), bits).T.contiguous()
+    return packed
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> CompressedTensor:
+    """The inverse of `pack`."""
+    rows, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
+    codes = unpack_rows(tensors[f"{name}.weight_packed"], args.bits, columns)
+    zero = None
+    if not args.symmetric:
+        packed = tensors[f"{name}.weight_zero_point"].T.contiguous()
+        zero = unpack_rows(packed, args.bits, rows).T.contiguous()
+    return CompressedTensor(codes, tensors[f"{name}.weight_scale"], zero, args)
+
+
+def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]:
+    """The `quantization_config` of config.json. Layers that differ in their arguments form groups of their own."""
+    groups: dict[QuantArgs, list[str]] = {}
+    for name, args in quantized.items():
+        groups.setdefault(args, []).append(name)
+    single = len(groups) == 1
+    return {
+        "quant_method": "compressed-tensors",
+        "format": NAME,
+        "quantization_status": "compressed",
+        "global_compression_ratio": None,
+        "ignore": sorted(ignored),
+        "kv_cache_scheme": None,
+        "config_groups": {
+            f"group_{i}": _group(args, ["Linear"] if single else names)
+            for i, (args, names) in enumerate(groups.items())
+        },
+    }
+
+
+def _group(args: QuantArgs, targets: list[str]) -> dict[str, Any]:
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": args.bits,
+            "type": "int",
+            "symmetric": args.symmetric,
+            # A scale of the whole tensor is stored once per row: the layout has no other place for it.
+            "strategy": "group" if args.strategy == "group" else "channel",
+            "group_size": args.group_size,
+            "dynamic": False,
+        },
+        "input_activations": None,
+        "output_activations": None,
+        "format": NAME,
+    }
+
+
+def read_config(
+    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
+) -> dict[str, QuantArgs]:
+    """The arguments of every layer in `layers`, by the `quantization_config` of a checkpoint.
+
+    `scale_dtypes` holds the stored dtype of each layer's scales. Raises `ValueError` for groups that are no packed
+    integer weights.
+    """
+    groups = [(set(group["targets"]), group["weights"]) for group in config["config_groups"].values()]
+    found = {}
+    for name in layers:
+        weights = next((w for targets, w in groups if targets & {name, "Linear"}), None)
+        if weights is None or weights.get("type") != "int" or weights.get("actorder") in ("group", "dynamic"):
+            raise ValueError(f"{name} is not stored as packed integers in contiguous groups")
+        found[name] = QuantArgs(
+            bits=weights["num_bits"],
+            symmetric=weights["symmetric"],
+            strategy=weights["strategy"],
+            group_size=weights["group_size"],
+            scale_dtype=str(scale_dtypes[name]).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+    return found

@@ -1,0 +1,157 @@
+"""Recipes: an ordered list of passes and what they calibrate on. YAML, flags and Python arguments are the same schema."""
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import replace
+from fnmatch import fnmatch
+from functools import cached_property
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
+
+from ..compress.errors import UsageError
+from ..compress.passes import Method, PassConfig, method
+from ..compress.scheme import QuantArgs, Scheme
+
+
+class Calibration(BaseModel):
+    """The rows of tokens that statistics are gathered on."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    data: str = "python-stdlib"
+    samples: int = Field(default=128, ge=1)
+    seq_len: int = Field(default=2048, ge=2)
+
+
+class PassSpec(BaseModel):
+    """One pass: the name of a method, and its options as that method's own config. Written flat: `{method: gptq, ...}`."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, arbitrary_types_allowed=True)
+
+    method: str
+    config: Any
+
+    @model_validator(mode="before")
+    @classmethod
+    def _resolve(cls, value: Any) -> Any:
+        if not isinstance(value, Mapping) or "config" in value:
+            return value
+        if "method" not in value:
+            raise UsageError("a pass of the recipe names no method", "write `method: gptq` or another one")
+        options = {name: option for name, option in value.items() if name != "method"}
+        return {"method": value["method"], "config": configure(value["method"], options)}
+
+    @model_serializer
+    def _flat(self) -> dict[str, Any]:
+        options = TypeAdapter(type(self.config)).dump_python(self.config, mode="json")
+        return {"method": self.method, **options}
+
+    @cached_property
+    def registered(self) -> Method:
+        """The method that carries the pass out."""
+        return method(self.method)
+
+
+class Recipe(BaseModel):
+    """What a run does. `keep` are patterns of layers that stay dense; `overrides` change the weight arguments of layers by
+    pattern, later patterns over earlier ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    passes: tuple[PassSpec, ...] = Field(min_length=1)
+    calibration: Calibration = Calibration()
+    keep: tuple[str, ...] = ()
+    overrides: dict[str, dict[str, Any]] = {}
+    seed: int = 0
+
+    @property
+    def scheme(self) -> Scheme:
+        """The scheme that the last pass leaves behind."""
+        config: PassConfig = self.passes[-1].config
+        return config.scheme
+
+    def weights(self, layer: str) -> QuantArgs | None:
+        """How the layer's weight is to be quantized before it is fitted to its width; None where it is kept dense."""
+        if any(fnmatch(layer, pattern) for pattern in self.keep):
+            return None
+        args = self.scheme.weights
+        for pattern, changes in self.overrides.items():
+            if fnmatch(layer, pattern):
+                args = _replaced(args, changes, pattern)
+        return args
+
+
+def configure(name: str, options: Mapping[str, Any]) -> PassConfig:
+    """The config of the method `name` with `options`. Raises `UsageError` for unknown or unfit options."""
+    known = method(name)
+    for option in options:
+        if option not in known.options():
+            raise UsageError(f"{name} has no option {option!r}", _suggest(option, known.options()))
+    try:
+        config: PassConfig = TypeAdapter[Any](known.config).validate_python(dict(options))
+    except ValidationError as error:
+        raise _as_usage_error(error, name) from error
+    return config
+
+
+def parse(text: str, where: str) -> Recipe:
+    """The recipe in the YAML `text`; `where` names it in errors. Raises `UsageError`."""
+    try:
+        content = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, Mapping):
+        raise UsageError(f"{where} is no recipe", "it must be a mapping with a list `passes`")
+    return build(content, where)
+
+
+def build(content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
+    """The recipe that a mapping describes. Raises `UsageError`."""
+    try:
+        return Recipe.model_validate(content)
+    except ValidationError as error:
+        raise _as_usage_error(error, where) from error
+
+
+def read(name: str | Path) -> Recipe:
+    """The recipe in a YAML file, or the shipped one of that name. Raises `UsageError`."""
+    file = Path(name)
+    if file.is_file():
+        return parse(file.read_text(encoding="utf-8"), str(file))
+    if str(name) in shipped():
+        return parse(shipped()[str(name)], f"recipe {name}")
+    raise UsageError(f"{name}: no such recipe", _suggest(str(name), list(shipped())))
+
+
+def shipped() -> dict[str, str]:
+    """The recipes that come with lmpress: name -> YAML text."""
+    folder = files(__package__ or "lmpress.recipes")
+    found = sorted((f for f in folder.iterdir() if f.name.endswith(".yaml")), key=lambda f: f.name)
+    return {f.name.removesuffix(".yaml"): f.read_text(encoding="utf-8") for f in found}
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe as YAML, every option written out."""
+    return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _replaced(args: QuantArgs, changes: Mapping[str, Any], pattern: str) -> QuantArgs:
+    unknown = changes.keys() - QuantArgs.__dataclass_fields__.keys()
+    if unknown:
+        raise UsageError(f"override {pattern!r} sets {', '.join(sorted(unknown))}, which weights do not have")
+    return replace(args, **changes)
+
+
+def _suggest(name: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
+
+
+def _as_usage_error(error: ValidationError, where: str) -> UsageError:
+    first = error.errors()[0]
+    place = ".".join(str(part) for part in first["loc"])
+    return UsageError(f"{where}: {place or 'value'}: {first['msg'].lower()}")

@@ -12,6 +12,7 @@ from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
 from . import pack_quantized as packed
+from . import sparse
 
 SUFFIX = ".weight_packed"
 
@@ -25,7 +26,8 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    return _load_packed(source, device, dtype)
+    sparse_format = source.config["quantization_config"].get("format") == sparse.NAME
+    return (_load_sparse if sparse_format else _load_packed)(source, device, dtype)
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -58,6 +60,18 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedM
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
+
+
+def _load_sparse(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    model = build(source, dtype)
+    specs = {name: stored.spec for name, stored in source.tensors.items()}
+    for name in [n.removesuffix(".weight_values") for n in source.tensors if n.endswith(".weight_values")]:
+        parts = [f"{name}.{suffix}" for suffix in sparse.SUFFIXES if f"{name}.{suffix}" in source.tensors]
+        tensors = {part: source.read(part, check=True) for part in parts}
+        replace_linear(model, name, sparse.unpack(name, tensors, sparse.read_args(name, specs)))
+    materialise(model, "", source, Names(model, source), device)
+    model.tie_weights()
+    return model.to(device)
 
 
 def _parts(source: Source, name: str) -> list[str]:

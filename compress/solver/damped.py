@@ -15,6 +15,7 @@ class Damped:
     matrix   the Hessian with ones on the diagonal of dead columns, plus `damping * mean(diag) * I`
     inverse  of `matrix`
     upper    `U` with `inverse = U^T U`
+    energy   `[in]`: the diagonal of the Hessian as it was, twice the mean square of each input
     dead     bool `[in]`: columns whose inputs were all zero; their weights do nothing and are zeroed first
     damping  relative to the mean of the diagonal, as needed rather than as asked
     """
@@ -22,6 +23,7 @@ class Damped:
     matrix: Tensor
     inverse: Tensor
     upper: Tensor
+    energy: Tensor
     dead: Tensor
     damping: float
 
@@ -29,11 +31,12 @@ class Damped:
 def damped(hessian: Tensor, damping: float) -> Damped:
     """Fix the dead columns of `hessian` `[in, in]` (any float dtype) and damp it until it can be inverted."""
     hessian = hessian.double()
-    dead = hessian.diagonal() <= 0
+    energy = hessian.diagonal().clone()
+    dead = energy <= 0
     hessian = hessian + torch.diag(dead.to(hessian.dtype))
     factor = inverse_factor(hessian, damping)
     inverse = factor.upper.T @ factor.upper
-    if factor.floored:  # eigenvalues were raised: no multiple of the identity tells the matrix
-        return Damped(torch.linalg.inv(inverse), inverse, factor.upper, dead, factor.damping)
-    matrix = hessian + factor.damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-    return Damped(matrix, inverse, factor.upper, dead, factor.damping)
+    shift = factor.damping * hessian.diagonal().mean()
+    # Raised eigenvalues (a last resort) are no multiple of the identity: the inverse alone tells the matrix.
+    matrix = torch.linalg.inv(inverse) if factor.floored else hessian + shift * torch.eye(len(hessian)).to(hessian)
+    return Damped(matrix, inverse, factor.upper, energy, dead, factor.damping)

@@ -9,7 +9,6 @@ per row (the current inverse is `H^-1 - U^T U`, and a step needs one column of i
 own inverse of the columns that are left, updated by one matrix product.
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -18,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, encode
+from ..scheme import layer_zeros
 
 PANEL = (16, 128)  # columns settled per row before the inverse is updated: a quarter of those left, within these limits
 BATCH_BYTES = 2**26  # memory for the copies of the inverse
@@ -53,7 +53,7 @@ class Trace:
         The `ceil(rows * blocks * sparsity)` smallest losses of all rows are counted per row, and a row loses so many of
         the blocks that it settled first (identity I5; what is counted and what is pruned differ, traces not being monotone).
         """
-        total = math.ceil(self.losses.shape[0] * -(-self.settled.shape[1] // self.block) * sparsity)
+        total = layer_zeros(self.losses.shape[0] * -(-self.settled.shape[1] // self.block), sparsity)
         cheapest = self.losses.flatten().argsort(stable=True)[:total]
         return self.first(torch.bincount(cheapest // self.losses.shape[1], minlength=len(self.losses)))
 

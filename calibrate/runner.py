@@ -64,7 +64,7 @@ class Runner:
         self.names = Names(model, source)
         self.prefix, self.blocks = find_blocks(model)
         batch = 1 if rows is None else max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
-        self._ids = () if rows is None else rows.ids.split(batch)
+        self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
         self._hidden = ActivationStore(scratch)
         self._calls: list[list[Call]] = []  # [block][batch]

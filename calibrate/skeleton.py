@@ -19,8 +19,11 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     Raises `UsageError` where transformers has no such architecture; code from the checkpoint is never run.
     """
     config = _config(source.path)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise _no_model(source.path, error) from error
     model.config.use_cache = False
     return model.eval()
 
@@ -29,10 +32,14 @@ def _config(path: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{path / 'config.json'} describes no model that transformers can build: {reason}") from error
+        raise _no_model(path, error) from error
     vars(config).pop("quantization_config", None)  # our packed modules replace transformers' own loading
     return config
+
+
+def _no_model(path: Path, error: ValueError) -> UsageError:
+    reason = str(error).strip().splitlines()[0]
+    return UsageError(f"{path / 'config.json'} describes no language model that transformers can build: {reason}")
 
 
 class Names:

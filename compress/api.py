@@ -9,7 +9,7 @@ from ..recipes.schema import Recipe
 from . import pipeline
 from .errors import UsageError
 from .pipeline import RunReport
-from .progress import Observer, silent
+from .report.progress import Observer, silent
 from .scheme import PruneArgs, WeightArgs, group_strategy
 
 

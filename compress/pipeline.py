@@ -23,8 +23,8 @@ from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
 from .plan import Plan, make_plan
-from .progress import Event, Observer, silent
-from .verdict import Verdict, judge
+from .report.progress import Event, Observer, silent
+from .report.verdict import Verdict, judge
 from .workspace import Workspace, check_target
 
 Tell = Callable[..., None]  # (phase, layer=None, **figures)

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
-from . import card
 from .errors import StorageError, UsageError
 from .formats import layer as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
+from .report import card
 from .scheme import PruneArgs
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
@@ -130,15 +130,15 @@ class Workspace:
     def _prepare(self, overwrite: bool) -> None:
         manifest = json.dumps(self._provenance(), indent=2, sort_keys=True)
         found = self.path / MANIFEST
-        if found.exists() and found.read_text() != manifest:
-            if not overwrite:
-                raise UsageError(
-                    f"{self.path} holds an unfinished run with other settings",
-                    "repeat those, or discard it: --overwrite",
-                )
-            shutil.rmtree(self.path)
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", manifest) and not overwrite:
+            raise UsageError(
+                f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
         with shards.storage_errors(self.path):
             self._check_space()
+            if known != manifest:  # parts without their manifest are of an unknown run
+                shutil.rmtree(self.path, ignore_errors=True)
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()

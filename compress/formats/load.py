@@ -1,5 +1,6 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,14 +8,18 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from ...calibrate.discovery import find_linears, weight_of
 from ...calibrate.skeleton import Names, build, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
+from ..scheme import WeightArgs
+from ..tensor import CompressedTensor, PrunedTensor
+from . import layer, sparse
 from . import pack_quantized as packed
-from . import sparse
 
 SUFFIX = ".weight_packed"
+UNRELATED = "the checkpoint and its config do not belong together"
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -26,8 +31,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    sparse_format = source.config["quantization_config"].get("format") == sparse.NAME
-    return (_load_sparse if sparse_format else _load_packed)(source, device, dtype)
+    return _load_packed(source, device, dtype)
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -47,32 +51,43 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    scales = {name: source.tensors[f"{name}.weight_scale"].spec.torch_dtype for name in layers}
-    try:
-        arguments = packed.read_config(source.config["quantization_config"], layers, scales)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = source.config["quantization_config"].get("quant_method", "unknown")
-        raise UsageError(f"{source.path} is quantized in a way that lmpress does not read ({kind}: {error})") from error
-    for name, args in arguments.items():
-        tensors = {f"{name}.{s}": source.read(f"{name}.{s}", check=True) for s in _parts(source, name)}
-        replace_linear(model, name, packed.unpack(name, tensors, args))
+    for name, args in _arguments(source).items():
+        replace_linear(model, name, _read_layer(model, name, args, source))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _load_sparse(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = build(source, dtype)
-    specs = {name: stored.spec for name, stored in source.tensors.items()}
-    for name in [n.removesuffix(".weight_values") for n in source.tensors if n.endswith(".weight_values")]:
-        parts = [f"{name}.{suffix}" for suffix in sparse.SUFFIXES if f"{name}.{suffix}" in source.tensors]
-        tensors = {part: source.read(part, check=True) for part in parts}
-        replace_linear(model, name, sparse.unpack(name, tensors, sparse.read_args(name, specs)))
-    materialise(model, "", source, Names(model, source), device)
-    model.tie_weights()
-    return model.to(device)
+def _arguments(source: Source) -> Mapping[str, WeightArgs]:
+    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
+    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
+    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
+    config = source.config["quantization_config"]
+    try:
+        return sparse.read_config(config) if sparse.wrote(config) else packed.read_config(config, layers, scales)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source.path} is quantized in a way that lmpress does not read ({error})",
+            "load it with the tool that made it, or start from the original model",
+        ) from error
 
 
-def _parts(source: Source, name: str) -> list[str]:
-    return [suffix for suffix in packed.SUFFIXES if f"{name}.{suffix}" in source.tensors]
+def _read_layer(
+    model: PreTrainedModel, name: str, args: WeightArgs, source: Source
+) -> CompressedTensor | PrunedTensor:
+    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
+    linear = find_linears(model).get(name)
+    if linear is None:
+        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
+    shape = weight_of(linear).shape
+    specs = layer.spec(name, args, *shape)
+    for tensor, expected in specs.items():
+        if tensor not in source.tensors:
+            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
+        found = source.tensors[tensor].spec
+        if found != expected:
+            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
+    weight = layer.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    if weight.shape != shape:
+        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
+    return weight

@@ -12,6 +12,7 @@ A bitmask takes 1 bit a weight and 16 bits a stored value, 2:4 takes 1 and 8 bit
 
 import math
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ from ..tensor import PrunedTensor
 from .shards import NAMES, TensorSpec
 
 NAME = "lmpress-sparse"
-SUFFIXES = ("weight_bitmask", "weight_places", "weight_values", "weight_shape")
 
 
 def supports(args: PruneArgs) -> str | None:
@@ -84,18 +84,26 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
     return PrunedTensor(values, kept, args)
 
 
-def read_args(name: str, tensors: Mapping[str, TensorSpec]) -> PruneArgs:
-    """The arguments of a layer by the specs of its tensors."""
-    storage = "2:4" if f"{name}.weight_places" in tensors else "bitmask"
-    dtype = str(tensors[f"{name}.weight_values"].torch_dtype).removeprefix("torch.")
-    return PruneArgs(pattern="2:4" if storage == "2:4" else None, storage=storage, dtype=dtype)  # type: ignore[arg-type]
-
-
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
     """What config.json says, None where all is dense. Other loaders refuse the method rather than miss the weights."""
-    if all(args.storage == "dense" for args in pruned.values()):
+    groups: dict[PruneArgs, list[str]] = {}
+    for name, args in pruned.items():
+        if args.storage != "dense":
+            groups.setdefault(args, []).append(name)
+    if not groups:
         return None
-    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored)}
+    described = [{"targets": names, "weights": asdict(args)} for args, names in groups.items()]
+    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
+
+
+def wrote(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` speaks of this layout."""
+    return config.get("format") == NAME
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, PruneArgs]:
+    """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
+    return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
 
 
 def _join(fields: Tensor, bits: int) -> Tensor:

@@ -132,7 +132,7 @@ def _walk(
     device: str,
     observer: Observer,
 ) -> None:
-    runner = Runner(skeleton, source, rows, workspace.scratch, device)
+    runner = Runner(skeleton, source, rows, workspace.scratch, device, reference="drift" in _needs(recipe))
     if rows is not None:
         observer(Event("capture", blocks=planned.blocks))
         runner.capture()
@@ -187,10 +187,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
 def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: Statistics, tell: Tell) -> None:
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
-        linear.hessian = statistics.hessians.get(name)
+        linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
-        linear.hessian = None
+        linear.hessian = linear.drift = None
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)

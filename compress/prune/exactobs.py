@@ -12,6 +12,7 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ..errors import UsageError
 from ..passes import Block
 from ..scheme import PruneArgs, Pruning, Scope
 from ..solver.damped import Damped
@@ -28,13 +29,23 @@ class ExactOBS:
 
     damping          added to the Hessian's diagonal, relative to its mean; raised tenfold while it cannot be inverted
     true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
+    drift            let each layer also repair what the pruned layers before it changed (not in the paper)
     """
 
     scheme: Pruning = Pruning()
     damping: float = 0.001
-    true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    true_sequential: bool = True
+    drift: bool = True
     scope: ClassVar[Scope] = "layer"
+
+    def __post_init__(self) -> None:
+        if self.scheme.weights.scope == "block":
+            raise UsageError("ExactOBS spends one budget on a layer or on each row", "use scope layer or row")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The drift is gathered only where it is used."""
+        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
 
 def apply(config: ExactOBS, block: Block) -> None:

@@ -20,17 +20,21 @@ Prune = Callable[[Tensor, Damped, PruneArgs], tuple[Tensor, Tensor]]
 def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = False) -> None:
     """Prune every linear of the block by its Hessian; with `refitted`, least squares on the mask follows.
 
-    Computed in float64. Records the loss and relative error of what is stored, and the damping that was needed.
+    Where the drift is known, what is pruned is not the weight itself but the weight that repairs it, `W + G Hd^-1` (see
+    `calibrate/drift.py`). Computed in float64. Records the loss and relative error of what is stored, and the damping.
     """
     for linear, solved in _with_hessians(block, damping):
         args = prune_args(linear)
-        weight = linear.weight.double().masked_fill(solved.dead, 0)
+        weight = linear.weight.double()
+        if linear.drift is not None:
+            weight = weight + linear.drift.matrix().double() @ solved.inverse
+        weight = weight.masked_fill(solved.dead, 0)
         pruned_weight, pruned = prune(weight, solved, args)
         if refitted:
             pruned_weight = refit(weight, solved.matrix, pruned, start=pruned_weight)
         linear.result = PrunedTensor.of(pruned_weight, pruned, args)
         linear.figures |= {"damping": solved.damping, "dead_columns": int(solved.dead.sum())}
-        record(linear)
+        record(linear, weight)
 
 
 def prune_args(linear: Linear) -> PruneArgs:
@@ -40,15 +44,15 @@ def prune_args(linear: Linear) -> PruneArgs:
     return linear.args
 
 
-def record(linear: Linear) -> None:
-    """Note the sparsity reached and, where the inputs are known, the loss of what is stored."""
+def record(linear: Linear, target: Tensor | None = None) -> None:
+    """Note the sparsity reached and, where the inputs are known, the loss of what is stored against `target` `[out, in]`."""
     assert isinstance(linear.result, PrunedTensor)
     linear.figures["sparsity"] = 1 - int(linear.result.kept.sum()) / linear.result.kept.numel()
-    if linear.hessian is None:
+    if linear.hessian is None or target is None:
         return
     hessian = linear.hessian.matrix().double()
-    loss = layer_loss(linear.weight.double() - linear.result.dequantize(torch.float64), hessian)
-    energy = layer_loss(linear.weight.double(), hessian)
+    loss = layer_loss(target - linear.result.dequantize(torch.float64), hessian)
+    energy = layer_loss(target, hessian)
     linear.figures |= {"loss": loss, "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0}
 
 

@@ -27,18 +27,24 @@ class SparseGPT:
     damping          added to the Hessian's diagonal, relative to its mean
     refit            least-squares refit of the weights that are left
     true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
+    drift            let each layer also repair what the pruned layers before it changed (not in the paper)
     """
 
     scheme: Pruning = Pruning()
     damping: float = 0.01
     refit: bool = False
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    drift: bool = False
     scope: ClassVar[Scope] = "block"
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope not in (None, "block"):
             raise UsageError("SparseGPT chooses its mask by blocks of columns", "leave `scope` out")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The drift is gathered only where it is used."""
+        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
 
 def apply(config: SparseGPT, block: Block) -> None:

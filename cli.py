@@ -143,7 +143,8 @@ def prune(
         str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
     ] = None,
     format_: Annotated[
-        str, typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load).")
+        str,
+        typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
     ] = "dense",
     calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,

@@ -22,10 +22,13 @@ from .tensor import CompressedTensor, PrunedTensor
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "obq": ("quantize.obq", "OBQ"),
     "magnitude": ("prune.magnitude", "Magnitude"),
     "wanda": ("prune.wanda", "Wanda"),
     "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
     "exactobs": ("prune.exactobs", "ExactOBS"),
+    "obd": ("prune.obd", "OBD"),
+    "obs": ("prune.obs", "OBS"),
 }
 
 

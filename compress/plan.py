@@ -148,7 +148,9 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         note = None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask"
     else:
         args = asked.for_width(columns)
-        note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+        note = (
+            None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+        )
     reason = packed.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")

@@ -2,8 +2,8 @@
 
 from torch import Tensor, nn
 
-from ..compress.formats.bitstream import pack_rows, unpack_rows
 from ..compress.formats import sparse
+from ..compress.formats.bitstream import pack_rows, unpack_rows
 from ..compress.scheme import PruneArgs, QuantArgs
 from ..compress.tensor import CompressedTensor, PrunedTensor
 from .reference import packed_linear

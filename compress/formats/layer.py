@@ -42,4 +42,8 @@ def quantization_config(compressed: Mapping[str, WeightArgs], ignored: Iterable[
     """The `quantization_config` of config.json; None for a checkpoint that any loader reads as it is."""
     pruned = {name: args for name, args in compressed.items() if isinstance(args, PruneArgs)}
     quantized = {name: args for name, args in compressed.items() if not isinstance(args, PruneArgs)}
-    return sparse.quantization_config(pruned, ignored) if pruned else pack_quantized.quantization_config(quantized, ignored)
+    return (
+        sparse.quantization_config(pruned, ignored)
+        if pruned
+        else pack_quantized.quantization_config(quantized, ignored)
+    )

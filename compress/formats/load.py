@@ -72,9 +72,7 @@ def _arguments(source: Source) -> Mapping[str, WeightArgs]:
         ) from error
 
 
-def _read_layer(
-    model: PreTrainedModel, name: str, args: WeightArgs, source: Source
-) -> CompressedTensor | PrunedTensor:
+def _read_layer(model: PreTrainedModel, name: str, args: WeightArgs, source: Source) -> CompressedTensor | PrunedTensor:
     """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
     linear = find_linears(model).get(name)
     if linear is None:

@@ -29,13 +29,13 @@ class ExactOBS:
 
     damping          added to the Hessian's diagonal, relative to its mean; raised tenfold while it cannot be inverted
     true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
-    drift            let each layer also repair what the pruned layers before it changed (not in the paper)
+    drift            how much of what the layers before it broke a layer makes up for, 0 (as published) to 1
     """
 
     scheme: Pruning = Pruning()
     damping: float = 0.001
     true_sequential: bool = True
-    drift: bool = True
+    drift: float = 1.0
     scope: ClassVar[Scope] = "layer"
 
     def __post_init__(self) -> None:
@@ -44,13 +44,13 @@ class ExactOBS:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The drift is gathered only where it is used."""
+        """The statistics to gather."""
         return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
 
 def apply(config: ExactOBS, block: Block) -> None:
     """Prune every linear of the block."""
-    prune_linears(block, config.damping, prune)
+    prune_linears(block, config.damping, prune, drift=config.drift)
 
 
 def prune(weight: Tensor, hessian: Damped, args: PruneArgs) -> tuple[Tensor, Tensor]:

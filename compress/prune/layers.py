@@ -17,17 +17,18 @@ from ..tensor import PrunedTensor
 Prune = Callable[[Tensor, Damped, PruneArgs], tuple[Tensor, Tensor]]
 
 
-def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = False) -> None:
+def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = False, drift: float = 0.0) -> None:
     """Prune every linear of the block by its Hessian; with `refitted`, least squares on the mask follows.
 
-    Where the drift is known, what is pruned is not the weight itself but the weight that repairs it, `W + G Hd^-1` (see
-    `calibrate/drift.py`). Computed in float64. Records the loss and relative error of what is stored, and the damping.
+    With a share `drift` of the drift, what is pruned is not the weight itself but the weight that repairs it,
+    `W + drift * G Hd^-1` (see `calibrate/drift.py`). Computed in float64. Records the loss and relative error of what is
+    stored, and the damping that was needed.
     """
     for linear, solved in _with_hessians(block, damping):
         args = prune_args(linear)
         weight = linear.weight.double()
-        if linear.drift is not None:
-            weight = weight + linear.drift.matrix().double() @ solved.inverse
+        if drift and linear.drift is not None:
+            weight = weight + drift * linear.drift.matrix().double() @ solved.inverse
         weight = weight.masked_fill(solved.dead, 0)
         pruned_weight, pruned = prune(weight, solved, args)
         if refitted:

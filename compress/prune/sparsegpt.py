@@ -27,14 +27,14 @@ class SparseGPT:
     damping          added to the Hessian's diagonal, relative to its mean
     refit            least-squares refit of the weights that are left
     true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
-    drift            let each layer also repair what the pruned layers before it changed (not in the paper)
+    drift            how much of what the layers before it broke a layer makes up for, 0 (as published) to 1
     """
 
     scheme: Pruning = Pruning()
     damping: float = 0.01
     refit: bool = False
     true_sequential: bool = False
-    drift: bool = False
+    drift: float = 0.0
     scope: ClassVar[Scope] = "block"
 
     def __post_init__(self) -> None:
@@ -43,13 +43,13 @@ class SparseGPT:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The drift is gathered only where it is used."""
+        """The statistics to gather."""
         return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
 
 def apply(config: SparseGPT, block: Block) -> None:
     """Prune every linear of the block."""
-    prune_linears(block, config.damping, prune, config.refit)
+    prune_linears(block, config.damping, prune, config.refit, config.drift)
 
 
 def prune(weight: Tensor, hessian: Damped, args: PruneArgs) -> tuple[Tensor, Tensor]:

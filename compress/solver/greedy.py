@@ -105,10 +105,12 @@ class ToGrid:
     """The target of OBQ: weights are rounded to `grid`, which was fixed before.
 
     The published outlier rule: where weights of a row are more than half a step from the grid, which they can only be
-    after they drifted off its end, the worst of them is next, unless a weight that is exactly zero is still there.
+    after they drifted off its end, the worst of them is next, unless a weight that is exactly zero is still there. With
+    `rank` (`[cols]`) the columns are settled by rising rank instead, in every row alike.
     """
 
     grid: Grid
+    rank: Tensor | None = None
 
     def __call__(self, rows: slice, columns: Tensor) -> Judge:
         args = self.grid.args
@@ -117,10 +119,13 @@ class ToGrid:
             parameter.expand(max(len(parameter), rows.stop), -1)[rows].gather(1, group)
             for parameter in (self.grid.scale, self.grid.zero)
         )
+        rank = None if self.rank is None else self.rank.to(scale.dtype)[columns]
         limit = scale.square().mul_(0.25 * (1 + 1e-5))  # ties of a symmetric grid lie at half a step exactly
 
         def judge(weight: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
             error = weight - encode(weight, scale, zero, args).sub_(zero).mul_(scale)
+            if rank is not None:
+                return error, rank.clone()
             squared = error.square()
             key = torch.where(squared > limit, -squared, squared / diagonal)
             return error, key.masked_fill_(weight == 0, -torch.inf)
@@ -144,7 +149,10 @@ class _Elimination:
         count, width = weight.shape
         self._rows, self._target, self._block, self._copies = rows, target, block, copies
         self._settled, self._weight = torch.empty_like(weight), weight.clone()
-        self._inverse, self._batch = inverse, torch.arange(count, device=weight.device)  # shared until the first panel's end
+        self._inverse, self._batch = (
+            inverse,
+            torch.arange(count, device=weight.device),
+        )  # shared until the first panel's end
         self._columns = torch.arange(width, device=weight.device).expand(count, -1)
         self._judge = target(rows, self._columns)
         self._diagonal = inverse.diagonal(dim1=-2, dim2=-1).expand(count, -1).clone()

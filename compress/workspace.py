@@ -18,11 +18,12 @@ from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import pack_quantized as packed
+from .formats import layer as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
 from .report import card
+from .scheme import PruneArgs
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
 Figures = dict[str, float | int | str]
@@ -107,7 +108,7 @@ class Workspace:
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
-        config = self.source.config | {"quantization_config": quantization}
+        config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
@@ -185,9 +186,13 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    assert linear.result is not None
-    args = linear.result.args
-    return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
+    args = linear.args
+    stored: Figures = (
+        {"storage": args.storage}
+        if isinstance(args, PruneArgs)
+        else {"bits": args.bits, "group_size": args.group_size or -1}
+    )
+    return {"name": linear.name, **stored, **linear.figures}
 
 
 def _replace(complete: Path, out: Path) -> None:

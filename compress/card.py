@@ -9,7 +9,7 @@ TEMPLATE = """\
 ---
 base_model: {base}
 library_name: transformers
-tags: [quantized, compressed-tensors, lmpress]
+tags: [{tags}]
 ---
 # {base}, compressed by lmpress
 
@@ -20,7 +20,7 @@ tags: [quantized, compressed-tensors, lmpress]
 | bytes of the weight files | {before:,} → {after:,} ({share:.1%}) |
 | bits per quantized weight, scales included | {bits:.3f} |
 | calibration | {calibration} |
-| format | compressed-tensors `pack-quantized` |
+| format | {format} |
 {adaptations}
 ## Loading
 
@@ -43,6 +43,9 @@ ASYMMETRIC = """\
 Asymmetric weights: transformers loads them with compressed-tensors 0.15 to 0.17, and with 0.18 to 0.20 only by
 `quantization_config=CompressedTensorsConfig(dequantize=True)`: those versions refuse packed zero points otherwise.
 """
+SPQR = """\
+SpQR has a format of its own here: no other runtime serves it.
+"""
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
@@ -58,6 +61,8 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
         after=plan.bytes_after,
         share=plan.bytes_after / plan.bytes_before,
         bits=plan.bits_per_weight,
+        format="SpQR tiles of lmpress" if _two_level(plan) else "compressed-tensors `pack-quantized`",
+        tags="quantized, spqr, lmpress" if _two_level(plan) else "quantized, compressed-tensors, lmpress",
         calibration="none"
         if rows is None
         else f"{rows.source}, {rows.tokens:,} tokens, sha256 {rows.fingerprint[:12]}",
@@ -73,7 +78,13 @@ def _weights(plan: Plan) -> str:
     return f"int{args.bits} {kind}, {len(plan.quantized)} layers, {len(plan.dense)} of the blocks' linears kept dense"
 
 
+def _two_level(plan: Plan) -> bool:
+    return any(args.scale_dtype == "bilevel" for args in plan.quantized.values())
+
+
 def _loading(plan: Plan) -> str:
+    if _two_level(plan):
+        return SPQR
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     args = plan.quantized.values()

@@ -87,6 +87,8 @@ def _stored(source: Source, names: Names, layer: str) -> str:
     dense = names.find(f"{layer}.weight")
     if dense is not None:
         return source.tensors[dense].spec.dtype
+    if f"{layer}.weight_tiles" in source.tensors:
+        return "SpQR tiles"
     packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
     if packed is None or shape is None:
         return "missing"

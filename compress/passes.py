@@ -5,7 +5,7 @@ and statistics of `block.linears` and leaves a `CompressedTensor` and its figure
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
@@ -16,13 +16,16 @@ from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
 from .scheme import QuantArgs, Scheme
-from .tensor import CompressedTensor
+from .tensor import CompressedTensor, SpQRTensor
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "spqr": ("quantize.spqr", "SpQR"),
 }
+
+QUALITIES = ("fast", "balanced", "best")
 
 
 class PassConfig(Protocol):
@@ -49,7 +52,7 @@ class Linear:
     args: QuantArgs  # of the weight, resolved for its width
     hessian: Hessian | None = None
     drift: Drift | None = None
-    result: CompressedTensor | None = None
+    result: CompressedTensor | SpQRTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
 
 
@@ -69,10 +72,17 @@ class Method:
     name: str
     config: type[Any]
     apply: Callable[[Any, Block], None]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self) -> list[str]:
         """The names of the method's options."""
         return [f.name for f in fields(self.config)]
+
+    def preset(self, quality: str) -> Mapping[str, Any]:
+        """The options that a quality stands for: none where the method has only one. Raises `UsageError`."""
+        if quality not in QUALITIES:
+            raise UsageError(f"unknown quality {quality!r}", f"use one of: {', '.join(QUALITIES)}")
+        return self.presets.get(quality, {})
 
 
 def method(name: str) -> Method:
@@ -83,4 +93,4 @@ def method(name: str) -> Method:
         raise UsageError(f"unknown method {name!r}", hint)
     path, config = METHODS[name]
     module = import_module(f".{path}", __package__)
-    return Method(name, getattr(module, config), module.apply)
+    return Method(name, getattr(module, config), module.apply, getattr(module, "PRESETS", {}))

@@ -173,14 +173,13 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, statistics, tell)
-    unused = local.keys() - {name for group in statistics.groups for name in group}
-    for position, names in enumerate([*statistics.groups, sorted(unused)]):
-        if position:  # the statistics of the first group are those just gathered
-            statistics = runner.collect(index, set(names))
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+    groups = runner.groups(index, set(local))
+    unused = local.keys() - {name for group in groups for name in group}
+    for names in [*groups, sorted(unused)]:
+        if names:
+            _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 

@@ -15,9 +15,9 @@ from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import pack_quantized as packed
 from .formats import shards
 from .formats.shards import TensorSpec
+from .formats.storage import format_of
 from .scheme import QuantArgs
 
 
@@ -93,7 +93,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     tensors: dict[str, TensorSpec] = {}
     for layer in layers:
         if layer.args is not None:
-            tensors |= packed.spec(layer.name, layer.args, *layer.shape)
+            tensors |= format_of(layer.args).spec(layer.name, layer.args, *layer.shape)
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
@@ -122,11 +122,11 @@ def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe) -> Lay
     if asked is None:
         return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
     args = asked.for_width(columns)
-    reason = packed.supports(args)
+    reason = format_of(args).supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
     note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
-    nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
+    nbytes = sum(spec.nbytes for spec in format_of(args).spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 

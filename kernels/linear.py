@@ -1,10 +1,12 @@
-"""The module that takes a linear layer's place: its weight stays packed in memory."""
+"""The modules that take a linear layer's place: the weight stays packed in memory."""
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..compress.formats import spqr
 from ..compress.formats.bitstream import pack_rows, unpack_rows
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor
+from ..compress.tensor import CompressedTensor, SpQRTensor
 from .reference import packed_linear
 
 
@@ -52,8 +54,44 @@ class PackedLinear(nn.Module):
         return self
 
 
-def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor) -> None:
-    """Put a `PackedLinear` of `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
+class SpQRLinear(nn.Module):
+    """`y = x W^T + bias` with `W` in SpQR's tiles and compressed rows, as in the checkpoint (formats/spqr.py)."""
+
+    def __init__(self, tensor: SpQRTensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = tensor.shape
+        self.args: QuantArgs = tensor.args
+        for name, part in spqr.pack("layer", tensor).items():
+            self.register_buffer(name.removeprefix("layer."), part, persistent=False)
+        self.weight_values: Tensor
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def compressed(self) -> SpQRTensor:
+        """What the module serves."""
+        parts = {f"layer.{name}": getattr(self, name) for name in spqr.SUFFIXES}
+        return spqr.unpack("layer", parts, self.args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.compressed.dequantize().to(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        args = self.args
+        return f"{self.in_features}, {self.out_features}, SpQR int{args.bits}, group_size={args.group_size}"
+
+    def _apply(self, fn, recurse: bool = True) -> "SpQRLinear":  # noqa: ANN001
+        """Moves follow the model to another device; casts (`model.half()`) leave the stored residuals as they are."""
+        values = self.weight_values
+        super()._apply(fn, recurse)
+        if self.weight_values.dtype != values.dtype:
+            self.weight_values = values.to(self.weight_values.device)
+        return self
+
+
+def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor | SpQRTensor) -> None:
+    """Put the packed module of `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    setattr(model.get_submodule(parent), leaf, PackedLinear(tensor, bias))
+    packed = PackedLinear(tensor, bias) if isinstance(tensor, CompressedTensor) else SpQRLinear(tensor, bias)
+    setattr(model.get_submodule(parent), leaf, packed)

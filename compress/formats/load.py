@@ -11,9 +11,11 @@ from ...calibrate.skeleton import Names, build, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
-from . import pack_quantized as packed
+from ..scheme import QuantArgs
+from . import pack_quantized, spqr
+from .storage import format_of
 
-SUFFIX = ".weight_packed"
+MARKERS = (".weight_packed", ".weight_tiles")  # every packed layer has one of these
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -45,20 +47,25 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    scales = {name: source.tensors[f"{name}.weight_scale"].spec.torch_dtype for name in layers}
+    layers = [name.rpartition(".")[0] for name in source.tensors if name.endswith(MARKERS)]
     try:
-        arguments = packed.read_config(source.config["quantization_config"], layers, scales)
+        arguments = _arguments(source, layers)
     except (KeyError, TypeError, ValueError) as error:
         kind = source.config["quantization_config"].get("quant_method", "unknown")
         raise UsageError(f"{source.path} is quantized in a way that lmpress does not read ({kind}: {error})") from error
     for name, args in arguments.items():
-        tensors = {f"{name}.{s}": source.read(f"{name}.{s}", check=True) for s in _parts(source, name)}
-        replace_linear(model, name, packed.unpack(name, tensors, args))
+        stored = format_of(args)
+        parts = [f"{name}.{s}" for s in stored.SUFFIXES if f"{name}.{s}" in source.tensors]
+        replace_linear(model, name, stored.unpack(name, {p: source.read(p, check=True) for p in parts}, args))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _parts(source: Source, name: str) -> list[str]:
-    return [suffix for suffix in packed.SUFFIXES if f"{name}.{suffix}" in source.tensors]
+def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
+    """The arguments of every packed layer by the checkpoint's config."""
+    config = source.config["quantization_config"]
+    if config.get("format") == spqr.NAME:
+        return spqr.read_config(config, layers)
+    scales = {name: source.tensors[f"{name}.weight_scale"].spec.torch_dtype for name in layers}
+    return pack_quantized.read_config(config, layers, scales)

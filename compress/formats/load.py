@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -14,11 +15,9 @@ from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
-from ..tensor import CompressedTensor, PrunedTensor
-from . import layer, sparse
-from . import pack_quantized as packed
+from ..tensor import Compressed
+from .storage import format_of, format_that_wrote
 
-SUFFIX = ".weight_packed"
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
@@ -52,20 +51,20 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
+    linears = find_linears(model)
     for name, args in _arguments(source).items():
-        replace_linear(model, name, _read_layer(model, name, args, source))
+        replace_linear(model, name, _read_layer(linears.get(name), name, args, source))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
 def _arguments(source: Source) -> Mapping[str, WeightArgs]:
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
-    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
+    """How every packed layer was compressed, by the checkpoint's config."""
     config = source.config["quantization_config"]
     try:
-        return sparse.read_config(config) if sparse.wrote(config) else packed.read_config(config, layers, scales)
+        stored = {name: tensor.spec for name, tensor in source.tensors.items()}
+        return format_that_wrote(config).read_config(config, stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source.path} is quantized in a way that lmpress does not read ({error})",
@@ -73,20 +72,19 @@ def _arguments(source: Source) -> Mapping[str, WeightArgs]:
         ) from error
 
 
-def _read_layer(model: PreTrainedModel, name: str, args: WeightArgs, source: Source) -> CompressedTensor | PrunedTensor:
+def _read_layer(linear: nn.Module | None, name: str, args: WeightArgs, source: Source) -> Compressed:
     """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
-    linear = find_linears(model).get(name)
     if linear is None:
         raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
-    shape = weight_of(linear).shape
-    specs = layer.spec(name, args, *shape)
+    shape, stored = weight_of(linear).shape, format_of(args)
+    specs = stored.spec(name, args, *shape)
     for tensor, expected in specs.items():
         if tensor not in source.tensors:
             raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
         found = source.tensors[tensor].spec
         if found != expected:
             raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = layer.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    weight = stored.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
     if weight.shape != shape:
         raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
     return weight

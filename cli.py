@@ -40,6 +40,9 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
+Calib = Annotated[
+    str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
+]
 Eval = Annotated[
     str | None,
     typer.Option("--eval", help="Evaluate the result against the original on this data.", show_default=False),
@@ -92,9 +95,7 @@ def quantize(
     quality: Annotated[
         str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
     ] = "balanced",
-    calib: Annotated[
-        str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
-    ] = "python-stdlib",
+    calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
     keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
@@ -136,6 +137,60 @@ def quantize(
                 keep=keep,
                 options=_options(options),
             )
+        )
+        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out = None,
+    method: Annotated[str, typer.Option(help="exactobs, sparsegpt, wanda, magnitude, obd, obs.")] = "exactobs",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the weights that goes. Default: 0.5", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
+    ] = None,
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
+    ] = "dense",
+    calib: Calib = "python-stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
+    keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set refit=true")
+    ] = [],  # noqa: B006
+    evaluate_on: Eval = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Prune the weights of MODEL.
+
+    compress prune --method exactobs --pattern 2:4 MODEL
+    """
+    with _session(json_file, quiet, debug, threads) as output:
+        from .compress.api import pruning_recipe
+
+        wanted = pruning_recipe(
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            format=format_,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            keep=keep,
+            options=_options(options),
         )
         _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
 
@@ -185,7 +240,7 @@ def eval_(
 ) -> None:
     """Measure the perplexity of MODEL, and its divergence from a base model."""
     with _session(json_file, quiet, debug, threads) as output:
-        from .compress.console import watching
+        from .compress.report.console import watching
         from .eval.perplexity import evaluate
         from .eval.render import table
 
@@ -208,7 +263,7 @@ def eval_(
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with _session(json_file, quiet, debug) as output:
-        from .compress.inspect import inspect as look
+        from .calibrate.inspect import inspect as look
         from .eval.render import inspection
 
         found = look(model)
@@ -254,9 +309,9 @@ def _carry_out(
     output: Output,
 ) -> None:
     from .compress.api import default_out
-    from .compress.console import print_plan, print_report, watching
     from .compress.pipeline import plan
     from .compress.pipeline import run as run_recipe
+    from .compress.report.console import print_plan, print_report, watching
     from .compress.workspace import check_target
 
     target = out or default_out(model, recipe)
@@ -280,7 +335,7 @@ def _carry_out(
 def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
     if data is None:
         return {}
-    from .compress.console import watching
+    from .compress.report.console import watching
     from .eval.perplexity import evaluate
     from .eval.render import table
 
@@ -299,7 +354,10 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
 
 

@@ -78,7 +78,7 @@ class Runner:
         self.names = Names(model, source)
         self.prefix, self.blocks = find_blocks(model)
         batch = 1 if rows is None else max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
-        self._ids = () if rows is None else rows.ids.split(batch)
+        self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
         self._hidden = ActivationStore(scratch)
         self._reference = ActivationStore(scratch / "reference") if reference else None
@@ -140,6 +140,9 @@ class Runner:
                     call.replay(self._original, self._reference[i].to(self.device))
                 gatherer.drift(linears, landed, intended)
         _check_finite(statistics, self.block_name(index))
+        for name in [n for n in linears if n not in statistics.hessians]:  # experts that no token was routed to
+            statistics.hessians[name] = Hessian.unseen(weight_of(linears[name]).shape[1], dtype, self.device)
+            statistics.groups.append([name])
         return statistics
 
     @torch.no_grad()

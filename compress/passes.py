@@ -1,7 +1,7 @@
 """The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
 
 The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a `CompressedTensor` and its figures in each.
+and statistics of `block.linears` and leaves a `CompressedTensor` or `PrunedTensor` and its figures in each.
 """
 
 import difflib
@@ -15,14 +15,21 @@ from torch import Tensor, nn
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
-from .scheme import QuantArgs, Scheme
-from .tensor import CompressedTensor, SpQRTensor
+from .scheme import Pruning, Scheme, WeightArgs
+from .tensor import CompressedTensor, PrunedTensor, SpQRTensor
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
     "spqr": ("quantize.spqr", "SpQR"),
+    "obq": ("quantize.obq", "OBQ"),
+    "magnitude": ("prune.magnitude", "Magnitude"),
+    "wanda": ("prune.wanda", "Wanda"),
+    "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
+    "exactobs": ("prune.exactobs", "ExactOBS"),
+    "obd": ("prune.obd", "OBD"),
+    "obs": ("prune.obs", "OBS"),
 }
 
 QUALITIES = ("fast", "balanced", "best")
@@ -37,7 +44,7 @@ class PassConfig(Protocol):
     def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
 
     @property
-    def scheme(self) -> Scheme: ...
+    def scheme(self) -> Scheme | Pruning: ...
 
     @property
     def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
@@ -49,10 +56,10 @@ class Linear:
 
     name: str
     weight: Tensor
-    args: QuantArgs  # of the weight, resolved for its width
+    args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
-    result: CompressedTensor | SpQRTensor | None = None
+    result: CompressedTensor | PrunedTensor | SpQRTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
 
 

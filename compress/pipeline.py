@@ -18,13 +18,13 @@ from transformers import PreTrainedModel
 from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner, Statistics
-from ..calibrate.skeleton import build
+from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
 from .plan import Plan, make_plan
-from .progress import Event, Observer, silent
-from .verdict import Verdict, judge
+from .report.progress import Event, Observer, silent
+from .report.verdict import Verdict, judge
 from .workspace import Workspace, check_target
 
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
@@ -83,6 +83,7 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    device_of(device)
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
@@ -175,11 +176,8 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     tell("collect")
     if not entry.config.true_sequential:
         return _solve(entry, block, local, runner.collect(index, set(local)), tell)
-    groups = runner.groups(index, set(local))
-    unused = local.keys() - {name for group in groups for name in group}
-    for names in [*groups, sorted(unused)]:
-        if names:
-            _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
+    for names in runner.groups(index, set(local)):
+        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 
@@ -187,6 +185,8 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        if linear.hessian is not None:
+            linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = linear.drift = None

@@ -17,12 +17,13 @@ from torch import Tensor
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
-from . import card
 from .errors import StorageError, UsageError
+from .formats import layer as packed
 from .formats import shards
-from .formats.storage import format_of
 from .passes import Linear
 from .plan import Plan
+from .report import card
+from .scheme import PruneArgs
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
 Figures = dict[str, float | int | str]
@@ -47,7 +48,11 @@ class Workspace:
         `StorageError` where the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
-        workspace._prepare(overwrite)
+        try:
+            workspace._prepare(overwrite)
+        except StorageError as error:
+            workspace._leave(error)
+            raise
         return workspace
 
     @property
@@ -69,7 +74,7 @@ class Workspace:
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             assert linear.result is not None
-            tensors |= format_of(linear.result.args).pack(linear.name, linear.result)
+            tensors |= packed.pack(linear.name, linear.result)
         prefix = f"{self.plan.prefix}.{index}."
         tensors |= {o: self.source.read(stored) for o, stored in self.plan.copied.items() if o.startswith(prefix)}
         figures = [_figures(linear) for linear in linears]
@@ -82,8 +87,7 @@ class Workspace:
         """The dequantized weights `[out, in]` of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
-        args = self.plan.quantized
-        return {name: format_of(args[name]).unpack(name, tensors, args[name]).dequantize() for name in names}
+        return {name: packed.unpack(name, tensors, self.plan.quantized[name]).dequantize() for name in names}
 
     def finish(self) -> list[Figures]:
         """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
@@ -103,9 +107,8 @@ class Workspace:
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        used = format_of(next(iter(self.plan.quantized.values())))
-        quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
-        config = self.source.config | {"quantization_config": quantization}
+        quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
@@ -131,19 +134,21 @@ class Workspace:
     def _prepare(self, overwrite: bool) -> None:
         manifest = json.dumps(self._provenance(), indent=2, sort_keys=True)
         found = self.path / MANIFEST
-        if found.exists() and found.read_text() != manifest:
-            if not overwrite:
-                raise UsageError(
-                    f"{self.path} holds an unfinished run with other settings",
-                    "repeat those, or discard it: --overwrite",
-                )
-            shutil.rmtree(self.path)
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", manifest) and not overwrite:
+            raise UsageError(
+                f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
         with shards.storage_errors(self.path):
             self._check_space()
+            if known != manifest:  # parts without their manifest are of an unknown run
+                shutil.rmtree(self.path, ignore_errors=True)
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
-            found.write_text(manifest)
+            half = self.path / f"{MANIFEST}.partial"
+            half.write_text(manifest)
+            half.replace(found)
 
     def _check_space(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -161,6 +166,10 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep the workspace where the same command can go on from it, else remove it."""
         resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
         if error is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -177,9 +186,13 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    assert linear.result is not None
-    args = linear.result.args
-    return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
+    args = linear.args
+    stored: Figures = (
+        {"storage": args.storage}
+        if isinstance(args, PruneArgs)
+        else {"bits": args.bits, "group_size": args.group_size or -1}
+    )
+    return {"name": linear.name, **stored, **linear.figures}
 
 
 def _replace(complete: Path, out: Path) -> None:

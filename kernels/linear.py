@@ -1,12 +1,11 @@
-"""The modules that take a linear layer's place: the weight stays packed in memory."""
+"""The module that takes a linear layer's place: its weight stays packed in memory."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..compress.formats import spqr
+from ..compress.formats import sparse, spqr
 from ..compress.formats.bitstream import pack_rows, unpack_rows
-from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor, SpQRTensor
+from ..compress.scheme import PruneArgs, QuantArgs
+from ..compress.tensor import CompressedTensor, PrunedTensor, SpQRTensor
 from .reference import packed_linear
 
 
@@ -54,6 +53,33 @@ class PackedLinear(nn.Module):
         return self
 
 
+class SparseLinear(nn.Module):
+    """`y = x W^T + bias` with a pruned `W`, kept in memory as it is on disk and unfolded for every product.
+
+    Buffers are the tensors of `formats/sparse.py` by their last names, without the shape.
+    """
+
+    def __init__(self, tensor: PrunedTensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = tensor.shape
+        self.args: PruneArgs = tensor.args
+        for name, part in sparse.pack("", tensor).items():
+            self.register_buffer(name.removeprefix("."), part, persistent=False)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def compressed(self) -> PrunedTensor:
+        """What the module serves."""
+        return sparse.unpack("", {f".{name}": part for name, part in self.named_buffers()}, self.args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.compressed.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.args.storage}"
+
+
 class SpQRLinear(nn.Module):
     """`y = x W^T + bias` with `W` in SpQR's tiles and compressed rows, as in the checkpoint (formats/spqr.py)."""
 
@@ -74,7 +100,7 @@ class SpQRLinear(nn.Module):
         return spqr.unpack("layer", parts, self.args)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.compressed.dequantize().to(x.dtype), self.bias)
+        return nn.functional.linear(x, self.compressed.dequantize().to(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
         args = self.args
@@ -89,9 +115,9 @@ class SpQRLinear(nn.Module):
         return self
 
 
-def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor | SpQRTensor) -> None:
-    """Put the packed module of `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
+def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor | PrunedTensor | SpQRTensor) -> None:
+    """Put a module that serves `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    packed = PackedLinear(tensor, bias) if isinstance(tensor, CompressedTensor) else SpQRLinear(tensor, bias)
-    setattr(model.get_submodule(parent), leaf, packed)
+    kind = {PrunedTensor: SparseLinear, SpQRTensor: SpQRLinear, CompressedTensor: PackedLinear}[type(tensor)]
+    setattr(model.get_submodule(parent), leaf, kind(tensor, bias))  # type: ignore[arg-type]

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
-from ..compress.scheme import QuantArgs, Scheme
+from ..compress.scheme import Pruning, Scheme, WeightArgs
 
 
 class Calibration(BaseModel):
@@ -40,7 +40,7 @@ class PassSpec(BaseModel):
     def _resolve(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or "config" in value:
             return value
-        if "method" not in value:
+        if not isinstance(value.get("method"), str):
             raise UsageError("a pass of the recipe names no method", "write `method: gptq` or another one")
         options = {name: option for name, option in value.items() if name != "method"}
         return {"method": value["method"], "config": configure(value["method"], options)}
@@ -69,13 +69,13 @@ class Recipe(BaseModel):
     seed: int = 0
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> Scheme | Pruning:
         """The scheme that the last pass leaves behind."""
         config: PassConfig = self.passes[-1].config
         return config.scheme
 
-    def weights(self, layer: str) -> QuantArgs | None:
-        """How the layer's weight is to be quantized before it is fitted to its width; None where it is kept dense."""
+    def weights(self, layer: str) -> WeightArgs | None:
+        """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""
         if any(fnmatch(layer, pattern) for pattern in self.keep):
             return None
         args = self.scheme.weights
@@ -121,7 +121,11 @@ def read(name: str | Path) -> Recipe:
     """The recipe in a YAML file, or the shipped one of that name. Raises `UsageError`."""
     file = Path(name)
     if file.is_file():
-        return parse(file.read_text(encoding="utf-8"), str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8", "a recipe is a YAML file; see: compress recipes list") from error
+        return parse(text, str(file))
     if str(name) in shipped():
         return parse(shipped()[str(name)], f"recipe {name}")
     raise UsageError(f"{name}: no such recipe", _suggest(str(name), list(shipped())))
@@ -139,11 +143,14 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _replaced(args: QuantArgs, changes: Mapping[str, Any], pattern: str) -> QuantArgs:
-    unknown = changes.keys() - QuantArgs.__dataclass_fields__.keys()
+def _replaced(args: WeightArgs, changes: Mapping[str, Any], pattern: str) -> WeightArgs:
+    unknown = changes.keys() - type(args).__dataclass_fields__.keys()
     if unknown:
         raise UsageError(f"override {pattern!r} sets {', '.join(sorted(unknown))}, which weights do not have")
-    return replace(args, **changes)
+    try:
+        return replace(args, **changes)
+    except ValidationError as error:
+        raise _as_usage_error(error, f"override {pattern!r}") from error
 
 
 def _suggest(name: str, known: list[str]) -> str:

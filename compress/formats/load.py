@@ -1,5 +1,6 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -7,15 +8,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.skeleton import Names, build, materialise
+from ...calibrate.discovery import find_linears, weight_of
+from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs
-from . import pack_quantized, spqr
-from .storage import format_of
+from ..scheme import WeightArgs
+from . import layer, sparse, spqr
+from . import pack_quantized as packed
 
-MARKERS = (".weight_packed", ".weight_tiles")  # every packed layer has one of these
+SUFFIX = ".weight_packed"
+UNRELATED = "the checkpoint and its config do not belong together"
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -24,6 +27,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Raises `UsageError` for what is no model directory or holds a format that lmpress does not read, `CompressError` where
     a tensor is missing, damaged or of another shape than the config says.
     """
+    device_of(device)
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
@@ -47,25 +51,44 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
-    layers = [name.rpartition(".")[0] for name in source.tensors if name.endswith(MARKERS)]
-    try:
-        arguments = _arguments(source, layers)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = source.config["quantization_config"].get("quant_method", "unknown")
-        raise UsageError(f"{source.path} is quantized in a way that lmpress does not read ({kind}: {error})") from error
-    for name, args in arguments.items():
-        stored = format_of(args)
-        parts = [f"{name}.{s}" for s in stored.SUFFIXES if f"{name}.{s}" in source.tensors]
-        replace_linear(model, name, stored.unpack(name, {p: source.read(p, check=True) for p in parts}, args))
+    for name, args in _arguments(source).items():
+        replace_linear(model, name, _read_layer(model, name, args, source))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
-    """The arguments of every packed layer by the checkpoint's config."""
+def _arguments(source: Source) -> Mapping[str, WeightArgs]:
+    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
+    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
+    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
     config = source.config["quantization_config"]
-    if config.get("format") == spqr.NAME:
-        return spqr.read_config(config, layers)
-    scales = {name: source.tensors[f"{name}.weight_scale"].spec.torch_dtype for name in layers}
-    return pack_quantized.read_config(config, layers, scales)
+    try:
+        for own in (sparse, spqr):
+            if own.wrote(config):
+                return own.read_config(config)
+        return packed.read_config(config, layers, scales)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source.path} is quantized in a way that lmpress does not read ({error})",
+            "load it with the tool that made it, or start from the original model",
+        ) from error
+
+
+def _read_layer(model: PreTrainedModel, name: str, args: WeightArgs, source: Source) -> layer.Compressed:
+    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
+    linear = find_linears(model).get(name)
+    if linear is None:
+        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
+    shape = weight_of(linear).shape
+    specs = layer.spec(name, args, *shape)
+    for tensor, expected in specs.items():
+        if tensor not in source.tensors:
+            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
+        found = source.tensors[tensor].spec
+        if found != expected:
+            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
+    weight = layer.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    if weight.shape != shape:
+        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
+    return weight

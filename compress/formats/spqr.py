@@ -111,11 +111,16 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
     return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "layers": layers}
 
 
-def read_config(config: Mapping[str, Any], layers: Iterable[str]) -> dict[str, QuantArgs]:
-    """The arguments of every layer in `layers`, by the `quantization_config` of a checkpoint."""
+def wrote(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` speaks of this format."""
+    return config.get("quant_method") == "lmpress" and config.get("format") == NAME
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, QuantArgs]:
+    """The arguments of every layer, by the `quantization_config` of a checkpoint."""
     return {
-        name: QuantArgs(symmetric=False, formula="spqr", scale_dtype="bilevel", **config["layers"][name])
-        for name in layers
+        name: QuantArgs(symmetric=False, formula="spqr", scale_dtype="bilevel", **args)
+        for name, args in config["layers"].items()
     }
 
 

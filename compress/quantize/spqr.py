@@ -72,7 +72,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 def apply(config: SpQR, block: Block) -> None:
     """Quantize every linear of the block."""
     for linear in block.linears:
-        assert linear.hessian is not None
+        assert linear.hessian is not None and isinstance(linear.args, QuantArgs)
         prepared = prepare(linear.hessian.matrix(), linear.args, GPTQ(damping=config.damping))
         target = linear.weight
         if config.drift and linear.drift is not None:

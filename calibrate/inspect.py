@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.discovery import find_blocks, find_linears, weight_of
-from ..calibrate.rows import context_length, has_tokenizer
-from ..calibrate.skeleton import Names, build
-from ..calibrate.source import Source, open_source
+from .discovery import find_blocks, find_linears, weight_of
+from .rows import context_length, has_tokenizer
+from .skeleton import Names, build
+from .source import Source, open_source
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,9 @@ def _stored(source: Source, names: Names, layer: str) -> str:
         return source.tensors[dense].spec.dtype
     if f"{layer}.weight_tiles" in source.tensors:
         return "SpQR tiles"
+    places, bitmask = (source.tensors.get(f"{layer}.weight_{part}") for part in ("places", "bitmask"))
+    if places is not None or bitmask is not None:
+        return "2:4" if places is not None else "bitmask"
     packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
     if packed is None or shape is None:
         return "missing"

@@ -12,6 +12,8 @@ from .pipeline import RunReport
 from .report.progress import Observer, silent
 from .scheme import PruneArgs, WeightArgs, group_strategy
 
+GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
+
 
 def quantize(
     model: str | Path,
@@ -130,7 +132,7 @@ def quantization_recipe(
     preset = dict(passes.method(method).preset(quality))
     own_size = preset.pop("group_size", 128)
     strategy, size = group_strategy(own_size if group_size is None else group_size)
-    grid, rest = _split({**preset, **(options or {})}, ("observer", "formula", "scale_dtype", "symmetric", "outliers"))
+    grid, rest = _split({**preset, **(options or {})}, GRID_OPTIONS)
     weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
     return schema.build(
         {

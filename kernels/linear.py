@@ -1,4 +1,4 @@
-"""The modules that take a linear layer's place: the weight stays packed in memory."""
+"""The module that takes a linear layer's place: its weight stays packed in memory."""
 
 from torch import Tensor, nn
 

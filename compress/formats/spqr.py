@@ -113,7 +113,7 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
 
 def wrote(config: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` speaks of this layout."""
-    return config.get("format") == NAME
+    return config.get("quant_method") == "lmpress" and config.get("format") == NAME
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:

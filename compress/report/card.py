@@ -97,6 +97,8 @@ def _tags(plan: Plan) -> str:
 
 
 def _format(plan: Plan) -> str:
+    if _two_level(plan):
+        return "SpQR tiles of lmpress"
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"

@@ -207,11 +207,10 @@ typedef struct {
     int rows;
 } RowBlock;
 
-/* Rows are cut into blocks of `most`, then of falling powers of two. */
+/* Rows are cut into blocks of 8, 4 and 1, but of no more than `most`: the sizes that the kernels are compiled for. */
 static RowBlock next_block(const Product *p, RowBlock after) {
-    RowBlock block = {after.start + after.rows, p->most};
-    while (block.start + block.rows > p->m && block.rows > 1) block.rows /= 2;
-    return block;
+    int64_t start = after.start + after.rows, left = smaller(p->m - start, p->most);
+    return (RowBlock){start, left >= 8 ? 8 : left >= 4 ? 4 : 1};
 }
 
 INLINE uint32_t bits_of(float value) {
@@ -225,6 +224,9 @@ INLINE float float_of(uint32_t bits) {
     return value;
 }
 
+/* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
+INLINE void keep_in_memory(void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
+
 /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits of the mantissa. */
 INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.0f) - 0x4B400000u); }
 
@@ -236,14 +238,14 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 
 #define SUFFIX portable
 #define LANES 4
-#define TILE 4
+#define TILE 1
 #define TARGET
 #include "lmpress_cpu.c"
 
 #if defined(__x86_64__)
 #define SUFFIX avx2
 #define LANES 8
-#define TILE 4
+#define TILE 8
 #define TARGET __attribute__((target("avx2,fma")))
 #include "lmpress_cpu.c"
 
@@ -294,11 +296,11 @@ typedef struct {
 static const InstructionSet SETS[] = {
 #if defined(__x86_64__)
     {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512},
-    {"avx2", 8, 4, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2},
+    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2},
 #elif defined(__aarch64__)
     {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon},
 #endif
-    {"portable", 4, 4, always, arrange_portable, multiply_portable, dequantize_portable},
+    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable},
 };
 
 enum { SET_COUNT = sizeof SETS / sizeof *SETS };
@@ -532,7 +534,7 @@ TARGET INLINE void ISA(dot_blocks)(Ints *sums, const uint8_t *codes, const int32
 #pragma GCC unroll 8
     for (int r = 0; r < rows; r++) {
         sums[r] += ISA(widen)(low[r]);
-        if (bits == 8 && !ISA(WHOLE_BYTES)) sums[r] += ISA(widen)(high[r]) << 4;
+        if (bits == 8 && !ISA(WHOLE_BYTES)) sums[r] += ISA(widen)(high[r]) * 16;
     }
 }
 
@@ -559,6 +561,7 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
                 value -= ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES) * (float)p->code_sums[at];
             y[r] += value * (scale * p->scales[at]);
         }
+        keep_in_memory(y);
     }
 }
 
@@ -650,6 +653,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
             if (rows == 1) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) y[r] += scale * sums[r];
+            keep_in_memory(y);
         }
         if (w->offsets) {
             Floats shift = scale * ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES);
@@ -710,19 +714,12 @@ TARGET INLINE void ISA(panel_of_rows)(const Product *p, int64_t panel, int64_t s
 }
 
 TARGET INLINE void ISA(panel_of_bits)(const Product *p, int64_t panel, RowBlock block, int bits) {
-    switch (block.rows) {
-    case 1:
+    if (TILE == 1 || block.rows == 1)
         ISA(panel_of_rows)(p, panel, block.start, bits, 1);
-        break;
-    case 2:
-        ISA(panel_of_rows)(p, panel, block.start, bits, 2);
-        break;
-    case 4:
+    else if (block.rows == 4)
         ISA(panel_of_rows)(p, panel, block.start, bits, 4);
-        break;
-    default:
-        ISA(panel_of_rows)(p, panel, block.start, bits, TILE);
-    }
+    else
+        ISA(panel_of_rows)(p, panel, block.start, bits, 8);
 }
 
 TARGET static void ISA(multiply)(const Product *p, int64_t panel, RowBlock block) {
@@ -750,17 +747,11 @@ TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64
         if (w->offsets) offset = ISA(load_floats)(w->offsets + (panel * groups + g) * LANES);
         int64_t left = smaller(w->group, w->columns - g * w->group);
         for (; left > 0; left -= block_columns(bits), codes += block_vectors(bits) * 4 * LANES)
-#pragma GCC unroll 8
-            for (int q = 0; q < block_columns(bits) / 4; q++)
-#pragma GCC unroll 4
-                for (int j = 0; j < 4; j++) {
-                    if (4 * q + j >= left) continue;
-                    Floats value = bits < 8 ? ISA(decode)(codes, q, j, bits, 1, table, 0)
-                                            : ISA(decode)(codes, q, j, bits, 0, table, (float)w->center);
-                    value = (value - offset) * scale;
-                    memcpy(out, &value, bytes);
-                    out += stride;
-                }
+            for (int k = 0; k < smaller(left, block_columns(bits)); k++, out += stride) {
+                Floats value = ISA(decode)(codes, k / 4, k % 4, bits, bits < 8, table, (float)w->center);
+                value = (value - offset) * scale;
+                memcpy(out, &value, bytes);
+            }
     }
 }
 

@@ -7,6 +7,7 @@ each block with exactly those arguments, gathers statistics of the linears' inpu
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ class Runner:
                 loaded.append(module)
 
         modules = list(outside(self.model, self.blocks))
-        hooks = [m.register_forward_pre_hook(lambda mod, args, name=name: load(mod, args, name)) for name, m in modules]
+        hooks = [module.register_forward_pre_hook(partial(load, name=name)) for name, module in modules]
         for _, module in modules:
             for leaf, buffer in module._buffers.items():
                 module._buffers[leaf] = None if buffer is None else buffer.to(self.device)

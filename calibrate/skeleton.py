@@ -31,8 +31,7 @@ def _config(path: Path) -> PreTrainedConfig:
     except ValueError as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{path / 'config.json'} describes no model that transformers can build: {reason}") from error
-    if hasattr(config, "quantization_config"):  # our packed modules replace transformers' own loading
-        del config.quantization_config
+    vars(config).pop("quantization_config", None)  # our packed modules replace transformers' own loading
     return config
 
 

@@ -31,7 +31,7 @@ class ActivationStore:
             return
         path = self._scratch / f"activations-{index:05d}.bin"
         with path.open("wb") as file:
-            file.write(memoryview(tensor.flatten().view(torch.uint8).numpy()))
+            file.write(tensor.flatten().view(torch.uint8).numpy().data)
         self._files[index] = (path, tensor.shape, tensor.dtype)
 
     def __getitem__(self, index: int) -> Tensor:
@@ -40,5 +40,5 @@ class ActivationStore:
         path, shape, dtype = self._files[index]
         buffer = torch.empty(shape, dtype=dtype)
         with path.open("rb") as file:
-            file.readinto(memoryview(buffer.flatten().view(torch.uint8).numpy()))
+            file.readinto(buffer.flatten().view(torch.uint8).numpy().data)
         return buffer

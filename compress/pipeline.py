@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -23,7 +24,8 @@ from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
 from .plan import Plan, make_plan
 from .progress import Event, Observer, silent
-from .workspace import Workspace
+from .verdict import Verdict, judge
+from .workspace import Workspace, check_target
 
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
@@ -40,6 +42,25 @@ class RunReport:
     bits_per_weight: float
     seconds: float
     peak_bytes: int
+
+    @property
+    def verdict(self) -> Verdict:
+        """Whether the result can be trusted."""
+        return judge(self.layers)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "out": str(self.out),
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight,
+            "seconds": self.seconds,
+            "peak_bytes": self.peak_bytes,
+            "verdict": self.verdict.word,
+            "notes": self.plan.notes,
+            "layers": self.layers,
+        }
 
 
 def plan(model: str | Path, recipe: Recipe) -> Plan:
@@ -65,6 +86,7 @@ def run(
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
+    check_target(out, overwrite)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:

@@ -43,10 +43,9 @@ class Workspace:
     def open(cls, out: Path, source: Source, plan: Plan, recipe: Recipe, rows: Rows | None, overwrite: bool) -> Self:
         """Prepare the workspace of `out`, taking up an unfinished run of the same request.
 
-        Raises `UsageError` where `out` exists and may not be replaced or an unfinished run of another request lies there,
+        Raises `UsageError` where an unfinished run of another request lies there,
         `StorageError` where the directory cannot be written or is too small.
         """
-        check_target(out, overwrite)
         workspace = cls(out, source, plan, recipe, rows)
         workspace._prepare(overwrite)
         return workspace

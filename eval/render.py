@@ -1,10 +1,12 @@
-"""Evaluations as a table for people."""
+"""Evaluations and inspections as tables for people."""
 
 from collections.abc import Mapping
 
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from ..compress.inspect import Inspection
 from .perplexity import Evaluation
 
 ABSENT = "-"
@@ -38,3 +40,31 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
     if value is None:
         return ABSENT
     return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.removeprefix('+')}}"
+
+
+def inspection(found: Inspection) -> Group:
+    """What `compress inspect` shows."""
+    facts = Table.grid(padding=(0, 2))
+    context = "no limit" if found.context is None else f"{found.context:,} tokens"
+    tied = "tied to the head" if found.tied_embeddings else "not tied"
+    for name, value in (
+        ("model", found.path),
+        ("architecture", found.architecture),
+        ("parameters", f"{found.parameters:,}"),
+        ("weight files", f"{found.files}, {found.nbytes:,} bytes"),
+        (
+            "dtypes",
+            ", ".join(f"{dtype} {share / sum(found.dtypes.values()):.1%}" for dtype, share in found.dtypes.items()),
+        ),
+        ("blocks", f"{found.block_count} in {found.blocks}"),
+        ("context", context),
+        ("vocabulary", f"{found.vocabulary:,}, embeddings {tied}"),
+        ("tokenizer", "yes" if found.tokenizer else "none in the directory"),
+        ("quantization", found.quantization or "none"),
+    ):
+        facts.add_row(name, Text(value))
+    layers = Table("linear layer", "module", "out x in", "count", "stored as")
+    for kind in found.linears:
+        rows, columns = kind.shape
+        layers.add_row(Text(kind.name), kind.module, f"{rows} x {columns}", str(kind.count), Text(kind.stored))
+    return Group(facts, layers)

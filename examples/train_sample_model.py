@@ -13,10 +13,9 @@ with `--resume`; a smaller `--minutes` then makes it decay, finish and export ea
 import argparse
 import json
 import math
-import random
 import sysconfig
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,76 +29,20 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lmpress.calibrate.corpus import documents
+from ngrams import VOCABULARY, KneserNey, unigram_losses
+from python_text import extra_documents, is_unlike, long_lines
 
-VOCABULARY = 4096
+MODEL_CARD = Path(__file__).with_name("sample_model_card.md")
+
 CONTEXT = 512
 BOS, EOS = "<s>", "</s>"
 BOS_ID, EOS_ID = 0, 1
-
-# Packages with a permissive licence whose source is added to the standard library's; see the model card.
-EXTRA_PACKAGES = ("datasets", "networkx", "pip", "transformers")
-LONG_LINE = 40
-MAX_SHARED_LINES = 0.2
 
 MUON_LR, ADAMW_LR = 0.02, 0.003
 WARMUP, DECAY = 0.02, 0.3  # fractions of the budget
 CLIP_NORM = 1.0
 EVAL_ROWS = 32
 NGRAM_ORDER = 5
-
-
-# --- text -------------------------------------------------------------------------------------------------------------
-
-
-def extra_documents(characters: int, seed: int) -> list[str]:
-    """About `characters` of other Python source: the standard library's tests and `EXTRA_PACKAGES`, in equal parts.
-
-    Files that repeat much of a held-out or calibration file (backports, vendored copies) are left out.
-    """
-    reserved = long_lines(documents("heldout") + documents("calibration"))
-    sources = [stdlib_test_files(), *(package_files(name) for name in EXTRA_PACKAGES)]
-    chosen: list[str] = []
-    for paths in sources:
-        random.Random(seed).shuffle(paths)
-        texts = (text for text in map(read, paths) if long_lines([text]) and is_unlike(text, reserved))
-        chosen += take(texts, characters // len(sources))
-    return chosen
-
-
-def stdlib_test_files() -> list[Path]:
-    root = Path(sysconfig.get_path("stdlib"))
-    return sorted((root / "test").rglob("*.py"))
-
-
-def package_files(name: str) -> list[Path]:
-    """Source files of an installed package, without what it bundles of others; empty where it is not installed."""
-    root = Path(sysconfig.get_path("purelib")) / name
-    return sorted(p for p in root.rglob("*.py") if "_vendor" not in p.parts)
-
-
-def read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="ignore")
-
-
-def long_lines(texts: Iterable[str]) -> set[str]:
-    lines = (line.strip() for text in texts for line in text.splitlines())
-    return {line for line in lines if len(line) >= LONG_LINE}
-
-
-def is_unlike(text: str, reserved: set[str]) -> bool:
-    """Whether at most `MAX_SHARED_LINES` of the text's long lines are in `reserved`."""
-    lines = long_lines([text])
-    return len(lines & reserved) <= MAX_SHARED_LINES * len(lines)
-
-
-def take(texts: Iterable[str], characters: int) -> Iterator[str]:
-    """The first of `texts`, until they hold `characters` characters."""
-    taken = 0
-    for text in texts:
-        if taken >= characters:
-            return
-        taken += len(text)
-        yield text
 
 
 # --- tokens -----------------------------------------------------------------------------------------------------------
@@ -312,72 +255,6 @@ def record(run: Run, loss: float, heldout_loss: float, factor: float, args: argp
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def gram_keys(tokens: np.ndarray, order: int) -> np.ndarray:
-    """One integer for every run of `order` tokens, the last token in its lowest digit (base `VOCABULARY`)."""
-    keys = np.zeros(len(tokens) - order + 1, dtype=np.int64)
-    for place in range(order):
-        keys = keys * VOCABULARY + tokens[place : place + len(keys)]
-    return keys
-
-
-def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where `wanted` stand in `sorted_keys`, and whether they are there at all."""
-    places = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
-    return places, sorted_keys[places] == wanted
-
-
-class Level:
-    """One order of a Kneser-Ney model, with the three discounts of Chen and Goodman (1999)."""
-
-    def __init__(self, grams: np.ndarray, counts: np.ndarray) -> None:
-        self.grams = grams
-        kinds = np.minimum(counts, 3)
-        discounts = self._discounts(counts)[kinds]
-        self.contexts, inverse = np.unique(grams // VOCABULARY, return_inverse=True)
-        self.totals = np.bincount(inverse, weights=counts)
-        self.shares = (counts - discounts) / self.totals[inverse]
-        self.backoff = np.bincount(inverse, weights=discounts) / self.totals
-
-    @staticmethod
-    def _discounts(counts: np.ndarray) -> np.ndarray:
-        """Amounts taken from counts of 0, 1, 2, and 3 or more."""
-        seen = np.maximum(np.bincount(np.minimum(counts, 5), minlength=6), 1)
-        y = seen[1] / (seen[1] + 2 * seen[2])
-        amounts = [0.0] + [k - (k + 1) * y * seen[k + 1] / seen[k] for k in (1, 2, 3)]
-        return np.clip(amounts, 0.0, [0.0, 1.0, 2.0, 3.0])
-
-    def refine(self, keys: np.ndarray, lower: np.ndarray) -> np.ndarray:
-        """Probabilities of the last tokens of `keys`, given those of the next lower order."""
-        gram, known_gram = find(self.grams, keys)
-        context, known_context = find(self.contexts, keys // VOCABULARY)
-        share = np.where(known_gram, self.shares[gram], 0.0)
-        return np.where(known_context, share + self.backoff[context] * lower, lower)
-
-
-class KneserNey:
-    """Interpolated modified Kneser-Ney n-gram model; exact counts, because five 12-bit tokens fit one integer."""
-
-    def __init__(self, tokens: np.ndarray, order: int) -> None:
-        grams, counts = np.unique(gram_keys(tokens, order), return_counts=True)
-        self.levels = [Level(grams, counts)]
-        for lower in range(order - 1, 0, -1):  # count in how many contexts an n-gram continues, not how often
-            grams, counts = np.unique(grams % VOCABULARY**lower, return_counts=True)
-            self.levels.insert(0, Level(grams, counts))
-
-    def losses(self, tokens: np.ndarray) -> np.ndarray:
-        """Negative log-likelihood of every token given those before it."""
-        probabilities = np.full(len(tokens), 1 / VOCABULARY)
-        for order, level in enumerate(self.levels, start=1):
-            probabilities[order - 1 :] = level.refine(gram_keys(tokens, order), probabilities[order - 1 :])
-        return -np.log(probabilities)
-
-
-def unigram_losses(training: np.ndarray, tokens: np.ndarray) -> np.ndarray:
-    """Negative log-likelihood of every token under the frequencies in `training`, with one added to every count."""
-    counts = np.bincount(training, minlength=VOCABULARY) + 1
-    return -np.log(counts / counts.sum())[tokens]
-
-
 def judge(model: LlamaForCausalLM, data: Data) -> dict[str, float]:
     """Held-out perplexity of the model and of the n-gram models, all on the same tokens.
 
@@ -428,67 +305,10 @@ def plot(log: list[dict[str, float]], result: dict[str, Any], path: Path) -> Non
     figure.savefig(path, dpi=110)
 
 
-MODEL_CARD = """\
----
-language: code
-library_name: transformers
-pipeline_tag: text-generation
----
-
-# lmpress sample model
-
-A Llama of {parameters:,} parameters that continues Python source. It is here so that lmpress can be tried and tested
-without a download; it is no use as a coding assistant.
-
-| | |
-|---|---|
-| architecture | `LlamaForCausalLM`: 8 layers, hidden 256, 4 heads and 2 key/value heads of 64, tied embeddings |
-| tokenizer | byte-level BPE, 4,096 tokens, BOS before every text |
-| context | 512 tokens |
-| weights | bfloat16 |
-| training | {tokens_trained:,} tokens of a text of {training_tokens:,}; {minutes:.0f} minutes on {threads} CPU cores |
-
-## Held-out perplexity
-
-On the {heldout_tokens:,} tokens of the built-in corpus `python-stdlib`'s held-out files, in rows of 512 tokens. The
-n-gram models have the same training tokens.
-
-The splits are made by file, so some held-out files have near copies in training, above all the generated tables of
-`encodings/`, and they are very easy for every model. The last column leaves out files that share more than a fifth of
-their long lines with the training text; {heldout_tokens_distinct:,} tokens remain.
-
-| model | perplexity, all | perplexity, without near copies |
-|---|---|---|
-| this model, as stored | **{model_perplexity:.2f}** | **{model_perplexity_distinct:.2f}** |
-| 5-gram, modified Kneser-Ney | {fivegram_perplexity:.2f} | {fivegram_perplexity_distinct:.2f} |
-| the same, standard library only | {fivegram_stdlib_perplexity:.2f} | {fivegram_stdlib_perplexity_distinct:.2f} |
-| unigram | {unigram_perplexity:.2f} | {unigram_perplexity_distinct:.2f} |
-
-![losses during training](training.png)
-
-`training_log.jsonl` has the figures. `examples/train_sample_model.py` makes this folder again; the text depends on the
-Python version and on the packages installed, so another run gives a similar model and not the same one.
-
-## Training text and licences
-
-{stdlib_share:.0%} of the training tokens are Python {python}'s standard library, the rest its test suite and source of
-installed packages:
-
-| source | licence |
-|---|---|
-| Python standard library and its tests | PSF-2.0 |
-| datasets, transformers | Apache-2.0 |
-| networkx | BSD-3-Clause |
-| pip (without the packages it bundles) | MIT |
-
-The model may repeat pieces of these texts; their licences apply to such pieces.
-"""
-
-
 def write_results(run: Run, result: dict[str, Any], out: Path) -> None:
     lines = [*run.log, result]
     (out / "training_log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (out / "README.md").write_text(MODEL_CARD.format(**result))
+    (out / "README.md").write_text(MODEL_CARD.read_text().format(**result))
     plot(run.log, result, out / "training.png")
 
 

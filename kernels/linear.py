@@ -26,6 +26,7 @@ class PackedLinear(nn.Module):
         self.register_buffer("packed", pack_rows(tensor.codes, tensor.args.bits), persistent=False)
         self.register_buffer("scale", tensor.scale, persistent=False)
         self.register_buffer("zero", tensor.zero, persistent=False)
+        self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     @property

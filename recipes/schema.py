@@ -92,9 +92,10 @@ def configure(name: str, options: Mapping[str, Any]) -> PassConfig:
         if option not in known.options():
             raise UsageError(f"{name} has no option {option!r}", _suggest(option, known.options()))
     try:
-        return TypeAdapter(known.config).validate_python(dict(options))
+        config: PassConfig = TypeAdapter[Any](known.config).validate_python(dict(options))
     except ValidationError as error:
         raise _as_usage_error(error, name) from error
+    return config
 
 
 def parse(text: str, where: str) -> Recipe:

@@ -1,6 +1,7 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -23,22 +24,23 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     """
     source = open_source(path)
     if "quantization_config" not in source.config:
-        return _load_dense(source, dtype).to(device)
+        return _load_dense(source, device, dtype)
     return _load_packed(source, device, dtype)
 
 
-def _load_dense(source: Source, dtype: torch.dtype) -> PreTrainedModel:
+def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source.path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
         )
     except (ValueError, OSError, RuntimeError) as error:
         raise CompressError(f"{source.path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
     wrong = [*sorted(info["missing_keys"]), *(str(key) for key in info["mismatched_keys"])]
     if wrong:
         raise CompressError(f"{source.path} lacks or mismatches {', '.join(wrong[:3])}", "the checkpoint is incomplete")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -78,7 +78,7 @@ class StoredTensor:
         buffer = torch.empty(self.spec.nbytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.start)
-            if self.spec.nbytes and file.readinto(memoryview(buffer.numpy())) != self.spec.nbytes:
+            if self.spec.nbytes and file.readinto(buffer.numpy().data) != self.spec.nbytes:
                 raise _truncated(self.file)
         return buffer.view(self.spec.torch_dtype).reshape(self.spec.shape)
 
@@ -126,7 +126,7 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with storage_errors(file), _appearing(file) as stream:
         stream.write(_header(specs))
         for name in _order(specs):
-            stream.write(memoryview(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+            stream.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def assemble(parts: Iterable[Path], folder: Path) -> None:

@@ -1,0 +1,45 @@
+# Everything runs in .venv, which is made on first use and again when the project file changes.
+# It needs Python 3.11 or later and a package index, nothing else.
+
+PYTHON ?= python3
+WORKERS ?= 2
+
+BIN := .venv/bin
+INSTALLED := .venv/installed
+
+# Nothing is fetched behind the back: pyright would ask for newer versions of itself.
+export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint bench clean
+
+# Compress the sample model four ways and compare the results.
+demo: $(INSTALLED)
+	$(BIN)/python examples/demo.py
+
+# One thread of torch per worker: more of them would fight for the same cores.
+test: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+# The solver against the textbook on a 4096 x 4096 layer; takes minutes.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/solver.py
+
+clean:
+	rm -rf .venv .ruff_cache build dist *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# torch comes first and pinned, so that no other package's wish for it can bring in another build.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "lmpress needs Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv .venv || \
+		{ echo "python3 cannot make a virtual environment: on Debian or Ubuntu, apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	@touch $@

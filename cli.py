@@ -1,0 +1,332 @@
+"""The command `compress`: parse, call the API, render. Data go to stdout, everything else to stderr."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from .compress.errors import CompressError, UsageError
+
+if TYPE_CHECKING:
+    from .compress.pipeline import RunReport
+    from .recipes.schema import Recipe
+
+INTERRUPTED, BROKEN = 130, 3
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Make a language model smaller and faster, and know what it cost.",
+)
+recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lmpress.")
+app.add_typer(recipes_app, name="recipes")
+
+Model = Annotated[
+    str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a hub model.")
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", "-o", help="Directory to write. Default: beside the model.", show_default=False)
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
+]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
+Eval = Annotated[
+    str | None,
+    typer.Option("--eval", help="Evaluate the result against the original on this data.", show_default=False),
+]
+Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default=False)]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where a command's words and its data go."""
+
+    console: Console
+    json: str | None
+    data: Console = field(default_factory=lambda: Console(soft_wrap=True))
+
+    def result(self, content: dict[str, Any], shown: object = None) -> None:
+        """Print `shown`, and write `content` where JSON was asked for."""
+        if shown is not None and self.json != "-" and not self.console.quiet:
+            self.data.print(shown)
+        if self.json is None:
+            return
+        text = json.dumps(content, indent=2)
+        if self.json == "-":
+            print(text)
+        else:
+            from .compress.formats.shards import storage_errors
+
+            with storage_errors(Path(self.json)):
+                Path(self.json).write_text(text + "\n", encoding="utf-8")
+
+
+@app.command()
+def quantize(
+    model: Model,
+    out: Out = None,
+    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn.")] = "gptq",
+    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 4,
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: one scale an output row.")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for every group too.")] = False,
+    calib: Annotated[
+        str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
+    ] = "python-stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
+    keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set observer=mse")
+    ] = [],  # noqa: B006
+    recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
+    evaluate_on: Eval = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Quantize the weights of MODEL and write a packed checkpoint.
+
+    compress quantize --method gptq --bits 4 MODEL
+    """
+    with _session(json_file, quiet, debug, threads) as output:
+        from .compress.api import quantization_recipe
+        from .recipes import schema
+
+        wanted = (
+            schema.read(recipe)
+            if recipe
+            else quantization_recipe(
+                method=method,
+                bits=bits,
+                group_size=group_size,
+                symmetric=not asymmetric,
+                calib=calib,
+                samples=samples,
+                seq_len=seq_len,
+                seed=seed,
+                keep=keep,
+                options=_options(options),
+            )
+        )
+        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+
+
+@app.command()
+def run(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="Recipe file or name (see: compress recipes list).")],
+    out: Out = None,
+    evaluate_on: Eval = None,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Carry out the passes of a recipe on MODEL."""
+    with _session(json_file, quiet, debug, threads) as output:
+        from .recipes import schema
+
+        _carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
+
+
+@app.command(name="eval")
+def eval_(
+    model: Model,
+    data: Annotated[
+        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
+    ] = "python-stdlib",
+    against: Annotated[
+        str | None,
+        typer.Option(help="Base model: adds the KL divergence and the agreement with it.", show_default=False),
+    ] = None,
+    seq_len: Annotated[
+        int | None, typer.Option(min=2, help="Tokens a row. Default: the context, at most 2048.", show_default=False)
+    ] = None,
+    stride: Annotated[int | None, typer.Option(min=1, help="Default: the row length.", show_default=False)] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="First rows only.", show_default=False)] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Measure the perplexity of MODEL, and its divergence from a base model."""
+    with _session(json_file, quiet, debug, threads) as output:
+        from .compress.console import watching
+        from .eval.perplexity import evaluate
+        from .eval.render import table
+
+        with watching(output.console) as observer:
+            found = evaluate(
+                model,
+                data,
+                seq_len=seq_len,
+                stride=stride,
+                rows=rows,
+                against=against,
+                device=device,
+                dtype=dtype,
+                progress=observer,
+            )
+        output.result(found.as_dict(), table({Path(model).name: found}))
+
+
+@app.command()
+def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
+    with _session(json_file, quiet, debug) as output:
+        from .compress.inspect import inspect as look
+        from .eval.render import inspection
+
+        found = look(model)
+        output.result(found.as_dict(), inspection(found))
+
+
+@recipes_app.command("list")
+def list_recipes(json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
+    """Name the shipped recipes with what each is for."""
+    with _session(json_file, quiet, debug) as output:
+        from .recipes.schema import shipped
+
+        purposes = {name: text.splitlines()[0].removeprefix("# ") for name, text in shipped().items()}
+        table = Table("recipe", "for")
+        for name, purpose in purposes.items():
+            table.add_row(name, Text(purpose))
+        output.result(purposes, table)
+
+
+@recipes_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="Name of a shipped recipe, or a file.")],
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe with every option written out."""
+    with _session(json_file, quiet, debug) as output:
+        from .recipes.schema import dump, read
+
+        recipe = read(name)
+        output.result(recipe.model_dump(mode="json"), Text(dump(recipe).rstrip()))
+
+
+def _carry_out(
+    model: str,
+    out: Path | None,
+    recipe: "Recipe",
+    overwrite: bool,
+    dry_run: bool,
+    evaluate_on: str | None,
+    device: str,
+    output: Output,
+) -> None:
+    from .compress.api import default_out
+    from .compress.console import print_plan, print_report, watching
+    from .compress.pipeline import plan
+    from .compress.pipeline import run as run_recipe
+    from .compress.workspace import check_target
+
+    target = out or default_out(model, recipe)
+    if not dry_run:
+        check_target(target, overwrite)
+    planned = plan(model, recipe)
+    print_plan(output.console, planned)
+    if dry_run:
+        output.result(
+            {"bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after, "notes": planned.notes}
+        )
+        return
+    with watching(output.console, target.parent / f"{target.name}.log") as observer:
+        report = run_recipe(model, target, recipe, overwrite=overwrite, device=device, observer=observer)
+    print_report(output.console, report)
+    output.result(report.as_dict() | _evaluated(report, model, evaluate_on, device, output))
+    if report.verdict.word == "BROKEN":
+        raise typer.Exit(BROKEN)
+
+
+def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
+    if data is None:
+        return {}
+    from .compress.console import watching
+    from .eval.perplexity import evaluate
+    from .eval.render import table
+
+    with watching(output.console) as observer:
+        found = evaluate(report.out, data, against=model, device=device, progress=observer)
+    output.console.print(table({report.out.name: found}))
+    return {"evaluation": found.as_dict()}
+
+
+def _options(given: list[str]) -> dict[str, Any]:
+    """Turn NAME=VALUE pairs into values by YAML's rules."""
+    import yaml
+
+    options = {}
+    for pair in given:
+        name, equals, value = pair.partition("=")
+        if not equals or not name:
+            raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
+        options[name] = yaml.safe_load(value)
+    return options
+
+
+@contextmanager
+def _session(json_file: str | None, quiet: bool, debug: bool, threads: int | None = None) -> Iterator[Output]:
+    """Everything between a command's words and its exit code: consoles, threads, errors as one line."""
+    console = Console(stderr=True, quiet=quiet)
+    try:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        yield Output(console, json_file)
+    except CompressError as error:
+        if debug:
+            raise
+        _say(error.message, error.hint)
+        raise typer.Exit(error.exit_code) from None
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        _say("interrupted", "the same command goes on where it stopped")
+        raise typer.Exit(INTERRUPTED) from None
+    except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
+        if debug or isinstance(error, typer.Exit):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        _say(f"unexpected {type(error).__name__}: {reason}", "repeat it with --debug and report it")
+        raise typer.Exit(1) from None
+
+
+def _say(message: str, hint: str | None) -> None:
+    console = Console(stderr=True, soft_wrap=True)
+    console.print(Text.assemble(("error: ", "bold red"), message), highlight=False)
+    if hint:
+        console.print(Text.assemble(("hint: ", "cyan"), hint), highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(app())

@@ -1,0 +1,35 @@
+"""Whether a result can be trusted, judged by the figures of its layers alone."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+BROKEN_ERROR = 0.9  # a layer whose output is off by nine tenths of its norm carries no signal
+OUTLYING_ERROR = 10.0  # times the median layer's error
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """HEALTHY, SUSPECT or BROKEN, and the layer that decided it."""
+
+    word: Literal["HEALTHY", "SUSPECT", "BROKEN"]
+    reason: str = ""
+
+
+def judge(layers: Sequence[dict[str, float | int | str]]) -> Verdict:
+    """Judge by the relative output errors and by what the solver had to resort to."""
+    errors = {str(layer["name"]): float(layer["relative_error"]) for layer in layers if "relative_error" in layer}
+    if not errors:
+        return Verdict("HEALTHY")
+    worst = max(errors, key=lambda name: errors[name])
+    median = sorted(errors.values())[len(errors) // 2]
+    if not errors[worst] < BROKEN_ERROR:
+        return Verdict("BROKEN", f"{worst} has a relative output error of {errors[worst]:.2f} (median {median:.3f})")
+    fallen = [str(layer["name"]) for layer in layers if "fallback" in layer]
+    if fallen:
+        return Verdict(
+            "SUSPECT", f"{len(fallen)} layers were rounded, solving made them worse: {', '.join(fallen[:3])}"
+        )
+    if errors[worst] > OUTLYING_ERROR * median and errors[worst] > 0.1:
+        return Verdict("SUSPECT", f"{worst} has a relative output error of {errors[worst]:.2f} (median {median:.3f})")
+    return Verdict("HEALTHY")

@@ -9,23 +9,35 @@ from transformers.utils.logging import disable_progress_bar
 
 from ...calibrate.skeleton import Names, build, materialise
 from ...calibrate.source import Source, open_source
-from ...kernels.linear import replace_linear
+from ...kernels.linear import replace_linear, serve
 from ..errors import CompressError, UsageError
 from . import pack_quantized as packed
 
 SUFFIX = ".weight_packed"
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact: bool = True,
+    kernel: str | None = None,
+) -> PreTrainedModel:
     """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
 
-    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read, `CompressError` where
-    a tensor is missing, damaged or of another shape than the config says.
+    Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
+    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name.
+
+    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
+    cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    return _load_packed(source, device, dtype)
+    model = _load_packed(source, device, dtype)
+    serve(model, exact=exact, kernel=kernel, dtype=dtype)
+    return model
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:

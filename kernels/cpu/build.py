@@ -15,13 +15,11 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from ..kernel import Unavailable
+
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 SECONDS = 300
-
-
-class Unavailable(Exception):
-    """Compiled code cannot be had here; the message says why, and there is always something that runs without it."""
 
 
 def load(source: Path) -> ctypes.CDLL:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .build import Unavailable, load
+from ..kernel import WrongMachine
+from .build import load
 from .layout import Panels
 
 SOURCE = Path(__file__).with_name("lmpress_cpu.c")
@@ -70,15 +71,15 @@ def instruction_sets() -> dict[str, InstructionSet]:
 
 
 def instruction_set(name: str) -> InstructionSet:
-    """The instruction set called `name`. Raises `Unavailable` where the machine lacks it."""
+    """The instruction set called `name`. Raises `WrongMachine` where this machine lacks it."""
     if name not in instruction_sets():
-        raise Unavailable(f"this machine has no {name}")
+        raise WrongMachine(f"this machine has no {name}")
     return instruction_sets()[name]
 
 
 def linear(x: Tensor, panels: Panels, instructions: InstructionSet, activations: str, steps: float) -> Tensor:
     """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
-    y = torch.empty(x.shape[0], panels.rows)
+    y = torch.empty(x.shape[0], panels.rows, dtype=torch.float32)
     mode = _Mode(ACTIVATIONS[activations], torch.get_num_threads(), steps)
     weight = _structure(panels)
     status = library().lmpress_linear(

@@ -260,7 +260,8 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 #define SUFFIX neon
 #define LANES 4
 #define TILE 8
-#define TARGET __attribute__((target("+dotprod")))
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define DOT_PRODUCTS
 #include "lmpress_cpu.c"
 #endif
 
@@ -465,7 +466,7 @@ TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
 enum { ISA(WHOLE_BYTES) = 0, ISA(CHEAP_TABLE) = 0 };
 
 TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
-#if defined(__aarch64__)
+#ifdef DOT_PRODUCTS
     return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x);
 #else
     for (int byte = 0; byte < 4; byte++) /* codes are at most 15, so that each product fits its 32-bit lane */
@@ -780,4 +781,5 @@ TARGET static void ISA(dequantize)(const Weight *w, int64_t panel, float *out, i
 #undef LANES
 #undef TILE
 #undef TARGET
+#undef DOT_PRODUCTS
 #endif

@@ -43,8 +43,9 @@ def padded_columns(columns: int, group: int, bits: int) -> int:
 
 
 def stored_bits(bits: int, columns: int, group: int) -> int:
-    """How wide codes of `bits` bits are stored: whatever takes least memory, padding included."""
-    return min((b for b in PLANES if b >= bits), key=lambda b: (b * padded_columns(columns, group, b), b))
+    """How wide codes of `bits` bits are stored: whatever takes least memory, padding included, then least padding."""
+    padded = {b: padded_columns(columns, group, b) for b in PLANES if b >= bits}
+    return min(padded, key=lambda b: (b * padded[b], padded[b]))
 
 
 def pack(weight: Weight, lanes: int) -> Panels:

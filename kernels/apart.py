@@ -6,7 +6,7 @@ from torch import Tensor
 from . import ops  # noqa: F401  (registers the operators)
 from .cpu import library
 from .kernel import Kernel, Need, Product, Unavailable
-from .weight import Weight
+from .weight import SparseRows, Weight
 
 
 def prepare(kernel: Kernel, weight: Weight, need: Need) -> Product:
@@ -42,28 +42,27 @@ class WithColumns(Product):
 class WithResidual(Product):
     """`y = x W^T + x S^T` with S sparse, in compressed rows."""
 
-    def __init__(self, inner: Product, residual: Tensor) -> None:
+    def __init__(self, inner: Product, residual: SparseRows) -> None:
         super().__init__()
-        self.inner, self.width = inner, residual.shape[1]
+        self.inner = inner
         self.starts: Tensor
         self.indices: Tensor
         self.values: Tensor
-        self.register_buffer("starts", residual.crow_indices().to(torch.int64), persistent=False)
-        self.register_buffer("indices", residual.col_indices().to(torch.int32), persistent=False)
-        self.register_buffer("values", residual.values().float(), persistent=False)
-        self.compiled = residual.device.type == "cpu" and _has_library()
+        self.register_buffer("starts", residual.starts, persistent=False)
+        self.register_buffer("indices", residual.columns, persistent=False)
+        self.register_buffer("values", residual.values.float(), persistent=False)
+        self.compiled = residual.values.device.type == "cpu" and _has_library()
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x)
-        if self.compiled and torch.compiler.is_compiling():
-            return torch.ops.lmpress.cpu_add_sparse(y, x, self.starts, self.indices, self.values)
-        if self.compiled:
-            total = y.float().contiguous()
-            library.add_sparse(total, x.detach().float().contiguous(), self.starts, self.indices, self.values)
-            return total.to(x.dtype)
-        shape = (len(self.starts) - 1, self.width)
-        residual = torch.sparse_csr_tensor(self.starts, self.indices.long(), self.values, shape)
-        return (y.float() + (residual @ x.float().T).T).to(x.dtype)
+        y = self.inner(x).float()
+        if not self.compiled:
+            entries = x.float()[:, self.indices.long()] * self.values
+            y = y.index_add(1, SparseRows(self.starts, self.indices, self.values).rows, entries)
+        elif torch.compiler.is_compiling() or y.requires_grad:
+            y = torch.ops.lmpress.cpu_add_sparse(y, x.float(), self.starts, self.indices, self.values)
+        else:
+            library.add_sparse(y, x.float().contiguous(), self.starts, self.indices, self.values)
+        return y.to(x.dtype)
 
     def codes(self) -> Tensor:
         return self.inner.codes()

@@ -11,6 +11,7 @@ from torch import Tensor
 from .cpu import library
 from .cpu.layout import Panels
 from .cpu.product import multiply, multiply_transposed
+from .weight import SparseRows
 
 
 @torch.library.custom_op("lmpress::cpu_linear", mutates_args=(), device_types="cpu")
@@ -91,12 +92,27 @@ cpu_linear.register_autograd(_backward, setup_context=_remember)
 
 @torch.library.custom_op("lmpress::cpu_add_sparse", mutates_args=(), device_types="cpu")
 def cpu_add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """`y + x S^T` for S in compressed rows; `y` `[m, rows]` and `x` `[m, width]` of any float dtype."""
-    total = y.to(torch.float32, copy=True).contiguous()
-    library.add_sparse(total, x.to(torch.float32).contiguous(), starts, columns, values)
-    return total.to(y.dtype)
+    """`y + x S^T` for S in compressed rows; `y` `[m, rows]` and `x` `[m, width]` in float32."""
+    total = y.clone(memory_format=torch.contiguous_format)
+    library.add_sparse(total, x.contiguous(), starts, columns, values)
+    return total
 
 
 @cpu_add_sparse.register_fake
 def _(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
     return torch.empty_like(y)
+
+
+def _remember_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, *sparse = inputs
+    ctx.width = x.shape[1]
+    ctx.save_for_backward(*sparse)
+
+
+def _backward_sparse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    starts, columns, values = ctx.saved_tensors
+    entries = grad[:, SparseRows(starts, columns, values).rows] * values
+    return grad, grad.new_zeros(grad.shape[0], ctx.width).index_add(1, columns.long(), entries), None, None, None
+
+
+cpu_add_sparse.register_autograd(_backward_sparse, setup_context=_remember_sparse)

@@ -9,6 +9,33 @@ from ..compress.tensor import CompressedTensor
 
 
 @dataclass(frozen=True)
+class SparseRows:
+    """A sparse matrix in compressed rows: row r holds the entries `starts[r] .. starts[r + 1] - 1`.
+
+    starts   int64 `[rows + 1]`
+    columns  int32 `[entries]`
+    values   float `[entries]`
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor) -> "SparseRows":
+        """The entries of `dense` `[rows, columns]` that are not zero."""
+        rows, columns = dense.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(dense))
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(starts, columns.to(torch.int32), dense[rows, columns])
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of every entry, int64 `[entries]`."""
+        return torch.repeat_interleave(self.starts.diff())
+
+
+@dataclass(frozen=True)
 class Weight:
     """A weight `[out, in]`: `scale * (codes - zero)`, or `scale * codebook[codes]`, plus what was kept apart.
 
@@ -18,7 +45,7 @@ class Weight:
     codebook  float `[2**bits]`, or None for a uniform grid
     columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
               codes of these columns do not count
-    residual  sparse CSR `[out, in]` that is added to the rest (SpQR), or None
+    residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
     """
 
     codes: Tensor
@@ -29,7 +56,7 @@ class Weight:
     codebook: Tensor | None = None
     columns: Tensor | None = None
     outliers: Tensor | None = None
-    residual: Tensor | None = None
+    residual: SparseRows | None = None
 
     @classmethod
     def of(cls, tensor: CompressedTensor) -> "Weight":
@@ -56,5 +83,6 @@ class Weight:
         if self.columns is not None and self.outliers is not None:
             dense[:, self.columns] = self.outliers.to(dtype)
         if self.residual is not None:
-            dense += self.residual.to_dense().to(dtype)
+            place = (self.residual.rows, self.residual.columns.long())
+            dense.index_put_(place, self.residual.values.to(dtype), accumulate=True)
         return dense

@@ -13,7 +13,6 @@ from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import Need
 from lmpress.kernels.linear import PackedLinear, replace_linear, serve, serving
 
-
 INT4 = QuantArgs(group_size=32)
 
 

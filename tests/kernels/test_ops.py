@@ -7,7 +7,7 @@ from lmpress.kernels import ops
 from lmpress.kernels.cpu import library
 from lmpress.kernels.cpu.layout import pack
 from lmpress.kernels.kernel import Unavailable
-from lmpress.kernels.weight import Weight
+from lmpress.kernels.weight import SparseRows, Weight
 
 
 def arguments(x: torch.Tensor, symmetric: bool) -> tuple:
@@ -32,7 +32,12 @@ def test_linear(symmetric: bool) -> None:
 def test_transposed_and_sparse() -> None:
     values = arguments(torch.randn(3, 20), False)
     torch.library.opcheck(ops.cpu_linear_transposed, values[:-2])
-    sparse = (torch.eye(6) * torch.arange(6)).to_sparse_csr()
-    starts, columns = sparse.crow_indices().long().clone(), sparse.col_indices().int()
-    given = (torch.randn(2, 6), torch.randn(2, 6), starts, columns, sparse.values().clone())
+    sparse = SparseRows.of(torch.eye(6) * torch.arange(6))
+    given = (
+        torch.randn(2, 6, requires_grad=True),
+        torch.randn(2, 6, requires_grad=True),
+        sparse.starts,
+        sparse.columns,
+        sparse.values,
+    )
     torch.library.opcheck(ops.cpu_add_sparse, given)

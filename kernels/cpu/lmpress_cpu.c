@@ -183,7 +183,7 @@ static void parallel(int threads, int64_t count, Work work, void *context) {
 
 /* --------------------------------------------------------------------------------------------------- activations at work */
 
-enum { CHUNK = 64, MAX_ROWS = 8, STRETCH = 256 };
+enum { CHUNK = 64, MAX_ROWS = 8, STRETCH = 256, AHEAD = 4096 };
 
 /*
  * Up to CHUNK rows of activations, arranged for the kernels in row blocks: within a block of `n` rows, element i of row r
@@ -222,6 +222,11 @@ INLINE float float_of(uint32_t bits) {
     float value;
     memcpy(&value, &bits, sizeof value);
     return value;
+}
+
+/* Codes are used once: computing on some while others are on their way takes asking for them in time. */
+INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
 }
 
 /* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
@@ -451,7 +456,9 @@ enum { ISA(WHOLE_BYTES) = 0, ISA(CHEAP_TABLE) = 0 };
 
 /* Sums of 16 bits: the instruction saturates, but 8 steps of 2 * 15 * 128 = 3840 stay below 2^15. */
 TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
-    return (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
+    sum = (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
+    __asm__("" : "+x"(sum)); /* or compilers add up in a tree, whose leaves do not fit the registers */
+    return sum;
 }
 TARGET INLINE Ints ISA(widen)(Ints sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
 /* Two tables of 8, chosen by the index's fourth bit in the sign. */
@@ -512,30 +519,30 @@ TARGET INLINE Words ISA(quad)(const uint8_t *block, int q, int bits) {
 
 /* ------------------------------------------------------------------------------------------------ int8 activations */
 
-/* Integer sums of at most 8 quads, added to `sums`: the stretch that 16-bit sums survive. */
+/*
+ * Integer sums of at most 8 quads, added to `sums`: the stretch that 16-bit sums survive. Where instructions cannot take
+ * whole bytes, a byte is two nibbles, and its product is that of the low one plus 16 times that of the high one.
+ */
 TARGET INLINE void ISA(dot_blocks)(Ints *sums, const uint8_t *codes, const int32_t *x, int blocks, int bits, int rows) {
-    Ints low[MAX_ROWS] = {{0}}, high[MAX_ROWS] = {{0}};
-    int quads = block_columns(bits) / 4;
+    int quads = block_columns(bits) / 4, block_bytes = block_vectors(bits) * 4 * LANES;
+    int nibbles = bits == 8 && !ISA(WHOLE_BYTES);
+    fetch_ahead(codes, blocks * block_bytes);
+#pragma GCC unroll 2
+    for (int part = 0; part <= nibbles; part++) {
+        Ints run[MAX_ROWS] = {{0}};
 #pragma GCC unroll 8
-    for (int b = 0; b < blocks; b++)
+        for (int b = 0; b < blocks; b++)
 #pragma GCC unroll 8
-        for (int q = 0; q < quads; q++) {
-            Words w = ISA(quad)(codes + b * block_vectors(bits) * 4 * LANES, q, bits);
+            for (int q = 0; q < quads; q++) {
+                Words w = ISA(quad)(codes + b * block_bytes, q, bits);
+                if (nibbles) w = (w >> (4 * part)) & 0x0f0f0f0f;
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) {
-                Words lane = (Words){0} + (uint32_t)x[(b * quads + q) * rows + r];
-                if (bits == 8 && !ISA(WHOLE_BYTES)) { /* a byte is two nibbles: its product is that of the low one + 16 times the high one's */
-                    low[r] = ISA(dot)(low[r], w & 0x0f0f0f0f, lane);
-                    high[r] = ISA(dot)(high[r], (w >> 4) & 0x0f0f0f0f, lane);
-                } else {
-                    low[r] = ISA(dot)(low[r], w, lane);
-                }
+                for (int r = 0; r < rows; r++)
+                    run[r] = ISA(dot)(run[r], w, (Words){0} + (uint32_t)x[(b * quads + q) * rows + r]);
             }
-        }
 #pragma GCC unroll 8
-    for (int r = 0; r < rows; r++) {
-        sums[r] += ISA(widen)(low[r]);
-        if (bits == 8 && !ISA(WHOLE_BYTES)) sums[r] += ISA(widen)(high[r]) * 16;
+        for (int r = 0; r < rows; r++) sums[r] += ISA(widen)(run[r]) * (1 << (4 * part));
+        if (nibbles) keep_in_memory(sums);
     }
 }
 
@@ -624,6 +631,7 @@ TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, i
 
 TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const float *x, int bits, int rows, int lookup,
                                     const float *table, float center) {
+    fetch_ahead(codes, block_vectors(bits) * 4 * LANES);
     int ways = rows == 1 ? 4 : 1; /* one row has but one sum per lane: four of them hide the latency of the additions */
 #pragma GCC unroll 8
     for (int q = 0; q < block_columns(bits) / 4; q++)

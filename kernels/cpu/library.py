@@ -55,7 +55,6 @@ def library() -> ctypes.CDLL:
     calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
     calls.lmpress_dequantize.restype = None
     calls.lmpress_add_sparse.argtypes = (int32, pointer, pointer, pointer, int64, int64, pointer, int64, pointer)
-    calls.lmpress_add_sparse.restype = None
     return calls
 
 
@@ -85,8 +84,7 @@ def linear(x: Tensor, panels: Panels, instructions: InstructionSet, activations:
     status = library().lmpress_linear(
         instructions.index, ctypes.byref(weight), ctypes.byref(mode), x.data_ptr(), x.shape[0], y.data_ptr()
     )
-    if status:
-        raise MemoryError(f"no memory to arrange activations of {tuple(x.shape)}")
+    _check(status, x)
     return y
 
 
@@ -103,7 +101,12 @@ def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Te
     """`y += x S^T` in place: S in compressed rows, `starts` int64 `[rows + 1]`, `columns` uint32, `values` float32."""
     pointers = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
     rows, width, threads = y.shape[1], x.shape[1], torch.get_num_threads()
-    library().lmpress_add_sparse(threads, *pointers, rows, width, x.data_ptr(), x.shape[0], y.data_ptr())
+    _check(library().lmpress_add_sparse(threads, *pointers, rows, width, x.data_ptr(), x.shape[0], y.data_ptr()), x)
+
+
+def _check(status: int, x: Tensor) -> None:
+    if status:
+        raise MemoryError(f"no memory to arrange activations of {tuple(x.shape)}")
 
 
 def _structure(panels: Panels) -> _Weight:

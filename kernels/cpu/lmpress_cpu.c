@@ -392,38 +392,73 @@ void lmpress_dequantize(int index, const Weight *w, int threads, int64_t first, 
     parallel(threads, count, dequantize_share, &unpacking);
 }
 
+typedef float Eight __attribute__((vector_size(32)));
+
 typedef struct {
     const int64_t *starts;
     const uint32_t *columns;
-    const float *values, *x;
+    const float *values, *x; /* x [m][width], or [width][8] for up to 8 rows side by side */
     float *y;
     int64_t m, rows, width;
 } Sparse;
 
 enum { SPARSE_ROWS = 64 };
 
-/* Sparse rows, four sums at a time: their loads are independent, which is all that this loop waits for. */
+/* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
+INLINE float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
+    float sum[4] = {0};
+    for (; i + 4 <= end; i += 4)
+        for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * s->x[s->columns[i + j]];
+    for (; i < end; i++) sum[0] += s->values[i] * s->x[s->columns[i]];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+INLINE Eight eight_at(const Sparse *s, int64_t i) {
+    Eight x;
+    memcpy(&x, s->x + 8 * (int64_t)s->columns[i], sizeof x);
+    return s->values[i] * x;
+}
+
+INLINE Eight sparse_dots(const Sparse *s, int64_t i, int64_t end) {
+    Eight even = {0}, odd = {0};
+    for (; i + 2 <= end; i += 2) {
+        even += eight_at(s, i);
+        odd += eight_at(s, i + 1);
+    }
+    return i < end ? even + odd + eight_at(s, i) : even + odd;
+}
+
 static void sparse_share(void *context, int64_t share) {
     const Sparse *s = context;
     int64_t last = smaller(s->rows, (share + 1) * SPARSE_ROWS);
-    for (int64_t m = 0; m < s->m; m++) {
-        const float *x = s->x + m * s->width;
-        for (int64_t row = share * SPARSE_ROWS; row < last; row++) {
-            float sum[4] = {0};
-            int64_t i = s->starts[row], end = s->starts[row + 1];
-            for (; i + 4 <= end; i += 4)
-                for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * x[s->columns[i + j]];
-            for (; i < end; i++) sum[0] += s->values[i] * x[s->columns[i]];
-            s->y[m * s->rows + row] += (sum[0] + sum[1]) + (sum[2] + sum[3]);
+    for (int64_t row = share * SPARSE_ROWS; row < last; row++) {
+        if (s->m == 1) {
+            s->y[row] += sparse_dot(s, s->starts[row], s->starts[row + 1]);
+            continue;
         }
+        Eight sums = sparse_dots(s, s->starts[row], s->starts[row + 1]);
+        for (int64_t r = 0; r < s->m; r++) s->y[r * s->rows + row] += sums[r];
     }
 }
 
-/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns and values of its entries. */
-void lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
-                        int64_t width, const float *x, int64_t m, float *y) {
-    Sparse sparse = {starts, columns, values, x, y, m, rows, width};
-    parallel((double)starts[rows] * (double)m < 1 << 16 ? 1 : threads, ceil_div(rows, SPARSE_ROWS), sparse_share, &sparse);
+/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns and values of its entries.
+ * Returns 0, or -1 where there is no memory to put the rows of x side by side. */
+int lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
+                       int64_t width, const float *x, int64_t m, float *y) {
+    float *side_by_side = m > 1 ? malloc((size_t)width * sizeof(Eight)) : NULL;
+    if (m > 1 && !side_by_side) return -1;
+    for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
+        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width};
+        if (sparse.m > 1) {
+            sparse.x = side_by_side;
+            for (int64_t k = 0; k < width; k++)
+                for (int64_t r = 0; r < 8; r++) side_by_side[8 * k + r] = r < sparse.m ? x[r * width + k] : 0;
+        }
+        int helpers = (double)starts[rows] * (double)sparse.m < 1 << 16 ? 1 : threads;
+        parallel(helpers, ceil_div(rows, SPARSE_ROWS), sparse_share, &sparse);
+    }
+    free(side_by_side);
+    return 0;
 }
 
 #else /* ------------------------------------------------------------------------- one instruction set, LANES rows at a time */

@@ -12,7 +12,7 @@ from .layout import Panels, pack, unpack
 
 # Best first; names are the C file's. The number of input rows from which exact products go through `torch.mm` on slabs of
 # dequantized weight: where the machine's own multiplication is the better one for matrices.
-SETS = {"avx512-vnni": None, "avx2": None, "neon-dotprod": None, "portable": 4}
+SETS = {"avx512-vnni": None, "avx2": None, "neon-dotprod": None, "portable": 8}
 SLAB = 256
 
 

@@ -233,7 +233,7 @@ def test_columns_kept_in_16_bits(kernel, batch: int) -> None:
 
 
 @each_kernel
-@pytest.mark.parametrize("batch", [1, 6])
+@pytest.mark.parametrize("batch", [1, 6, 9])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
 def test_sparse_residual(kernel, batch: int, share: float) -> None:
     """SpQR's outliers, on top of 3-bit codes with real-valued zeros."""

@@ -28,6 +28,7 @@
 #ifndef LANES
 
 #include <pthread.h>
+#include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
 #include <stdlib.h>
@@ -87,8 +88,9 @@ static int64_t row_blocks(const Weight *w) {
 
 /*
  * A pool that grows to the largest number of threads asked for. Workers spin for a moment before they sleep, because the
- * next layer of a model follows within microseconds. One product at a time owns the pool; a second one that comes from
- * another thread meanwhile does its work alone.
+ * next layer of a model follows within microseconds. Whoever has not joined by the time the work is taken is not waited
+ * for: on a busy machine a worker may wake late. One product at a time owns the pool; a second one that comes from another
+ * thread meanwhile does its work alone.
  */
 typedef void (*Work)(void *context, int64_t index);
 
@@ -126,9 +128,10 @@ static void *worker(void *number) {
         pthread_mutex_lock(&pool.lock);
         while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = atomic_load(&pool.round);
-        int invited = (intptr_t)number < pool.invited;
+        int joins = (intptr_t)number < pool.invited;
+        if (joins) atomic_fetch_add(&pool.busy, 1);
         pthread_mutex_unlock(&pool.lock);
-        if (!invited) continue;
+        if (!joins) continue;
         take_shares();
         atomic_fetch_sub(&pool.busy, 1);
     }
@@ -140,7 +143,8 @@ static void forget_workers(void) {
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
-    pool.workers = 0;
+    pool.workers = pool.invited = 0;
+    atomic_store(&pool.busy, 0);
     atomic_store(&pool.round, 0);
 }
 
@@ -170,14 +174,20 @@ static void parallel(int threads, int64_t count, Work work, void *context) {
     pool.work = work;
     pool.context = context;
     pool.count = count;
-    pool.invited = threads - 1 < pool.workers ? threads - 1 : pool.workers;
-    atomic_store(&pool.busy, pool.invited);
+    pool.invited = threads - 1;
     atomic_store(&pool.next, 0);
     atomic_fetch_add(&pool.round, 1);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     take_shares();
-    while (atomic_load(&pool.busy)) pause_briefly();
+    pthread_mutex_lock(&pool.lock);
+    pool.invited = 0;
+    pthread_mutex_unlock(&pool.lock);
+    for (int spin = 0; atomic_load(&pool.busy); spin++)
+        if (spin < SPINS)
+            pause_briefly();
+        else
+            sched_yield();
     pthread_mutex_unlock(&pool.owner);
 }
 
@@ -413,19 +423,20 @@ INLINE float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
-INLINE Eight eight_at(const Sparse *s, int64_t i) {
+INLINE void add_eight(Eight *sum, const Sparse *s, int64_t i) {
     Eight x;
     memcpy(&x, s->x + 8 * (int64_t)s->columns[i], sizeof x);
-    return s->values[i] * x;
+    *sum += s->values[i] * x;
 }
 
-INLINE Eight sparse_dots(const Sparse *s, int64_t i, int64_t end) {
-    Eight even = {0}, odd = {0};
+INLINE void sparse_dots(Eight *sum, const Sparse *s, int64_t i, int64_t end) {
+    Eight odd = {0};
     for (; i + 2 <= end; i += 2) {
-        even += eight_at(s, i);
-        odd += eight_at(s, i + 1);
+        add_eight(sum, s, i);
+        add_eight(&odd, s, i + 1);
     }
-    return i < end ? even + odd + eight_at(s, i) : even + odd;
+    if (i < end) add_eight(sum, s, i);
+    *sum += odd;
 }
 
 static void sparse_share(void *context, int64_t share) {
@@ -436,7 +447,8 @@ static void sparse_share(void *context, int64_t share) {
             s->y[row] += sparse_dot(s, s->starts[row], s->starts[row + 1]);
             continue;
         }
-        Eight sums = sparse_dots(s, s->starts[row], s->starts[row + 1]);
+        Eight sums = {0};
+        sparse_dots(&sums, s, s->starts[row], s->starts[row + 1]);
         for (int64_t r = 0; r < s->m; r++) s->y[r * s->rows + row] += sums[r];
     }
 }

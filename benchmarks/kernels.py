@@ -3,16 +3,17 @@
     python benchmarks/kernels.py [--shapes 4096x4096,11008x4096] [--rows 1,8,64,512] [--threads 1] [--only c-avx2,...]
 
 How it is measured: every candidate multiplies by a ring of copies of its weight that is larger than any cache, as a model's
-layers are; candidates take turns within each round, so what disturbs one disturbs all; a time is the CPU time of the calling
-thread (the clock's where there are several threads); medians. A candidate whose result is off is reported and not timed.
-Quantizing the inputs is part of the time. The share of the bandwidth is the weight's bytes by the median, against a loop that
-only reads. Writes benchmarks/results/kernels-<cpu>.json and prints a table.
+layers are; candidates take turns, in a new order in each round, so what disturbs one disturbs all; a time is the CPU time of
+the calling thread (the clock's where there are several threads); medians. A candidate whose result is off is reported and
+not timed. Quantizing the inputs is part of the time. The share of the bandwidth is the weight's bytes by the median, against
+a loop that only reads. Writes benchmarks/results/kernels-<cpu>-<threads>t.json and prints a table.
 """
 
 import argparse
 import ctypes
 import json
 import platform
+import random
 import re
 import statistics
 import time
@@ -27,10 +28,10 @@ from torch import Tensor, nn
 
 from lmpress.kernels import apart, dispatch
 from lmpress.kernels.cpu import build, library
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import Activations, Kernel, Need
 from lmpress.kernels.weight import SparseRows, Weight
 
-RING_BYTES = 5 * 32 << 20
+RING_BYTES = 4 * 32 << 20
 GROUP = 128
 NEGATIVE = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 POSITIVE = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
@@ -39,12 +40,12 @@ NF4 = torch.tensor([*NEGATIVE, *POSITIVE])
 
 @dataclass(frozen=True)
 class Candidate:
-    """A product under test: `ring` holds what multiplies by copies of the same weight; `bytes` are read per call."""
+    """A product under test: `ring` holds what multiplies by copies of the same weight, `dense`; `bytes` are read per call."""
 
     name: str
     ring: list[Callable[[Tensor], Tensor]]
     bytes: int
-    expected: Callable[[Tensor], Tensor]
+    dense: Callable[[], Tensor]
     tolerance: float
 
 
@@ -70,12 +71,13 @@ def main() -> None:
     }
     for shape in options.shapes.split(","):
         rows, columns = (int(n) for n in shape.split("x"))
-        candidates = [c for c in make_candidates(rows, columns) if re.search(options.only, c.name) or c.name == "fp32"]
+        candidates = list(make_candidates(rows, columns, options.only))
         for m in (int(n) for n in options.rows.split(",")):
             record["results"] += measure(
                 candidates, (rows, columns), m, options.rounds, record["read_gigabytes_per_second"]
             )
             print(table(record["results"][-len(candidates) :]), flush=True)
+        candidates.clear()  # gigabytes, which the next shape needs
     out = options.out or Path(__file__).parent / "results" / f"kernels-{slug(record['cpu'])}-{options.threads}t.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(record, indent=1) + "\n")
@@ -87,13 +89,14 @@ def measure(
 ) -> list[dict[str, object]]:
     """One row per candidate, in rounds in which each takes its turn."""
     x = torch.randn(m, shape[1], generator=torch.Generator().manual_seed(m))
-    errors = {c.name: relative_error(c.ring[0](x), c.expected(x)) for c in candidates}
+    errors = {c.name: relative_error(c.ring[0](x), in_float64(x, c.dense())) for c in candidates}
     right = [c for c in candidates if errors[c.name] <= c.tolerance]
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     times: dict[str, list[float]] = {c.name: [] for c in right}
     turns = {c.name: cycle(c.ring) for c in right}
+    order = random.Random(m)
     for _ in range(rounds if m < 256 else max(3, rounds // 3)):
-        for c in right:
+        for c in order.sample(right, len(right)):
             work = next(turns[c.name])
             start = clock()
             work(x)
@@ -124,14 +127,14 @@ def table(results: list[dict[str, object]]) -> str:
     first = results[0]
     lines = [
         f"\n{first['out']} x {first['in']}, m = {first['m']}",
-        f"{'':24}{'ms':>9}{'x fp32':>9}{'of read':>9}{'error':>10}",
+        f"{'':32}{'ms':>9}{'x fp32':>9}{'of read':>9}{'error':>10}",
     ]
     for r in results:
         if "wrong" in r:
-            lines.append(f"{r['name']:24}{'wrong: not timed':>27}{r['error']:>10.1e}")
+            lines.append(f"{r['name']:32}{'wrong: not timed':>27}{r['error']:>10.1e}")
         else:
             lines.append(
-                f"{r['name']:24}{r['median_ms']:9.3f}{r['ratio_to_fp32']:9.2f}{r['bandwidth_share']:9.0%}{r['error']:10.1e}"
+                f"{r['name']:32}{r['median_ms']:9.3f}{r['ratio_to_fp32']:9.2f}{r['bandwidth_share']:9.0%}{r['error']:10.1e}"
             )
     return "\n".join(lines)
 
@@ -139,61 +142,68 @@ def table(results: list[dict[str, object]]) -> str:
 # --- candidates ----------------------------------------------------------------------------------------------------
 
 
-def make_candidates(rows: int, columns: int) -> Iterator[Candidate]:
-    """fp32 first, then ours, then everyone else's."""
+def make_candidates(rows: int, columns: int, only: str) -> Iterator[Candidate]:
+    """fp32 first, then ours, then everyone else's, as far as `only` finds something in their names."""
     dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+    yield Candidate("fp32", ring(lambda: linear(dense.clone()), dense.nbytes), dense.nbytes, lambda: dense, 1e-5)
+    int3, int2 = rounded(dense, 3, GROUP), rounded(dense, 2, GROUP)
     int4, int8 = rounded(dense, 4, GROUP), rounded(dense, 8, columns)
-    yield Candidate("fp32", ring(lambda: linear(dense.clone()), dense.nbytes), dense.nbytes, product(dense), 1e-5)
-    weights = {
-        "w4a8": (int4, "group"), "w4a32": (int4, "float"),
-        "w8a8": (int8, "token"), "w8a32": (int8, "float"),
-        "w3a8": (rounded(dense, 3, GROUP), "group"), "w3a32": (rounded(dense, 3, GROUP), "float"),
-        "w2a8": (rounded(dense, 2, GROUP), "group"), "w2a32": (rounded(dense, 2, GROUP), "float"),
+    weights: dict[str, tuple[Weight, Activations]] = {
+        "w4a8": (int4, "group"), "w4a32": (int4, "float"), "w8a8": (int8, "token"), "w8a32": (int8, "float"),
+        "w3a8": (int3, "group"), "w3a32": (int3, "float"), "w2a8": (int2, "group"), "w2a32": (int2, "float"),
         "nf4": (nearest_in_table(dense), "float"),
         "w4a8 + 1% sparse": (with_residual(int4), "group"),
         "llm.int8, 0.5% columns": (with_columns(int8, dense), "token"),
     }  # fmt: skip
     for kernel in dispatch.KERNELS:
-        if kernel.name in ("c-portable", "torch-dequantize"):
-            continue
         for name, (weight, activations) in weights.items():
-            need = Need.of(weight, activations)
-            if dispatch.refusal(kernel, need) is None:
-                yield ours(f"{kernel.name.removeprefix('c-')} {name}", kernel, weight, need)
-    yield from torch_int8(int8)
-    yield from onnxruntime_int4(int4)
+            full, need = f"{kernel.name.removeprefix('c-')} {name}", Need.of(weight, activations)
+            slow = kernel.name in ("c-portable", "torch-dequantize")
+            if not slow and re.search(only, full) and dispatch.refusal(kernel, need) is None:
+                yield ours(full, kernel, weight, need)
+    others = {
+        "torch dynamic int8": lambda name: torch_dynamic_int8(name, int8),
+        "torch int8 bf16": lambda name: torch_int8_bf16(name, int8),
+        "onnxruntime int8 act.": lambda name: onnxruntime_int4(name, int4, level=4, tolerance=1e-2),
+        "onnxruntime fp32 act.": lambda name: onnxruntime_int4(name, int4, level=1, tolerance=1e-5),
+    }
+    for name, make in others.items():
+        if re.search(only, name):
+            yield from make(name)
 
 
-def ours(name: str, kernel: object, weight: Weight, need: Need) -> Candidate:
-    products = ring(lambda: apart.prepare(kernel, weight, need), size(apart.prepare(kernel, weight, need)))
-    served = weight.dequantize()
+def ours(name: str, kernel: Kernel, weight: Weight, need: Need) -> Candidate:
+    first = apart.prepare(kernel, weight, need)
     exact = kernel.tolerance <= 1e-5 and need.activations == "float"
-    return Candidate(name, products, size(products[0]), product(served), 1e-5 if exact else 1e-2)
+    products = ring(lambda: apart.prepare(kernel, weight, need), size(first))
+    return Candidate(name, products, size(first), weight.dequantize, 1e-5 if exact else 1e-2)
 
 
-def torch_int8(weight: Weight) -> Iterator[Candidate]:
+def torch_dynamic_int8(name: str, weight: Weight) -> Iterator[Candidate]:
     """torch's dynamic int8 product, 7 bits (`reduce_range`): with 8 it saturates silently on machines without VNNI."""
-    served = weight.dequantize()
+    scales, zeros = weight.scale.flatten().double(), torch.zeros(len(weight.scale), dtype=torch.long)
+    codes = torch._make_per_channel_quantized_tensor((weight.codes.int() - 128).to(torch.int8), scales, zeros, 0)
 
     def make() -> Callable[[Tensor], Tensor]:
-        scales, zeros = weight.scale.flatten().double(), torch.zeros(len(weight.scale), dtype=torch.long)
-        packed = torch.ops.quantized.linear_prepack(
-            torch.quantize_per_channel(served, scales, zeros, 0, torch.qint8), None
-        )
+        packed = torch.ops.quantized.linear_prepack(codes, None)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
 
-    yield Candidate("torch dynamic int8", ring(make, weight.codes.nbytes), weight.codes.nbytes, product(served), 3e-2)
+    yield Candidate(name, ring(make, weight.codes.nbytes), weight.codes.nbytes, weight.dequantize, 3e-2)
+
+
+def torch_int8_bf16(name: str, weight: Weight) -> Iterator[Candidate]:
+    """torch's weight-only int8 product; only its bfloat16 form is quick."""
     stored, scales = (weight.codes.int() - 128).to(torch.int8), weight.scale.flatten().bfloat16()
 
-    def weight_only() -> Callable[[Tensor], Tensor]:
+    def make() -> Callable[[Tensor], Tensor]:
         own = stored.clone()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), own, scales).float()
 
-    yield Candidate("torch int8 bf16", ring(weight_only, stored.nbytes), stored.nbytes, product(served), 1e-2)
+    yield Candidate(name, ring(make, stored.nbytes), stored.nbytes, weight.dequantize, 1e-2)
 
 
-def onnxruntime_int4(weight: Weight) -> Iterator[Candidate]:
-    """MatMulNBits at accuracy level 4 (int8 activations) and 1 (float32)."""
+def onnxruntime_int4(name: str, weight: Weight, level: int, tolerance: float) -> Iterator[Candidate]:
+    """MatMulNBits; accuracy level 4 makes the activations int8, level 1 keeps them in float32."""
     try:
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
@@ -202,33 +212,25 @@ def onnxruntime_int4(weight: Weight) -> Iterator[Candidate]:
     rows, columns = weight.shape
     nibbles = (weight.codes[:, ::2] | weight.codes[:, 1::2] << 4).view(rows, columns // GROUP, GROUP // 2)
     scales = weight.scale.float().flatten()
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
+        K=columns, N=rows, bits=4, block_size=GROUP, accuracy_level=level,
+    )  # fmt: skip
+    inputs = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", columns])
+    outputs = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", rows])
+    constants = [numpy_helper.from_array(nibbles.numpy(), "codes"), numpy_helper.from_array(scales.numpy(), "scales")]
+    graph = helper.make_graph([node], "product", [inputs], [outputs], constants)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
 
-    def make(level: int) -> Callable[[], Callable[[Tensor], Tensor]]:
-        node = helper.make_node(
-            "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
-            K=columns, N=rows, bits=4, block_size=GROUP, accuracy_level=level,
-        )  # fmt: skip
-        inputs = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", columns])
-        outputs = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", rows])
-        constants = [
-            numpy_helper.from_array(nibbles.numpy(), "codes"),
-            numpy_helper.from_array(scales.numpy(), "scales"),
-        ]
-        graph = helper.make_graph([node], "product", [inputs], [outputs], constants)
-        domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
-        model = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
-
-        def session() -> Callable[[Tensor], Tensor]:
-            own = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
-            return lambda x: torch.from_numpy(own.run(None, {"x": x.numpy()})[0])
-
-        return session
+    def make() -> Callable[[Tensor], Tensor]:
+        session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
     read = nibbles.nbytes + scales.nbytes
-    for name, level, tolerance in (("onnxruntime int8 act.", 4, 1e-2), ("onnxruntime fp32 act.", 1, 1e-5)):
-        yield Candidate(name, ring(make(level), read), read, product(weight.dequantize()), tolerance)
+    yield Candidate(name, ring(make, read), read, weight.dequantize, tolerance)
 
 
 # --- weights -------------------------------------------------------------------------------------------------------
@@ -271,9 +273,9 @@ def linear(weight: Tensor) -> Callable[[Tensor], Tensor]:
     return lambda x: F.linear(x, weight)
 
 
-def product(weight: Tensor) -> Callable[[Tensor], Tensor]:
-    """In float64, of at most 8 rows."""
-    return lambda x: x[:8].double() @ weight.double().T
+def in_float64(x: Tensor, weight: Tensor) -> Tensor:
+    """The product of at most 8 rows."""
+    return x[:8].double() @ weight.double().T
 
 
 def relative_error(y: Tensor, expected: Tensor) -> float:

@@ -175,7 +175,7 @@ def eval_(
 ) -> None:
     """Measure the perplexity of MODEL, and its divergence from a base model."""
     with _session(json_file, quiet, debug, threads) as output:
-        from .compress.console import watching
+        from .compress.report.console import watching
         from .eval.perplexity import evaluate
         from .eval.render import table
 
@@ -198,7 +198,7 @@ def eval_(
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with _session(json_file, quiet, debug) as output:
-        from .compress.inspect import inspect as look
+        from .calibrate.inspect import inspect as look
         from .eval.render import inspection
 
         found = look(model)
@@ -244,9 +244,9 @@ def _carry_out(
     output: Output,
 ) -> None:
     from .compress.api import default_out
-    from .compress.console import print_plan, print_report, watching
     from .compress.pipeline import plan
     from .compress.pipeline import run as run_recipe
+    from .compress.report.console import print_plan, print_report, watching
     from .compress.workspace import check_target
 
     target = out or default_out(model, recipe)
@@ -270,7 +270,7 @@ def _carry_out(
 def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
     if data is None:
         return {}
-    from .compress.console import watching
+    from .compress.report.console import watching
     from .eval.perplexity import evaluate
     from .eval.render import table
 
@@ -289,7 +289,10 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
 
 

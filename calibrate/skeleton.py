@@ -19,8 +19,11 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     Raises `UsageError` where transformers has no such architecture; code from the checkpoint is never run.
     """
     config = _config(source.path)
-    with init_empty_weights(include_buffers=False):
-        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    try:
+        with init_empty_weights(include_buffers=False):
+            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
+    except ValueError as error:
+        raise _no_model(source.path, error) from error
     model.config.use_cache = False
     return model.eval()
 
@@ -29,10 +32,27 @@ def _config(path: Path) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(path, trust_remote_code=False)
     except ValueError as error:
-        reason = str(error).strip().splitlines()[0]
-        raise UsageError(f"{path / 'config.json'} describes no model that transformers can build: {reason}") from error
+        raise _no_model(path, error) from error
     vars(config).pop("quantization_config", None)  # our packed modules replace transformers' own loading
     return config
+
+
+def _no_model(path: Path, error: ValueError) -> UsageError:
+    reason = str(error).strip().splitlines()[0]
+    return UsageError(f"{path / 'config.json'} describes no language model that transformers can build: {reason}")
+
+
+def device_of(name: str) -> torch.device:
+    """The device called `name`. Raises `UsageError` where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown", "use cpu, cuda or cuda:0") from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = accelerator is not None and accelerator.type == device.type
+    if device.type != "cpu" and not (there and (device.index or 0) < torch.accelerator.device_count()):
+        raise UsageError(f"this machine has no device {name!r}", "use cpu, or install the torch build of the device")
+    return device
 
 
 class Names:

@@ -124,9 +124,9 @@ def _indexed(index: Path) -> set[str]:
     """The shards that an index names, which must be files of its own folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        outside = next((name for name in names if Path(name).name != name), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{index} is no index of weight files ({error})", "fetch it again") from error
-    outside = next((name for name in names if Path(name).name != name), None)
     if outside is not None:
         raise CompressError(f"{index} names {outside}, a file outside its folder", "do not trust this checkpoint")
     return names

@@ -5,6 +5,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..compress.formats.shards import storage_errors
+
 IN_MEMORY_BYTES = 256 * 2**20
 
 
@@ -29,8 +31,9 @@ class ActivationStore:
         if index not in self._files and others + tensor.nbytes <= self._budget:
             self._held[index] = tensor
             return
+        self._scratch.mkdir(exist_ok=True)
         path = self._scratch / f"activations-{index:05d}.bin"
-        with path.open("wb") as file:
+        with storage_errors(path), path.open("wb") as file:
             file.write(tensor.flatten().view(torch.uint8).numpy().data)
         self._files[index] = (path, tensor.shape, tensor.dtype)
 

@@ -8,7 +8,7 @@ from ..recipes import schema
 from ..recipes.schema import Recipe
 from . import pipeline
 from .pipeline import RunReport
-from .progress import Observer, silent
+from .report.progress import Observer, silent
 from .scheme import group_strategy
 
 

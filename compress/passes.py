@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
 from .scheme import QuantArgs, Scheme
@@ -28,7 +29,9 @@ class PassConfig(Protocol):
     """What the pipeline reads from a method's frozen config dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    needs: ClassVar[frozenset[str]]  # statistics to gather first: any of {"hessian"}
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
 
     @property
     def scheme(self) -> Scheme: ...
@@ -45,6 +48,7 @@ class Linear:
     weight: Tensor
     args: QuantArgs  # of the weight, resolved for its width
     hessian: Hessian | None = None
+    drift: Drift | None = None
     result: CompressedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
 

@@ -17,12 +17,12 @@ from torch import Tensor
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
-from . import card
 from .errors import StorageError, UsageError
 from .formats import pack_quantized as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
+from .report import card
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
 Figures = dict[str, float | int | str]
@@ -47,7 +47,11 @@ class Workspace:
         `StorageError` where the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
-        workspace._prepare(overwrite)
+        try:
+            workspace._prepare(overwrite)
+        except StorageError as error:
+            workspace._leave(error)
+            raise
         return workspace
 
     @property
@@ -129,19 +133,21 @@ class Workspace:
     def _prepare(self, overwrite: bool) -> None:
         manifest = json.dumps(self._provenance(), indent=2, sort_keys=True)
         found = self.path / MANIFEST
-        if found.exists() and found.read_text() != manifest:
-            if not overwrite:
-                raise UsageError(
-                    f"{self.path} holds an unfinished run with other settings",
-                    "repeat those, or discard it: --overwrite",
-                )
-            shutil.rmtree(self.path)
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", manifest) and not overwrite:
+            raise UsageError(
+                f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
         with shards.storage_errors(self.path):
             self._check_space()
+            if known != manifest:  # parts without their manifest are of an unknown run
+                shutil.rmtree(self.path, ignore_errors=True)
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
-            found.write_text(manifest)
+            half = self.path / f"{MANIFEST}.partial"
+            half.write_text(manifest)
+            half.replace(found)
 
     def _check_space(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +165,10 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep the workspace where the same command can go on from it, else remove it."""
         resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
         if error is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..calibrate.rows import Split, context_length, documents, has_tokenizer, load_tokenizer
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats.load import load
-from ..compress.progress import Event, Observer, silent
+from ..compress.report.progress import Event, Observer, silent
 from .protocol import Protocol, prepare
 
 DEFAULT_LENGTH = 2048

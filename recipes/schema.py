@@ -40,7 +40,7 @@ class PassSpec(BaseModel):
     def _resolve(cls, value: Any) -> Any:
         if not isinstance(value, Mapping) or "config" in value:
             return value
-        if "method" not in value:
+        if not isinstance(value.get("method"), str):
             raise UsageError("a pass of the recipe names no method", "write `method: gptq` or another one")
         options = {name: option for name, option in value.items() if name != "method"}
         return {"method": value["method"], "config": configure(value["method"], options)}
@@ -121,7 +121,11 @@ def read(name: str | Path) -> Recipe:
     """The recipe in a YAML file, or the shipped one of that name. Raises `UsageError`."""
     file = Path(name)
     if file.is_file():
-        return parse(file.read_text(encoding="utf-8"), str(file))
+        try:
+            text = file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{file} is not UTF-8", "a recipe is a YAML file; see: compress recipes list") from error
+        return parse(text, str(file))
     if str(name) in shipped():
         return parse(shipped()[str(name)], f"recipe {name}")
     raise UsageError(f"{name}: no such recipe", _suggest(str(name), list(shipped())))
@@ -143,7 +147,10 @@ def _replaced(args: QuantArgs, changes: Mapping[str, Any], pattern: str) -> Quan
     unknown = changes.keys() - QuantArgs.__dataclass_fields__.keys()
     if unknown:
         raise UsageError(f"override {pattern!r} sets {', '.join(sorted(unknown))}, which weights do not have")
-    return replace(args, **changes)
+    try:
+        return replace(args, **changes)
+    except ValidationError as error:
+        raise _as_usage_error(error, f"override {pattern!r}") from error
 
 
 def _suggest(name: str, known: list[str]) -> str:

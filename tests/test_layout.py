@@ -86,6 +86,15 @@ def test_kernels_is_no_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
+def test_a_package_kernels_installed_elsewhere_wins_in_the_root(tmp_path, monkeypatch):
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.parent.mkdir()
+    theirs.touch()
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path), prepend=os.pathsep)
+    done = run_python("-c", "import kernels; print(kernels.__file__)")
+    assert done.stdout.strip() == str(theirs), done.stderr
+
+
 def test_transformers_imports_in_the_root():
     done = run_python("-c", "import transformers.modeling_utils")
     assert done.returncode == 0, done.stderr

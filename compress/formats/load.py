@@ -7,13 +7,17 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.skeleton import Names, build, materialise
+from ...calibrate.discovery import find_linears, weight_of
+from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
-from ...kernels.linear import replace_linear, serve
+from ...kernels.linear import Serving, replace_linear
 from ..errors import CompressError, UsageError
+from ..scheme import QuantArgs
+from ..tensor import CompressedTensor
 from . import pack_quantized as packed
 
 SUFFIX = ".weight_packed"
+UNRELATED = "the checkpoint and its config do not belong together"
 
 
 def load(
@@ -32,12 +36,11 @@ def load(
     Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
     cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
+    device_of(device)
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    model = _load_packed(source, device, dtype)
-    serve(model, exact=exact, kernel=kernel, dtype=dtype)
-    return model
+    return _load_packed(source, device, Serving(exact, kernel, dtype))
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -55,22 +58,42 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
     return model.to(device).eval()
 
 
-def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = build(source, dtype)
+def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
+    model = build(source, serving.dtype)
     layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    scales = {name: source.tensors[f"{name}.weight_scale"].spec.torch_dtype for name in layers}
-    try:
-        arguments = packed.read_config(source.config["quantization_config"], layers, scales)
-    except (KeyError, TypeError, ValueError) as error:
-        kind = source.config["quantization_config"].get("quant_method", "unknown")
-        raise UsageError(f"{source.path} is quantized in a way that lmpress does not read ({kind}: {error})") from error
-    for name, args in arguments.items():
-        tensors = {f"{name}.{s}": source.read(f"{name}.{s}", check=True) for s in _parts(source, name)}
-        replace_linear(model, name, packed.unpack(name, tensors, args))
+    for name, args in _arguments(source, layers).items():
+        replace_linear(model, name, _read_layer(model, name, args, source).to(device), serving)
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _parts(source: Source, name: str) -> list[str]:
-    return [suffix for suffix in packed.SUFFIXES if f"{name}.{suffix}" in source.tensors]
+def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
+    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
+    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
+    try:
+        return packed.read_config(source.config["quantization_config"], layers, scales)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source.path} is quantized in a way that lmpress does not read ({error})",
+            "load it with the tool that made it, or start from the original model",
+        ) from error
+
+
+def _read_layer(model: PreTrainedModel, name: str, args: QuantArgs, source: Source) -> CompressedTensor:
+    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
+    linear = find_linears(model).get(name)
+    if linear is None:
+        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
+    shape = weight_of(linear).shape
+    specs = packed.spec(name, args, *shape)
+    for tensor, expected in specs.items():
+        if tensor not in source.tensors:
+            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
+        found = source.tensors[tensor].spec
+        if found != expected:
+            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
+    weight = packed.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    if weight.shape != shape:
+        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
+    return weight

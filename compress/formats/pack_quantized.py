@@ -19,7 +19,6 @@ from .bitstream import pack_rows, unpack_rows
 from .shards import NAMES, TensorSpec
 
 NAME = "pack-quantized"
-SUFFIXES = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 
 
 def supports(args: QuantArgs) -> str | None:
@@ -119,11 +118,15 @@ def read_config(
     `scale_dtypes` holds the stored dtype of each layer's scales. Raises `ValueError` for groups that are no packed
     integer weights.
     """
-    groups = [(set(group["targets"]), group["weights"]) for group in config["config_groups"].values()]
+    if config["quant_method"] != "compressed-tensors" or config.get("kv_cache_scheme"):
+        raise ValueError(f"only {NAME} weights of compressed-tensors without a quantized cache are read")
+    groups = [group for group in config["config_groups"].values() if _is_packed(group, config.get("format"))]
+    if not groups:
+        raise ValueError(f"no group of its layers is {NAME}")
     found = {}
     for name in layers:
-        weights = next((w for targets, w in groups if targets & {name, "Linear"}), None)
-        if weights is None or weights.get("type") != "int" or weights.get("actorder") in ("group", "dynamic"):
+        weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
+        if weights is None:
             raise ValueError(f"{name} is not stored as packed integers in contiguous groups")
         found[name] = QuantArgs(
             bits=weights["num_bits"],
@@ -133,3 +136,11 @@ def read_config(
             scale_dtype=str(scale_dtypes[name]).removeprefix("torch."),  # type: ignore[arg-type]
         )
     return found
+
+
+def _is_packed(group: Mapping[str, Any], default: str | None) -> bool:
+    """Whether a group's layers hold packed integers in contiguous groups, and nothing else of theirs is quantized."""
+    weights = group["weights"]
+    plain = not group.get("input_activations") and not group.get("output_activations")
+    contiguous = weights["type"] == "int" and weights.get("actorder") not in ("group", "dynamic")
+    return plain and contiguous and (group.get("format") or default) == NAME

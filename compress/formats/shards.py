@@ -13,6 +13,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import BinaryIO
 
@@ -94,6 +95,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         try:
             header = json.loads(stream.read(length))
             entries = {name: _entry(file, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
+            _check_layout(entries)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CompressError(f"{file} is not a safetensors file ({error})", "fetch it again") from error
     if max((t.start + t.spec.nbytes for t in entries.values()), default=0) > size:
@@ -106,9 +108,17 @@ def _entry(file: Path, entry: dict[str, object], data: int) -> StoredTensor:
     if entry["dtype"] not in DTYPES:
         raise ValueError(f"unknown dtype {entry['dtype']}")
     spec = TensorSpec(str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type]
-    if stop - start != spec.nbytes or start < 0:
+    if stop - start != spec.nbytes or min((start, *spec.shape)) < 0:
         raise ValueError(f"{spec} does not fill the bytes {start}..{stop}")
     return StoredTensor(file, spec, data + start)
+
+
+def _check_layout(entries: Mapping[str, StoredTensor]) -> None:
+    """Raise `ValueError` where two tensors share bytes."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].spec.nbytes))
+    for (name, tensor), (following, after) in pairwise(ordered):
+        if tensor.start + tensor.spec.nbytes > after.start:
+            raise ValueError(f"{name} and {following} overlap")
 
 
 def _truncated(file: Path) -> CompressError:
@@ -178,7 +188,7 @@ def storage_errors(path: Path) -> Iterator[None]:
             raise StorageError(
                 message, "free some space and repeat the same command: it goes on where it stopped"
             ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR}:
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
             raise StorageError(f"{path} cannot be written ({error.strerror})", "choose another -o") from error
         raise
 
@@ -230,5 +240,7 @@ def _copy(tensor: StoredTensor, stream: BinaryIO) -> None:
         source.seek(tensor.start)
         while left:
             chunk = source.read(min(CHUNK, left))
+            if not chunk:
+                raise _truncated(tensor.file)
             stream.write(chunk)
             left -= len(chunk)

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from lmpress.compress.errors import CompressError, UsageError
-from lmpress.compress.progress import Event
+from lmpress.compress.report.progress import Event
 from lmpress.eval.perplexity import Evaluation, evaluate
 from lmpress.eval.render import table
 

@@ -1,129 +1,132 @@
-"""Packed layers: they choose a kernel, trace, move, differentiate, and give back what they serve."""
+"""PackedLinear against float64, and what casts, moves and copies leave alone."""
 
 import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lmpress.compress.errors import UsageError
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs
-from lmpress.kernels import dispatch
-from lmpress.kernels.kernel import Need
-from lmpress.kernels.linear import PackedLinear, replace_linear, serve, serving
+from lmpress.compress.tensor import CompressedTensor
+from lmpress.kernels.linear import PackedLinear, replace_linear
 
-INT4 = QuantArgs(group_size=32)
-
-
-def layer(args: QuantArgs = INT4, bias: bool = True) -> PackedLinear:
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(40, 96, generator=generator)
-    return PackedLinear(
-        round_to_nearest(weight, args), nn.Parameter(torch.randn(40, generator=generator)) if bias else None
-    )
+ROWS, COLUMNS = 19, 86
 
 
-def expected(module: PackedLinear, x: torch.Tensor) -> torch.Tensor:
-    y = x.double() @ module.compressed.dequantize(torch.float64).T
-    return y if module.bias is None else y + module.bias.double()
+def quantized(bits: int, symmetric: bool = True, group: int | None = 43) -> CompressedTensor:
+    weight = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(bits)) / COLUMNS**0.5
+    return round_to_nearest(weight, QuantArgs(bits, symmetric, "group" if group else "channel", group))
 
 
-def inputs(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, 96, generator=torch.Generator().manual_seed(1))
+def inputs(*shape: int) -> Tensor:
+    return torch.randn(*shape, COLUMNS, generator=torch.Generator().manual_seed(1))
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-@pytest.mark.parametrize("symmetric", [True, False])
-@pytest.mark.parametrize("strategy", ["group", "channel"])
-def test_every_grid_is_served_exactly_by_default(bits: int, symmetric: bool, strategy) -> None:
-    module = layer(QuantArgs(bits, symmetric, strategy, 32 if strategy == "group" else None))
-    before = module.compressed
-    module.serve()
-    x = inputs(2, 3)
-    torch.testing.assert_close(module(x).double(), expected(module, x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(module.compressed.codes, before.codes)
-    assert module.activations == "float"
+def bias() -> nn.Parameter:
+    return nn.Parameter(torch.linspace(-1, 1, ROWS), requires_grad=False)
 
 
-def test_int8_activations_only_when_asked() -> None:
-    module, x = layer(bias=False), inputs(4)
-    module.serve(exact=False)
-    error = (module(x) - expected(module, x)).norm() / expected(module, x).norm()
-    assert 1e-4 < error < 1e-2
-    assert module.activations == "group"
+def exact(x: Tensor, tensor: CompressedTensor, added: Tensor | None) -> Tensor:
+    """The product in float64, an element of the weight at a time."""
+    group = COLUMNS // tensor.scale.shape[1]
+    zero = torch.full_like(tensor.scale, 2 ** (tensor.args.bits - 1)) if tensor.zero is None else tensor.zero
+    weight = torch.tensor(
+        [
+            [float(tensor.scale[i, j // group]) * (int(tensor.codes[i, j]) - int(zero[i, j // group])) for j in range(COLUMNS)]
+            for i in range(ROWS)
+        ],
+        dtype=torch.float64,
+    )  # fmt: skip
+    return x.double() @ weight.T + (0 if added is None else added.double())
 
 
-def test_the_choice_is_visible_and_can_be_forced() -> None:
-    model = nn.Sequential(layer(), nn.ReLU())
-    serve(model, kernel="torch-dequantize")
-    assert serving(model) == {"torch-dequantize float": 1}
-    assert "kernel=torch-dequantize" in repr(model)
-    serve(model)
-    chosen = dispatch.choose(Need(4, 32)).kernel.name
-    assert serving(model) == {f"{chosen} float": 1}
-    with pytest.raises(UsageError, match="bits 8 not served"):
-        layer(QuantArgs(8, group_size=32)).serve(exact=False, kernel="torch-int4-bf16")
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize("group", [43, 2, None])
+def test_equals_float64(bits: int, symmetric: bool, group: int | None) -> None:
+    tensor = quantized(bits, symmetric, group)
+    for added in (None, bias()):
+        found = PackedLinear(tensor, added)(inputs(3))
+        assert found.dtype == torch.float32
+        assert torch.allclose(found.double(), exact(inputs(3), tensor, added), rtol=0, atol=2e-6)
 
 
-def test_compile_and_export() -> None:
-    module, x = layer(), inputs(5)
-    module.serve()
-    y = module(x)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
-    exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))
-    torch.testing.assert_close(exported.module()(x), y, rtol=0, atol=0)
-    torch.testing.assert_close(exported.module()(inputs(9)), module(inputs(9)), rtol=0, atol=0)
+@pytest.mark.parametrize("shape", [(), (1,), (5,), (2, 3), (2, 0)])
+def test_any_leading_shape(shape: tuple[int, ...]) -> None:
+    tensor = quantized(4)
+    found = PackedLinear(tensor, bias())(inputs(*shape))
+    assert found.shape == (*shape, ROWS)
+    assert torch.allclose(found.double(), exact(inputs(*shape), tensor, bias()), rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("exact", [True, False])
-def test_gradients_reach_the_inputs(exact: bool) -> None:
-    module = layer()
-    module.serve(exact=exact)
-    x = inputs(3, 2).requires_grad_()
-    module(x).square().sum().backward()
-    weight = module.compressed.dequantize(torch.float64)
-    gradient = 2 * module(x).detach().double() @ weight  # int8 codes are passed straight through
-    torch.testing.assert_close(x.grad.double(), gradient, rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("method", ["to", "half_or_double"])
+def test_casts_keep_the_stored_numbers(dtype: torch.dtype, method: str) -> None:
+    for scale_dtype in ("float16", "float32"):
+        tensor = round_to_nearest(torch.randn(ROWS, COLUMNS), QuantArgs(4, False, "group", 2, scale_dtype=scale_dtype))
+        linear = PackedLinear(tensor, bias())
+        module = nn.Sequential(linear)
+        cast = {torch.float16: module.half, torch.bfloat16: module.bfloat16, torch.float64: module.double}[dtype]
+        module.to(dtype) if method == "to" else cast()
+        assert linear.scale.dtype == tensor.scale.dtype and torch.equal(linear.scale, tensor.scale)
+        assert linear.zero is not None and torch.equal(linear.zero, tensor.zero)
+        assert linear.bias is not None and linear.bias.dtype == dtype
+        assert torch.equal(linear.compressed.dequantize(), tensor.dequantize())
+        x = inputs(4).to(dtype)
+        found = module(x)
+        assert found.dtype == dtype
+        tolerance = {torch.float16: 1e-2, torch.bfloat16: 1e-1, torch.float64: 1e-5}[dtype]
+        assert (found.double() - exact(x, tensor, bias())).abs().max() <= tolerance * COLUMNS**0.5
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
-def test_casts_change_the_arithmetic_and_not_what_is_stored(dtype: torch.dtype) -> None:
-    module = layer()
-    module.serve()
-    before = module.compressed
-    module.to(dtype)
-    module.to(dtype)  # again: nothing that is stored may be cast on the way
-    assert module.bias.dtype == dtype and module.compressed.scale.dtype == before.scale.dtype
-    x = inputs(3).to(dtype)
-    assert module(x).dtype == dtype
-    tolerance = {torch.float16: 4e-3, torch.bfloat16: 3e-2, torch.float64: 1e-12}[dtype]
-    torch.testing.assert_close(module(x).double(), expected(module, x), rtol=tolerance, atol=10 * tolerance)
-    assert torch.equal(module.compressed.codes, before.codes)
+def test_scales_follow_to_another_device() -> None:
+    linear = PackedLinear(quantized(4), None).to("meta")
+    assert {t.device.type for t in linear.buffers()} == {"meta"}
+    assert linear.scale.dtype == torch.float16
+    both = PackedLinear(quantized(4), None).to("meta", torch.bfloat16)
+    assert both.scale.is_meta and both.scale.dtype == torch.float16
 
 
-def test_memory_holds_the_weight_once() -> None:
-    module = layer(bias=False)
-    module.serve()
-    codes = 40 * 96 // 2
-    sizes = {name: buffer.nbytes for name, buffer in module.named_buffers()}
-    assert sum(sizes.values()) < 2 * codes  # codes, and scales in two dtypes
-    assert not [name for name in module.state_dict() if "product" in name]
+def test_three_bits_take_three_bits() -> None:
+    weight = torch.randn(32, 256, generator=torch.Generator().manual_seed(0))
+    linear = PackedLinear(round_to_nearest(weight, QuantArgs(3, group_size=64)), None)
+    largest = max(buffer.nbytes for buffer in linear.product.buffers())
+    assert largest == 32 * 256 * 3 / 8
 
 
-def test_copies_are_independent() -> None:
-    module = layer()
-    module.serve()
-    x, twin = inputs(2), copy.deepcopy(module)
-    y = module(x)
+def test_a_copy_serves_the_same_and_is_its_own() -> None:
+    linear = PackedLinear(quantized(4, symmetric=False), bias())
+    twin = copy.deepcopy(linear)
+    assert torch.equal(twin(inputs(2)), linear(inputs(2)))
     for buffer in twin.product.buffers():
         buffer.zero_()
-    assert torch.equal(module(x), y)
+    assert not torch.equal(twin(inputs(2)), linear(inputs(2)))
 
 
-def test_replace_linear_keeps_the_bias() -> None:
-    model = nn.Sequential(nn.Linear(96, 40))
-    bias = model[0].bias
-    replace_linear(model, "0", layer().compressed)
-    assert isinstance(model[0], PackedLinear) and model[0].bias is bias
+def test_the_module_holds_nothing_dense() -> None:
+    linear = PackedLinear(quantized(4), bias())
+    before = {name: tensor.clone() for name, tensor in linear.named_buffers()}
+    linear(inputs(2))
+    assert all(tensor.nbytes < ROWS * COLUMNS for tensor in before.values())  # a byte per weight would be dense
+    assert {name for name, _ in linear.named_parameters()} == {"bias"}
+    assert all(torch.equal(tensor, before[name]) for name, tensor in linear.named_buffers())
+    assert list(linear.state_dict()) == ["bias"]
+    assert "86, 19, int4 symmetric, group_size=43" in repr(linear)
+
+
+def test_gradients_reach_the_input() -> None:
+    tensor = quantized(4)
+    x = inputs(2).requires_grad_()
+    PackedLinear(tensor, None)(x).sum().backward()
+    assert x.grad is not None
+    assert torch.allclose(x.grad, tensor.dequantize().sum(0).expand(2, -1), atol=1e-5)
+
+
+def test_replacing_keeps_the_bias_and_the_neighbours() -> None:
+    model = nn.ModuleDict({"a": nn.ModuleDict({"b": nn.Linear(COLUMNS, ROWS), "c": nn.Linear(2, 2)})})
+    added, neighbour = model.get_parameter("a.b.bias"), model.get_submodule("a.c")
+    replace_linear(model, "a.b", quantized(4))
+    new = model.get_submodule("a.b")
+    assert isinstance(new, PackedLinear) and new.bias is added
+    assert model.get_submodule("a.c") is neighbour

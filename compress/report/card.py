@@ -1,9 +1,9 @@
 """The model card of a compressed checkpoint: what it is, what made it, where it loads."""
 
-from ..calibrate.rows import Rows
-from ..calibrate.source import Source
-from ..recipes.schema import Recipe, dump
-from .plan import Plan
+from ...calibrate.rows import Rows
+from ...calibrate.source import Source
+from ...recipes.schema import Recipe, dump
+from ..plan import Plan
 
 TEMPLATE = """\
 ---

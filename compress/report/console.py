@@ -10,8 +10,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from .pipeline import RunReport
-from .plan import Plan
+from ..formats.shards import storage_errors
+from ..pipeline import RunReport
+from ..plan import Plan
 from .progress import Event, Observer
 
 DOING = {
@@ -85,7 +86,9 @@ def _logger(file: Path | None) -> Iterator[logging.Logger]:
     logger.propagate = False
     handler: logging.Handler = logging.NullHandler()
     if file is not None:
-        handler = logging.FileHandler(file, encoding="utf-8")
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(file, encoding="utf-8")
         handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     logger.addHandler(handler)
     try:

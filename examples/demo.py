@@ -1,0 +1,56 @@
+"""Quantize the sample model with GPTQ and by rounding, at 4 and 3 bits, and say what each cost.
+
+make demo        or        python examples/demo.py [--out build/demo] [--rows 64]
+"""
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+import lmpress
+from lmpress.compress.report.console import print_report, size, watching
+
+MODEL = Path(__file__).parent / "sample_model"
+DATA = "python-stdlib"
+RUNS = [("gptq", 4), ("rtn", 4), ("gptq", 3), ("rtn", 3)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("build/demo"), help="folder for the checkpoints")
+    parser.add_argument("--rows", type=int, default=64, help="held-out rows of 512 tokens to evaluate on")
+    options = parser.parse_args()
+    console, base = Console(), lmpress.load(MODEL)
+    table = Table(
+        "checkpoint", "weights", "bits a weight", "perplexity", "KL to the original", "same next token", "seconds"
+    )
+    first = lmpress.evaluate(base, DATA, rows=options.rows)
+    table.add_row(
+        MODEL.name, size(sum(f.stat().st_size for f in MODEL.glob("*.safetensors"))), "16", f"{first.perplexity:.3f}"
+    )
+    for method, bits in RUNS:
+        out = options.out / f"sample-{method}-w{bits}"
+        console.rule(f"compress quantize --method {method} --bits {bits}")
+        with watching(console) as observer:
+            report = lmpress.quantize(
+                MODEL, out, method=method, bits=bits, samples=64, seq_len=512, overwrite=True, observer=observer
+            )
+            found = lmpress.evaluate(out, DATA, rows=options.rows, against=base, progress=observer)
+        print_report(console, report)
+        table.add_row(
+            out.name,
+            size(report.bytes_after),
+            f"{report.bits_per_weight:.2f}",
+            f"{found.perplexity:.3f}",
+            f"{found.kl:.4f}",
+            f"{found.top1_agreement:.1%}",
+            f"{report.seconds:.1f}",
+        )
+    table.caption = first.protocol
+    console.print(table)
+
+
+if __name__ == "__main__":
+    main()

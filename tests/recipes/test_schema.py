@@ -1,0 +1,196 @@
+"""Recipes: flags, YAML and Python say the same; what is wrong is named with what was probably meant."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lmpress.cli import app
+from lmpress.compress.api import quantization_recipe
+from lmpress.compress.errors import UsageError
+from lmpress.compress.quantize.gptq import GPTQ
+from lmpress.compress.quantize.rtn import RTN
+from lmpress.compress.scheme import QuantArgs, Scheme
+from lmpress.recipes.schema import Recipe, build, configure, dump, parse, read, shipped
+
+YAML = """
+passes:
+  - method: gptq
+    scheme: {weights: {bits: 3, symmetric: false, group_size: 64, observer: mse}}
+    damping: 0.05
+    order: group
+calibration: {data: text.txt, samples: 7, seq_len: 99}
+keep: ["*.down_proj"]
+seed: 5
+"""
+WEIGHTS = QuantArgs(3, False, "group", 64, observer="mse")
+
+
+def from_python() -> Recipe:
+    return quantization_recipe(
+        method="gptq",
+        bits=3,
+        group_size=64,
+        symmetric=False,
+        calib="text.txt",
+        samples=7,
+        seq_len=99,
+        seed=5,
+        keep=["*.down_proj"],
+        options={"observer": "mse", "damping": 0.05, "order": "group"},
+    )
+
+
+def test_yaml_and_python_are_one() -> None:
+    recipe = parse(YAML, "here")
+    assert recipe == from_python()
+    assert recipe.passes[0].config == GPTQ(Scheme(WEIGHTS), damping=0.05, order="group")
+
+
+def test_flags_are_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh" * 300)
+    out, data = tmp_path / "out", str(tmp_path / "text.txt")
+    flags = "--bits 2 --group-size 8 --asymmetric --samples 7 --seq-len 20 --seed 5 --keep *.down_proj"
+    options = "--set observer=mse --set damping=0.05 --set order=group --quiet"
+    command = f"quantize {tiny} -o {out} {flags} {options} --calib {data}"
+    result = CliRunner().invoke(app, command.split())
+    assert result.exit_code == 0, result.output
+    expected = quantization_recipe(
+        bits=2,
+        group_size=8,
+        symmetric=False,
+        calib=data,
+        samples=7,
+        seq_len=20,
+        seed=5,
+        keep=["*.down_proj"],
+        options={"observer": "mse", "damping": 0.05, "order": "group"},
+    )
+    assert read(out / "recipe.yaml") == expected
+    again = CliRunner().invoke(
+        app, ["run", str(tiny), "--recipe", str(out / "recipe.yaml"), "-o", str(tmp_path / "again"), "--quiet"]
+    )
+    assert again.exit_code == 0, again.output
+    assert all((tmp_path / "again" / f.name).read_bytes() == f.read_bytes() for f in out.iterdir())
+
+
+@pytest.mark.parametrize("recipe", [parse(YAML, "here"), quantization_recipe(method="rtn"), *map(read, shipped())])
+def test_dump_and_parse_are_inverse(recipe: Recipe) -> None:
+    text = dump(recipe)
+    assert parse(text, "dumped") == recipe
+    assert dump(parse(text, "dumped")) == text
+    assert "observer:" in text and "seed:" in text  # every option is written out
+    assert build(json.loads(recipe.model_dump_json())) == recipe
+
+
+@pytest.mark.parametrize("name", list(shipped()))
+def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
+    assert shipped()[name].startswith("# ")
+    assert read(name).weights("model.layers.0.self_attn.q_proj") is not None
+
+
+def test_the_shipped_names() -> None:
+    assert {"gptq-w4", "gptq-w3", "rtn-w4"} <= shipped().keys()
+    assert read("gptq-w4") == quantization_recipe()
+    assert read("rtn-w4") == quantization_recipe(method="rtn")
+
+
+def test_one_scale_per_row() -> None:
+    assert quantization_recipe(group_size=-1).scheme.weights == QuantArgs(4, True, "channel", None)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "gtpq"}, "unknown method 'gtpq'; did you mean gptq"),
+        ({"method": "zzz"}, "unknown method 'zzz'; methods: rtn, gptq"),
+        ({"options": {"dampling": 1}}, "gptq has no option 'dampling'; did you mean damping"),
+        ({"method": "rtn", "options": {"damping": 1}}, "rtn has no option 'damping'; known: scheme"),
+        ({"options": {"order": "sideways"}}, "gptq: order"),
+        ({"options": {"damping": "much"}}, "gptq: damping"),
+        ({"options": {"damping": -1}}, "damping -1.0 is negative"),
+        ({"options": {"observer": "best"}}, "observer"),
+        ({"bits": 1}, r"bits 1 is outside 2\.\.8"),
+        ({"bits": 9}, r"bits 9 is outside 2\.\.8"),
+        ({"group_size": 0}, "group size 0 is not usable; use a multiple of 8"),
+        ({"group_size": 7}, "group size 7 is not usable; use a multiple of 8"),
+        ({"group_size": -2}, "group size -2 is not usable"),
+        ({"samples": 0}, "samples"),
+        ({"seq_len": 1}, "seq_len"),
+    ],
+    ids=str,
+)
+def test_wrong_arguments_are_named(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        quantization_recipe(**changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("passes: [", "here is not valid YAML"),
+        ("- gptq", "here is no recipe; it must be a mapping"),
+        ("", "here is no recipe"),
+        ("passes: []", "here: passes"),
+        ("seed: 1", "here: passes"),
+        ("passes: [{bits: 4}]", "names no method"),
+        ("passes: [gptq]", "here: passes.0"),
+        ("passes: [{method: gptq}]\nsamples: 5", "here: samples"),
+        ("passes: [{method: gptq}]\ncalibration: {sample: 5}", "here: calibration.sample"),
+        ("passes: [{method: gptq, scheme: {weights: {bits: 9}}}]", "bits 9 is outside"),
+        ("passes: [{method: gptq, scheme: {weights: {bit: 4}}}]", "gptq: scheme.weights.bit"),
+        ("passes: [{method: gptq, scheme: {weights: {group_size: 0}}}]", "group size 0 is not"),
+        ("passes: [{method: [gptq]}]", "names no method"),
+    ],
+)
+def test_wrong_recipes_are_named(text: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        parse(text, "here")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bits": 99}, "bits 99 is outside"),
+        ({"bits": "four"}, r"override '\*\.q' *: bits"),
+        ({"bit": 3}, r"override '\*\.q' sets bit, which weights do not have"),
+        ({"strategy": "channel"}, "'channel' has no groups, but group_size is 128"),
+    ],
+)
+def test_wrong_overrides_are_named_where_they_apply(changes: dict[str, object], message: str) -> None:
+    recipe = build({"passes": [{"method": "rtn"}], "overrides": {"*.q": changes}})
+    assert recipe.weights("layer.k") == QuantArgs()
+    with pytest.raises(UsageError, match=message):
+        recipe.weights("layer.q")
+
+
+def test_no_such_recipe(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="gptq-w5: no such recipe; did you mean gptq-w"):
+        read("gptq-w5")
+    (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"binary\.yaml is not UTF-8"):
+        read(tmp_path / "binary.yaml")
+
+
+def test_keep_and_overrides_by_pattern_the_later_wins() -> None:
+    recipe = parse(
+        """
+passes: [{method: rtn}]
+keep: ["*.lm_head", "*.0.*"]
+overrides:
+  "*.down_proj": {bits: 8, strategy: channel, group_size: null}
+  "*.3.mlp.*": {bits: 6}
+""",
+        "here",
+    )
+    assert recipe.weights("model.layers.0.mlp.down_proj") is None
+    assert recipe.weights("model.layers.1.mlp.up_proj") == QuantArgs()
+    assert recipe.weights("model.layers.1.mlp.down_proj") == QuantArgs(8, True, "channel", None)
+    assert recipe.weights("model.layers.3.mlp.down_proj") == QuantArgs(6, True, "channel", None)
+    assert parse(dump(recipe), "dumped") == recipe
+
+
+def test_options_become_the_methods_own_config() -> None:
+    assert configure("rtn", {"scheme": {"weights": {"bits": 2}}}) == RTN(Scheme(QuantArgs(2)))
+    assert configure("gptq", {}) == GPTQ()

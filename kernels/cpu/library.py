@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..kernel import WrongMachine
+from ..kernel import Unavailable, WrongMachine
 from .build import load
 from .layout import Panels
 
@@ -45,10 +45,20 @@ class InstructionSet:
     lanes: int
 
 
-@cache
 def library() -> ctypes.CDLL:
-    """The compiled library. Raises `Unavailable` where it cannot be had."""
-    calls = load(SOURCE)
+    """The compiled library. Raises `Unavailable` where it cannot be had, which is found out once per process."""
+    found = _load()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@cache
+def _load() -> ctypes.CDLL | Unavailable:
+    try:
+        calls = load(SOURCE)
+    except Unavailable as error:
+        return error
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
     calls.lmpress_set.argtypes, calls.lmpress_set.restype = (int32, ctypes.POINTER(int32)), ctypes.c_char_p
     calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)

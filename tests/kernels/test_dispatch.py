@@ -113,11 +113,33 @@ def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(ne
     assert not [name for name, refused in refusals.items() if refused and "self-test" in refused.reason]
 
 
+def forget_what_was_found() -> None:
+    for function in (library._load, library.instruction_sets, dispatch.refusal):
+        function.cache_clear()
+
+
+def test_a_build_that_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = []
+
+    def fails(source: Path) -> None:
+        tried.append(source)
+        raise Unavailable("broken compiler")
+
+    monkeypatch.setattr(library, "load", fails)
+    forget_what_was_found()
+    try:
+        for bits in (2, 3, 4):
+            assert dispatch.choose(replace(NEED, bits=bits)).kernel is REFERENCE
+        assert tried == [library.SOURCE]
+    finally:
+        monkeypatch.undo()
+        forget_what_was_found()
+
+
 def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog) -> None:
     """int8 activations allowed: torch's int4 product; exact: dequantizing. Said once, no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
-    for function in (library.library, library.instruction_sets, dispatch.refusal):
-        function.cache_clear()
+    forget_what_was_found()
     try:
         with caplog.at_level(logging.WARNING):
             quick = dispatch.choose(Need(4, 128, activations="group"))
@@ -126,8 +148,7 @@ def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, t
         assert "no C compiler found: install gcc or clang" in caplog.text
     finally:
         monkeypatch.undo()
-        for function in (library.library, library.instruction_sets, dispatch.refusal):
-            function.cache_clear()
+        forget_what_was_found()
 
 
 def test_the_self_test_sees_saturation_at_the_ends_only() -> None:

@@ -6,10 +6,11 @@ from typing import Any
 
 from ..recipes import schema
 from ..recipes.schema import Recipe
-from . import pipeline
+from . import passes, pipeline
+from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
-from .scheme import group_strategy
+from .scheme import PruneArgs, WeightArgs, group_strategy
 
 
 def quantize(
@@ -18,8 +19,9 @@ def quantize(
     *,
     method: str = "gptq",
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -32,15 +34,59 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    `group_size` -1 means one scale per output row; `keep` are patterns of layers that stay dense; `options` are those of
-    the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `out` is by default
-    `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
+    `group_size` is by default the method's own (128; 32 for SpQR), -1 means one scale per output row; `keep` are patterns
+    of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which
+    `options` go: those of the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`,
+    `scale_dtype`, `outliers`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before
+    anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        quality=quality,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        keep=keep,
+        options=options,
+    )
+    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+
+
+def prune(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002 - the command line's word
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> RunReport:
+    """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
+
+    `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
+    `2:4` the zeros in every group of columns. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
+    smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
+    weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
+    Raises `UsageError` before anything is written, `CompressError` later.
+    """
+    recipe = pruning_recipe(
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        format=format,
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -70,8 +116,9 @@ def quantization_recipe(
     *,
     method: str = "gptq",
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -80,8 +127,10 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
-    strategy, size = group_strategy(group_size)
-    grid, rest = _split(options or {})
+    preset = dict(passes.method(method).preset(quality))
+    own_size = preset.pop("group_size", 128)
+    strategy, size = group_strategy(own_size if group_size is None else group_size)
+    grid, rest = _split({**preset, **(options or {})}, ("observer", "formula", "scale_dtype", "symmetric", "outliers"))
     weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
     return schema.build(
         {
@@ -94,15 +143,50 @@ def quantization_recipe(
     )
 
 
+def pruning_recipe(
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
+    if sparsity is not None and pattern is not None:
+        raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
+    chosen, rest = _split(options or {}, ("scope", "dtype"))
+    weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
+    return schema.build(
+        {
+            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
+            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
+            "keep": list(keep),
+            "seed": seed,
+        },
+        "prune",
+    )
+
+
 def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>` beside the model; for a hub id, in the working directory."""
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory."""
     path = Path(model)
     methods = "-".join(entry.method for entry in recipe.passes)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-w{recipe.scheme.weights.bits}"
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme.weights)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the weight grid, and those of the method."""
-    grid = {name: value for name, value in options.items() if name in ("observer", "formula", "scale_dtype")}
-    return grid, {name: value for name, value in options.items() if name not in grid}
+def _amount(args: WeightArgs) -> str:
+    if isinstance(args, PruneArgs):
+        return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
+    return f"w{args.bits}"
+
+
+def _split(options: Mapping[str, Any], of_weights: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the weight arguments, and those of the method."""
+    chosen = {name: value for name, value in options.items() if name in of_weights}
+    return chosen, {name: value for name, value in options.items() if name not in chosen}

@@ -174,14 +174,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, statistics, tell)
-    unused = local.keys() - {name for group in statistics.groups for name in group}
-    for position, names in enumerate([*statistics.groups, sorted(unused)]):
-        if position:  # the statistics of the first group are those just gathered
-            statistics = runner.collect(index, set(names))
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+    for names in runner.groups(index, set(local)):
+        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 
@@ -189,6 +185,8 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        if linear.hessian is not None:
+            linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = linear.drift = None

@@ -1,4 +1,4 @@
-"""The module that takes a linear layer's place: its weight stays packed in memory."""
+"""The modules that take a linear layer's place: the weight stays packed in memory."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor
+from ..compress.tensor import Compressed, CompressedTensor
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
+from .stored import StoredLinear
 from .weight import Weight
 
 
@@ -103,11 +104,17 @@ def kernels_of(model: nn.Module) -> dict[str, int]:
     return dict(Counter(f"{layer.kernel} {layer.serving.activations}" for layer in _packed(model)))
 
 
-def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor, serving: Serving | None = None) -> None:
-    """Put a `PackedLinear` of `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
+def replace_linear(
+    model: nn.Module, name: str, tensor: Compressed, serving: Serving | None = None, device: torch.device | str = "cpu"
+) -> None:
+    """Put a module that serves `tensor` on `device` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    setattr(model.get_submodule(parent), leaf, PackedLinear(tensor, bias, serving))
+    if isinstance(tensor, CompressedTensor):
+        module = PackedLinear(tensor.to(device), bias, serving)
+    else:
+        module = StoredLinear(tensor, bias)
+    setattr(model.get_submodule(parent), leaf, module)
 
 
 def _packed(model: nn.Module) -> list[PackedLinear]:

@@ -1,9 +1,11 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
@@ -12,11 +14,10 @@ from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import Serving, replace_linear
 from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
-from . import pack_quantized as packed
+from ..scheme import WeightArgs
+from ..tensor import Compressed
+from .storage import format_of, format_that_wrote
 
-SUFFIX = ".weight_packed"
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
@@ -60,19 +61,20 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     model = build(source, serving.dtype)
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    for name, args in _arguments(source, layers).items():
-        replace_linear(model, name, _read_layer(model, name, args, source).to(device), serving)
+    linears = find_linears(model)
+    for name, args in _arguments(source).items():
+        replace_linear(model, name, _read_layer(linears.get(name), name, args, source), serving, device)
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
-    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
-    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
+def _arguments(source: Source) -> Mapping[str, WeightArgs]:
+    """How every packed layer was compressed, by the checkpoint's config."""
+    config = source.config["quantization_config"]
     try:
-        return packed.read_config(source.config["quantization_config"], layers, scales)
+        stored = {name: tensor.spec for name, tensor in source.tensors.items()}
+        return format_that_wrote(config).read_config(config, stored)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source.path} is quantized in a way that lmpress does not read ({error})",
@@ -80,20 +82,19 @@ def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
         ) from error
 
 
-def _read_layer(model: PreTrainedModel, name: str, args: QuantArgs, source: Source) -> CompressedTensor:
+def _read_layer(linear: nn.Module | None, name: str, args: WeightArgs, source: Source) -> Compressed:
     """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
-    linear = find_linears(model).get(name)
     if linear is None:
         raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
-    shape = weight_of(linear).shape
-    specs = packed.spec(name, args, *shape)
+    shape, stored = weight_of(linear).shape, format_of(args)
+    specs = stored.spec(name, args, *shape)
     for tensor, expected in specs.items():
         if tensor not in source.tensors:
             raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
         found = source.tensors[tensor].spec
         if found != expected:
             raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = packed.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    weight = stored.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
     if weight.shape != shape:
         raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
     return weight

@@ -41,6 +41,11 @@ class CompressedTensor:
         """(out_features, in_features)"""
         return self.codes.shape[0], self.codes.shape[1]
 
+    def to(self, device: torch.device | str) -> "CompressedTensor":
+        """The same on `device`."""
+        zero = None if self.zero is None else self.zero.to(device)
+        return CompressedTensor(self.codes.to(device), self.scale.to(device), zero, self.args)
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""
         zero = 2 ** (self.args.bits - 1) if self.zero is None else self.zero.to(dtype)

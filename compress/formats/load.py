@@ -12,7 +12,7 @@ from transformers.utils.logging import disable_progress_bar
 from ...calibrate.discovery import find_linears, weight_of
 from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
-from ...kernels.linear import replace_linear
+from ...kernels.linear import Serving, replace_linear
 from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
 from ..tensor import Compressed
@@ -21,17 +21,27 @@ from .storage import format_of, format_that_wrote
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact: bool = True,
+    kernel: str | None = None,
+) -> PreTrainedModel:
     """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
 
-    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read, `CompressError` where
-    a tensor is missing, damaged or of another shape than the config says.
+    Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
+    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name.
+
+    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
+    cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
     device_of(device)
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    return _load_packed(source, device, dtype)
+    return _load_packed(source, device, Serving(exact, kernel, dtype))
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -49,11 +59,11 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
     return model.to(device).eval()
 
 
-def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = build(source, dtype)
+def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
+    model = build(source, serving.dtype)
     linears = find_linears(model)
     for name, args in _arguments(source).items():
-        replace_linear(model, name, _read_layer(linears.get(name), name, args, source))
+        replace_linear(model, name, _read_layer(linears.get(name), name, args, source), serving, device)
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model

@@ -4,6 +4,7 @@ The output grows in a hidden sibling of the target, a file per block, and is ren
 goes on where it stopped: finished blocks are read back and only run forward.
 """
 
+import ctypes
 import resource
 import sys
 import time
@@ -27,6 +28,7 @@ from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
 from .workspace import Workspace, check_target
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
 
@@ -83,6 +85,7 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    return_freed_memory()
     device_of(device)
     source = open_source(model)
     skeleton = build(source)
@@ -193,6 +196,13 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give every freed matrix back at once: by itself it would keep those below 32 MB, and fragments of them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def peak_bytes() -> int:

@@ -13,16 +13,18 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .compress.api import quantize, run
     from .compress.errors import CompressError, StorageError, UsageError
+    from .compress.export import export
     from .compress.formats.load import load
     from .eval.perplexity import evaluate
 
-__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "load", "quantize", "run"]
+__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "export", "load", "quantize", "run"]
 
 _HOMES = {
     "CompressError": "compress.errors",
     "StorageError": "compress.errors",
     "UsageError": "compress.errors",
     "evaluate": "eval.perplexity",
+    "export": "compress.export",
     "load": "compress.formats.load",
     "quantize": "compress.api",
     "run": "compress.api",

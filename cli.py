@@ -195,6 +195,26 @@ def eval_(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory: ours, or GPTQ, AWQ, compressed-tensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
+    format_name: Annotated[str, typer.Option("--format", help="Such as gptq, awq, gguf, onnx, fp16.")],
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write CHECKPOINT in another runtime's format, codes and scales as they are."""
+    with _session(json_file, quiet, debug) as output:
+        from .compress.export import export as write
+        from .compress.report.console import print_export
+
+        report = write(checkpoint, out, format=format_name, overwrite=overwrite)
+        print_export(output.console, report)
+        output.result(report.as_dict())
+
+
+@app.command()
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with _session(json_file, quiet, debug) as output:

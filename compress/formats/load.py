@@ -7,17 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.discovery import find_linears, weight_of
-from ...calibrate.skeleton import Names, build, materialise
+from ...calibrate.skeleton import Names, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
-from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
-from . import pack_quantized as packed
-
-SUFFIX = ".weight_packed"
-UNRELATED = "the checkpoint and its config do not belong together"
+from ..errors import CompressError
+from .checkpoint import Checkpoint
 
 
 def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
@@ -48,41 +42,10 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = build(source, dtype)
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    for name, args in _arguments(source, layers).items():
-        replace_linear(model, name, _read_layer(model, name, args, source))
+    checkpoint = Checkpoint.open(source, dtype)
+    model = checkpoint.model
+    for name in checkpoint.layers:
+        replace_linear(model, name, checkpoint.layer(name))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
-
-
-def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
-    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
-    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
-    try:
-        return packed.read_config(source.config["quantization_config"], layers, scales)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{source.path} is quantized in a way that lmpress does not read ({error})",
-            "load it with the tool that made it, or start from the original model",
-        ) from error
-
-
-def _read_layer(model: PreTrainedModel, name: str, args: QuantArgs, source: Source) -> CompressedTensor:
-    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
-    linear = find_linears(model).get(name)
-    if linear is None:
-        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
-    shape = weight_of(linear).shape
-    specs = packed.spec(name, args, *shape)
-    for tensor, expected in specs.items():
-        if tensor not in source.tensors:
-            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
-        found = source.tensors[tensor].spec
-        if found != expected:
-            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = packed.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
-    if weight.shape != shape:
-        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
-    return weight

@@ -14,6 +14,7 @@ import torch
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
+from .formats.export import gguf_model
 from .formats.export.awq import AWQ
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
@@ -61,16 +62,19 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
 
 WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
 Writer = Callable[[Checkpoint, Path], list[str]]
+WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write}
 
 
 def formats() -> list[str]:
     """The names that `export` knows."""
-    return [*LAYER_FORMATS]
+    return [*LAYER_FORMATS, *WHOLE_FILES]
 
 
 def _writer(name: str) -> Writer:
     if name in LAYER_FORMATS:
         return lambda checkpoint, folder: _write_layers(LAYER_FORMATS[name], checkpoint, folder)
+    if name in WHOLE_FILES:
+        return WHOLE_FILES[name]
     raise UsageError(f"unknown format {name!r}", f"formats: {', '.join(formats())}")
 
 

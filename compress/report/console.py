@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ..formats.shards import storage_errors
 from ..export import ExportReport
+from ..formats.shards import storage_errors
 from ..pipeline import RunReport
 from ..plan import Plan
 from .progress import Event, Observer

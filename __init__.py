@@ -16,8 +16,9 @@ if TYPE_CHECKING:
     from .compress.export import export
     from .compress.formats.load import load
     from .eval.perplexity import evaluate
+    from .eval.verify import verify
 
-__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "export", "load", "quantize", "run"]
+__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "export", "load", "quantize", "run", "verify"]
 
 _HOMES = {
     "CompressError": "compress.errors",
@@ -28,6 +29,7 @@ _HOMES = {
     "load": "compress.formats.load",
     "quantize": "compress.api",
     "run": "compress.api",
+    "verify": "eval.verify",
 }
 
 

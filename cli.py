@@ -215,6 +215,28 @@ def export(
 
 
 @app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory to load elsewhere.")],
+    runtime: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "transformers",
+    against: Annotated[
+        str | None, typer.Option(help="Checkpoint it was exported from. Default: itself.", show_default=False)
+    ] = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that other runtimes serve CHECKPOINT as it was meant, or name the tensor and block at fault."""
+    with _session(json_file, quiet, debug) as output:
+        from .eval.render import verification
+        from .eval.verify import verify as prove
+
+        found = prove(checkpoint, against=against, runtime=runtime.split(","))
+        output.result(found.as_dict(), verification(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with _session(json_file, quiet, debug) as output:

@@ -31,7 +31,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
     _add_config(writer, config, checkpoint)
     notes = add_tokenizer(writer, checkpoint.source.path, config)
     names = _names(gguf, checkpoint)
-    kinds = {name: blocks.kind(args, checkpoint.shape(name)[1]) for name, args in checkpoint.layers.items()}
+    kinds: dict[str, blocks.Kind] = {
+        name: blocks.kind(args, checkpoint.shape(name)[1]) for name, args in checkpoint.layers.items()
+    }
     writer.add_file_type(_file_type(gguf, list(kinds.values())))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     others = checkpoint.others
@@ -41,9 +43,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
         _announce(gguf, writer, names[f"{name}.weight"], shape, kind)
     for name, stored in others.items():
         spec = checkpoint.source.tensors[stored].spec
-        kind = DENSE[torch.float32 if len(spec.shape) == 1 else spec.torch_dtype]
-        width = 2 if kind in ("F16", "BF16") else 4
-        _announce(gguf, writer, names[name], (*spec.shape[:-1], spec.shape[-1] * width), kind)
+        dtype = torch.float32 if len(spec.shape) == 1 else spec.torch_dtype
+        shape = (*spec.shape[:-1], spec.shape[-1] * dtype.itemsize)
+        _announce(gguf, writer, names[name], shape, DENSE[dtype])
     writer.write_header_to_file(folder / FILE)
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()

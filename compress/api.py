@@ -7,9 +7,10 @@ from typing import Any
 from ..recipes import schema
 from ..recipes.schema import Recipe
 from . import pipeline
+from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
-from .scheme import group_strategy
+from .scheme import PruneArgs, WeightArgs, group_strategy
 
 
 def quantize(
@@ -51,6 +52,47 @@ def quantize(
     return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
 
 
+def prune(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002 - the command line's word
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> RunReport:
+    """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
+
+    `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
+    `2:4` the zeros in every group of columns. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
+    smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
+    weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
+    Raises `UsageError` before anything is written, `CompressError` later.
+    """
+    recipe = pruning_recipe(
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        format=format,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        keep=keep,
+        options=options,
+    )
+    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+
+
 def run(
     model: str | Path,
     out: str | Path | None = None,
@@ -81,7 +123,7 @@ def quantization_recipe(
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
     strategy, size = group_strategy(group_size)
-    grid, rest = _split(options or {})
+    grid, rest = _split(options or {}, ("observer", "formula", "scale_dtype"))
     weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
     return schema.build(
         {
@@ -94,15 +136,50 @@ def quantization_recipe(
     )
 
 
+def pruning_recipe(
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
+    if sparsity is not None and pattern is not None:
+        raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
+    chosen, rest = _split(options or {}, ("scope", "dtype"))
+    weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
+    return schema.build(
+        {
+            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
+            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
+            "keep": list(keep),
+            "seed": seed,
+        },
+        "prune",
+    )
+
+
 def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>` beside the model; for a hub id, in the working directory."""
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory."""
     path = Path(model)
     methods = "-".join(entry.method for entry in recipe.passes)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-w{recipe.scheme.weights.bits}"
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme.weights)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the weight grid, and those of the method."""
-    grid = {name: value for name, value in options.items() if name in ("observer", "formula", "scale_dtype")}
-    return grid, {name: value for name, value in options.items() if name not in grid}
+def _amount(args: WeightArgs) -> str:
+    if isinstance(args, PruneArgs):
+        return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
+    return f"w{args.bits}"
+
+
+def _split(options: Mapping[str, Any], of_weights: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the weight arguments, and those of the method."""
+    chosen = {name: value for name, value in options.items() if name in of_weights}
+    return chosen, {name: value for name, value in options.items() if name not in chosen}

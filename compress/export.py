@@ -20,6 +20,7 @@ from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
 from .formats.shards import storage_errors
+from .scheme import PruneArgs, QuantArgs, WeightArgs
 from .tensor import CompressedTensor
 from .workspace import check_target, put_in_place
 
@@ -87,7 +88,8 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
     config = {k: v for k, v in checkpoint.source.config.items() if k not in ("quantization_config", "torch_dtype")}
     if chosen.dtype is not None:
         config["dtype"] = str(chosen.dtype).removeprefix("torch.")
-    quantization = chosen.config(checkpoint.layers, checkpoint.dense) if checkpoint.layers else None
+    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
+    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
     if quantization is not None:
         config["quantization_config"] = quantization
     if quantization is not None and quantization["quant_method"] == "gptq":
@@ -108,26 +110,36 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
 
 def _check(wanted: LayerFormat, checkpoint: Checkpoint) -> None:
     for name, args in checkpoint.layers.items():
-        reason = wanted.supports(args, checkpoint.shape(name))
-        if reason is None and checkpoint.is_conv1d(name) and not wanted.conv1d:
-            reason = f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
+        reason = None if wanted.dense else _reason(wanted, checkpoint, name, args)
         if reason is not None:
             raise UsageError(f"{name} cannot be exported: {reason}", "export to fp32, fp16 or bf16, or quantize it so")
+
+
+def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: WeightArgs) -> str | None:
+    """Why a format of integer codes cannot hold the layer."""
+    if isinstance(args, PruneArgs):
+        return f"{wanted.name} stores integer codes, this layer is pruned"
+    if checkpoint.is_conv1d(name):
+        return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
+    return wanted.supports(args, checkpoint.shape(name))
 
 
 def _without_zero_of_zero(wanted: LayerFormat, checkpoint: Checkpoint) -> tuple[LayerFormat, list[str]]:
     """Version 2 in place of GPTQ's version 1 where a zero is 0."""
     if wanted is not GPTQ:
         return wanted, []
-    asymmetric = (name for name, args in checkpoint.layers.items() if not args.symmetric)
-    name = next((name for name in asymmetric if _has_zero_of_zero(checkpoint.layer(name))), None)
+    name = next((name for name in checkpoint.layers if _has_zero_of_zero(checkpoint, name)), None)
     if name is None:
         return wanted, []
     return GPTQ_V2, [f"written as {GPTQ_V2.name}: {name} has a zero of 0, which {GPTQ.name} cannot store"]
 
 
-def _has_zero_of_zero(tensor: CompressedTensor) -> bool:
-    return tensor.zero is not None and bool((tensor.zero == 0).any())
+def _has_zero_of_zero(checkpoint: Checkpoint, name: str) -> bool:
+    args = checkpoint.layers[name]
+    if not isinstance(args, QuantArgs) or args.symmetric:
+        return False
+    tensor = checkpoint.layer(name)
+    return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
 
 The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a `CompressedTensor` and its figures in each.
+and statistics of `block.linears` and leaves a `CompressedTensor` or `PrunedTensor` and its figures in each.
 """
 
 import difflib
@@ -12,15 +12,23 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor, nn
 
+from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
-from .scheme import QuantArgs, Scheme
-from .tensor import CompressedTensor
+from .scheme import Pruning, Scheme, WeightArgs
+from .tensor import CompressedTensor, PrunedTensor
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "obq": ("quantize.obq", "OBQ"),
+    "magnitude": ("prune.magnitude", "Magnitude"),
+    "wanda": ("prune.wanda", "Wanda"),
+    "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
+    "exactobs": ("prune.exactobs", "ExactOBS"),
+    "obd": ("prune.obd", "OBD"),
+    "obs": ("prune.obs", "OBS"),
 }
 
 
@@ -28,10 +36,12 @@ class PassConfig(Protocol):
     """What the pipeline reads from a method's frozen config dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    needs: ClassVar[frozenset[str]]  # statistics to gather first: any of {"hessian"}
 
     @property
-    def scheme(self) -> Scheme: ...
+    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
+
+    @property
+    def scheme(self) -> Scheme | Pruning: ...
 
     @property
     def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
@@ -43,9 +53,10 @@ class Linear:
 
     name: str
     weight: Tensor
-    args: QuantArgs  # of the weight, resolved for its width
+    args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
-    result: CompressedTensor | None = None
+    drift: Drift | None = None
+    result: CompressedTensor | PrunedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
 
 

@@ -5,20 +5,22 @@ Nothing is computed or loaded, and the promise is exact: the sizes predicted her
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import pack_quantized as packed
+from .formats import layer as packed
 from .formats import shards
 from .formats.shards import TensorSpec
-from .scheme import QuantArgs
+from .scheme import PruneArgs, QuantArgs, Storage, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -29,22 +31,29 @@ class LayerPlan:
     block: int
     kind: str
     shape: tuple[int, int]
-    args: QuantArgs | None
+    args: WeightArgs | None
     nbytes: int
     note: str | None = None
+
+    def stored_as(self, storage: Storage) -> int:
+        """Bytes of the pruned layer in another storage."""
+        assert isinstance(self.args, PruneArgs)
+        return sum(s.nbytes for s in packed.spec(self.name, replace(self.args, storage=storage), *self.shape).values())
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense. `tensors` are the specs of all output tensors by
+    `heads` are the linear layers outside the blocks, which stay dense, `untouched` parameters
+    of the blocks that no linear layer holds (experts in one tensor). `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
 
     layers: tuple[LayerPlan, ...]
     heads: tuple[str, ...]
+    untouched: tuple[str, ...]
     copied: dict[str, str]
     tensors: dict[str, TensorSpec]
     blocks: int
@@ -53,8 +62,8 @@ class Plan:
     bytes_after: int
 
     @property
-    def quantized(self) -> dict[str, QuantArgs]:
-        """The layers that will be quantized, with their resolved arguments."""
+    def quantized(self) -> dict[str, WeightArgs]:
+        """The layers that will be quantized or pruned, with their resolved arguments."""
         return {layer.name: layer.args for layer in self.layers if layer.args is not None}
 
     @property
@@ -69,7 +78,19 @@ class Plan:
         for layer in self.layers:
             if layer.note:
                 grouped.setdefault(layer.note, []).append(layer.name)
-        return [f"{note}: {_summary(names)}" for note, names in grouped.items()]
+        if self.untouched:
+            grouped["kept dense, weights in more than two dimensions"] = list(self.untouched)
+        return [f"{note}: {_summary(names)}" for note, names in grouped.items()] + self._honest()
+
+    def _honest(self) -> list[str]:
+        """What pruning saves on disk as stored and, where that is nothing, what would."""
+        pruned = [layer for layer in self.layers if isinstance(layer.args, PruneArgs)]
+        if not pruned or any(layer.args.storage != "dense" for layer in pruned if isinstance(layer.args, PruneArgs)):
+            return []
+        masked = sum(layer.stored_as("bitmask") for layer in pruned)
+        dense = sum(layer.nbytes for layer in pruned)
+        hint = f"--format bitmask makes these layers {1 - masked / dense:.0%} smaller" if masked < dense else ""
+        return [f"zeros in a dense file save nothing{'; ' if hint else ''}{hint}"]
 
     @property
     def bits_per_weight(self) -> float:
@@ -87,7 +108,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
-    layers = tuple(_plan_layers(prefix, blocks, recipe))
+    layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
     tensors: dict[str, TensorSpec] = {}
@@ -100,6 +121,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     return Plan(
         layers=layers,
         heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
+        untouched=tuple(f"{prefix}.{name}" for name, p in blocks.named_parameters() if p.ndim > 2),
         copied=copied,
         tensors=tensors,
         blocks=len(blocks),
@@ -109,23 +131,34 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     )
 
 
-def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> Iterator[LayerPlan]:
+def _plan_layers(
+    prefix: str, blocks: nn.ModuleList, recipe: Recipe, source: Source, names: Names
+) -> Iterator[LayerPlan]:
     for index, block in enumerate(blocks):
-        for name, module in find_linears(block).items():
-            yield _plan_layer(f"{prefix}.{index}.{name}", index, module, recipe)
+        for local, module in find_linears(block).items():
+            name = f"{prefix}.{index}.{local}"
+            found = names.find(f"{name}.weight")
+            stored = torch.float32 if found is None else source.tensors[found].spec.torch_dtype
+            yield _plan_layer(name, index, module, stored, recipe)
 
 
-def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe) -> LayerPlan:
+def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, recipe: Recipe) -> LayerPlan:
     rows, columns = weight_of(module).shape
     kind = type(module).__name__
     asked = recipe.weights(name)
     if asked is None:
         return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
-    args = asked.for_width(columns)
+    if isinstance(asked, PruneArgs):
+        args = asked.for_layer(columns, stored, recipe.passes[-1].config.scope, transposed=isinstance(module, Conv1D))
+        note = None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask"
+    else:
+        args = asked.for_width(columns)
+        note = (
+            None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+        )
     reason = packed.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
     nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 

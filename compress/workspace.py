@@ -18,11 +18,12 @@ from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import pack_quantized as packed
+from .formats import layer as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
 from .report import card
+from .scheme import PruneArgs
 
 MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
 Figures = dict[str, float | int | str]
@@ -47,7 +48,11 @@ class Workspace:
         `StorageError` where the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
-        workspace._prepare(overwrite)
+        try:
+            workspace._prepare(overwrite)
+        except StorageError as error:
+            workspace._leave(error)
+            raise
         return workspace
 
     @property
@@ -103,7 +108,7 @@ class Workspace:
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
-        config = self.source.config | {"quantization_config": quantization}
+        config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
@@ -141,7 +146,9 @@ class Workspace:
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
-            found.write_text(manifest)
+            half = self.path / f"{MANIFEST}.partial"
+            half.write_text(manifest)
+            half.replace(found)
 
     def _check_space(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +166,10 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep the workspace where the same command can go on from it, else remove it."""
         resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
         if error is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -175,9 +186,13 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    assert linear.result is not None
-    args = linear.result.args
-    return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
+    args = linear.args
+    stored: Figures = (
+        {"storage": args.storage}
+        if isinstance(args, PruneArgs)
+        else {"bits": args.bits, "group_size": args.group_size or -1}
+    )
+    return {"name": linear.name, **stored, **linear.figures}
 
 
 def put_in_place(complete: Path, out: Path) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
-from ..compress.scheme import QuantArgs, Scheme
+from ..compress.scheme import Pruning, Scheme, WeightArgs
 
 
 class Calibration(BaseModel):
@@ -69,13 +69,13 @@ class Recipe(BaseModel):
     seed: int = 0
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> Scheme | Pruning:
         """The scheme that the last pass leaves behind."""
         config: PassConfig = self.passes[-1].config
         return config.scheme
 
-    def weights(self, layer: str) -> QuantArgs | None:
-        """How the layer's weight is to be quantized before it is fitted to its width; None where it is kept dense."""
+    def weights(self, layer: str) -> WeightArgs | None:
+        """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""
         if any(fnmatch(layer, pattern) for pattern in self.keep):
             return None
         args = self.scheme.weights
@@ -143,8 +143,8 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _replaced(args: QuantArgs, changes: Mapping[str, Any], pattern: str) -> QuantArgs:
-    unknown = changes.keys() - QuantArgs.__dataclass_fields__.keys()
+def _replaced(args: WeightArgs, changes: Mapping[str, Any], pattern: str) -> WeightArgs:
+    unknown = changes.keys() - type(args).__dataclass_fields__.keys()
     if unknown:
         raise UsageError(f"override {pattern!r} sets {', '.join(sorted(unknown))}, which weights do not have")
     try:

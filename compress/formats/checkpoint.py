@@ -15,13 +15,15 @@ from ...calibrate.discovery import find_blocks, weight_of
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
+from ..scheme import PruneArgs, WeightArgs
+from ..tensor import CompressedTensor, PrunedTensor
+from . import layer, sparse
 from . import pack_quantized as packed
 from .export import awq, gptq
 from .export.layout import blank
 from .shards import TensorSpec
 
+Layer = CompressedTensor | PrunedTensor
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
@@ -34,21 +36,25 @@ class Reader:
 
     mark: str
     scale: str
-    arguments: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, torch.dtype]], dict[str, QuantArgs]]
-    pack: Callable[[str, CompressedTensor], dict[str, Tensor]]
-    unpack: Callable[[str, Mapping[str, Tensor], QuantArgs], CompressedTensor]
+    arguments: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, torch.dtype]], Mapping[str, WeightArgs]]
+    pack: Callable[[str, Layer], dict[str, Tensor]]
+    unpack: Callable[[str, Mapping[str, Tensor], Any], Layer]
     optional: tuple[str, ...] = ()
 
-    def specs(self, name: str, shape: tuple[int, int], args: QuantArgs) -> dict[str, TensorSpec]:
+    def specs(self, name: str, shape: tuple[int, int], args: WeightArgs) -> dict[str, TensorSpec]:
         """What the layer's tensors must be."""
+        if isinstance(args, PruneArgs):
+            return layer.spec(name, args, *shape)
         return {part: TensorSpec.of(tensor) for part, tensor in self.pack(name, blank(shape, args)).items()}
 
 
 def _reader(config: Mapping[str, Any]) -> Reader:
     """The reader of a checkpoint with this `quantization_config`. Raises `ValueError` where there is none."""
+    if sparse.wrote(config):
+        return Reader("weight_values", "weight_values", lambda *_: sparse.read_config(config), layer.pack, layer.unpack)
     kind = config.get("quant_method", "unknown")
     if kind == "compressed-tensors":
-        return Reader("weight_packed", "weight_scale", packed.read_config, packed.pack, packed.unpack)
+        return Reader("weight_packed", "weight_scale", packed.read_config, layer.pack, layer.unpack)
     if kind == "gptq":
         offset = gptq.offset_of(config)
         pack, unpack = partial(gptq.pack, offset=offset), partial(gptq.unpack, offset=offset)
@@ -64,7 +70,7 @@ class Checkpoint:
 
     source: Source
     model: PreTrainedModel
-    layers: dict[str, QuantArgs]
+    layers: dict[str, WeightArgs]
     reader: Reader | None
 
     @classmethod
@@ -99,8 +105,8 @@ class Checkpoint:
             )
         return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
 
-    def layer(self, name: str) -> CompressedTensor:
-        """The quantized layer `name`, once all its tensors are there and have the shapes that the model asks for.
+    def layer(self, name: str) -> Layer:
+        """The compressed layer `name`, once all its tensors are there and have the shapes that the model asks for.
 
         Raises `CompressError` where they are absent, damaged or of another shape.
         """

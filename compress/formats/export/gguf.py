@@ -11,8 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ...scheme import QuantArgs
-from ...tensor import CompressedTensor
+from ...scheme import PruneArgs, WeightArgs
+from ...tensor import CompressedTensor, PrunedTensor
 from .layout import cast
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16"]
@@ -21,8 +21,10 @@ BLOCK = 32
 MIDDLE = {"Q4_0": 8, "Q5_0": 16, "Q8_0": 0}
 
 
-def kind(args: QuantArgs, width: int) -> Kind:
+def kind(args: WeightArgs, width: int) -> Kind:
     """The block that holds a row of `width` columns; F16 (its numbers, rounded) where none does."""
+    if isinstance(args, PruneArgs):
+        return "F16"
     group = args.columns_per_scale(width)
     if args.scale_dtype != "float16" or group % BLOCK:
         return "F16"
@@ -40,10 +42,10 @@ def rounding(block: Kind) -> str | None:
     return "each group's minimum is rounded to float16" if block in ("Q4_1", "Q5_1") else None
 
 
-def pack(name: str, tensor: CompressedTensor) -> Tensor:
+def pack(name: str, tensor: CompressedTensor | PrunedTensor) -> Tensor:
     """The layer `name` as bytes: uint8 `[out, bytes of a row]`, of the blocks that `kind` says."""
     block = kind(tensor.args, tensor.shape[1])
-    if block == "F16":
+    if isinstance(tensor, PrunedTensor) or block == "F16":
         return _as_bytes(cast(name, tensor.dequantize(), torch.float16))
     blocks = tensor.codes.unflatten(1, (-1, BLOCK))
     scale = tensor.scale.repeat_interleave(blocks.shape[1] // tensor.scale.shape[1], dim=1).unsqueeze(-1)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...tensor import CompressedTensor
+from ...tensor import CompressedTensor, PrunedTensor
 from ..checkpoint import Checkpoint
 from . import gguf as blocks
 from .gguf_tokenizer import add_tokenizer
@@ -128,7 +128,9 @@ def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
 
 
-def _reorder(tensor: CompressedTensor, order: Tensor) -> CompressedTensor:
+def _reorder(tensor: CompressedTensor | PrunedTensor, order: Tensor) -> CompressedTensor | PrunedTensor:
+    if isinstance(tensor, PrunedTensor):
+        return PrunedTensor(tensor.values[order], tensor.kept[order], tensor.args)
     zero = None if tensor.zero is None else tensor.zero[order]
     return CompressedTensor(tensor.codes[order], tensor.scale[order], zero, tensor.args)
 

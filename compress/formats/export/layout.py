@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CompressError
-from ...scheme import QuantArgs
-from ...tensor import CompressedTensor
+from ...scheme import PruneArgs, QuantArgs, WeightArgs
+from ...tensor import CompressedTensor, PrunedTensor
 from ..shards import TensorSpec, streamed
 
 Specs = Mapping[str, TensorSpec]
@@ -25,15 +25,15 @@ class LayerFormat:
     config    `quantization_config`, from the quantized layers in order and the names of the linear layers left dense;
               None where the result is an ordinary dense checkpoint
     dtype     of all other floating-point tensors; None leaves each as it is
-    conv1d    whether layers of transformers' `Conv1D` type can be stored
+    dense     whether a layer is stored as plain numbers, so that pruned ones and transformers' `Conv1D` are held too
     """
 
     name: str
     supports: Callable[[QuantArgs, tuple[int, int]], str | None]
-    pack: Callable[[str, CompressedTensor], dict[str, Tensor]]
+    pack: Callable[[str, Any], dict[str, Tensor]]
     config: Callable[[Mapping[str, QuantArgs], Sequence[str]], dict[str, Any] | None]
     dtype: torch.dtype | None = None
-    conv1d: bool = False
+    dense: bool = False
 
 
 def uniform(format_name: str, layers: Mapping[str, QuantArgs]) -> QuantArgs:
@@ -55,9 +55,12 @@ def describe(args: QuantArgs) -> str:
     return f"{args.bits} bits {'symmetric' if args.symmetric else 'asymmetric'}, {groups}"
 
 
-def blank(shape: tuple[int, int], args: QuantArgs) -> CompressedTensor:
+def blank(shape: tuple[int, int], args: WeightArgs) -> CompressedTensor | PrunedTensor:
     """A layer without values: what `pack` makes of it has the shapes and dtypes of the real thing."""
     rows, columns = shape
+    if isinstance(args, PruneArgs):
+        values = torch.empty(shape, dtype=getattr(torch, str(args.dtype)), device="meta")
+        return PrunedTensor(values, values.bool(), args)
     groups = columns // args.columns_per_scale(columns)
     return CompressedTensor(
         torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
@@ -70,8 +73,8 @@ def blank(shape: tuple[int, int], args: QuantArgs) -> CompressedTensor:
 def write_tensors(
     folder: Path,
     planned: LayerFormat,
-    layers: Mapping[str, tuple[tuple[int, int], QuantArgs]],
-    layer: Callable[[str], CompressedTensor],
+    layers: Mapping[str, tuple[tuple[int, int], WeightArgs]],
+    layer: Callable[[str], CompressedTensor | PrunedTensor],
     others: Specs,
     other: Callable[[str], Tensor],
     transposed: Callable[[str], bool],
@@ -82,7 +85,7 @@ def write_tensors(
     are taken over. `transposed` says which layers the model stores as `[in, out]`.
     """
 
-    def parts(name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
+    def parts(name: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]:
         found = planned.pack(name, tensor)
         return {part: t.T.contiguous() for part, t in found.items()} if transposed(name) else found
 

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compress.errors import UsageError
+from .compress.report.session import Output, session
 
 if TYPE_CHECKING:
     from .compress.pipeline import RunReport

@@ -37,7 +37,7 @@ class Reader:
     mark: str
     scale: str
     arguments: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, torch.dtype]], Mapping[str, WeightArgs]]
-    pack: Callable[[str, Layer], dict[str, Tensor]]
+    pack: Callable[[str, Any], dict[str, Tensor]]
     unpack: Callable[[str, Mapping[str, Tensor], Any], Layer]
     optional: tuple[str, ...] = ()
 

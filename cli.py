@@ -35,6 +35,9 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
 ]
+Target = Annotated[
+    str, typer.Option("--target", help="Runtimes that must be able to serve it: vllm,llamacpp.", show_default=False)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
 Calib = Annotated[
     str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
@@ -68,6 +71,7 @@ def quantize(
     recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
     evaluate_on: Eval = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    target: Target = "",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json_file: Json = None,
@@ -100,7 +104,7 @@ def quantize(
                 options=_options(options),
             )
         )
-        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output, target)
 
 
 @app.command()
@@ -311,6 +315,7 @@ def _carry_out(
     evaluate_on: str | None,
     device: str,
     output: Output,
+    targets: str = "",
 ) -> None:
     from .compress.api import default_out
     from .compress.pipeline import plan
@@ -321,7 +326,7 @@ def _carry_out(
     target = out or default_out(model, recipe)
     if not dry_run:
         check_target(target, overwrite)
-    planned = plan(model, recipe)
+    planned = plan(model, recipe, targets.split(",") if targets else ())
     print_plan(output.console, planned)
     if dry_run:
         output.result(

@@ -27,6 +27,7 @@ def quantize(
     seed: int = 0,
     keep: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
@@ -34,8 +35,9 @@ def quantize(
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
     `group_size` -1 means one scale per output row; `keep` are patterns of layers that stay dense; `options` are those of
-    the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `out` is by default
-    `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
+    the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `target` names the
+    runtimes that must be able to serve the result (see `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>`
+    beside the model. Raises `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
@@ -49,7 +51,7 @@ def quantize(
         keep=keep,
         options=options,
     )
-    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+    return run(model, out, recipe, target=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def prune(
@@ -98,14 +100,15 @@ def run(
     out: str | Path | None = None,
     recipe: Recipe | str | Path = "gptq-w4",
     *,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> RunReport:
     """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
     wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
-    target = Path(out) if out else default_out(model, wanted)
-    return pipeline.run(model, target, wanted, overwrite=overwrite, device=device, observer=observer)
+    place = Path(out) if out else default_out(model, wanted)
+    return pipeline.run(model, place, wanted, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def quantization_recipe(

@@ -14,7 +14,7 @@ import torch
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
-from .formats.export import gguf_model
+from .formats.export import gguf_model, onnx
 from .formats.export.awq import AWQ
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
@@ -63,7 +63,7 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
 
 WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
 Writer = Callable[[Checkpoint, Path], list[str]]
-WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write}
+WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write}
 
 
 def formats() -> list[str]:

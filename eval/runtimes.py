@@ -25,6 +25,7 @@ from ..calibrate.discovery import find_blocks
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats import shards
 from ..compress.formats.export import gguf_model
+from ..compress.formats.export import onnx as onnx_model
 from ..compress.formats.load import load
 
 REQUEST, OUTPUTS, WEIGHTS, VERSIONS = "request.json", "outputs.safetensors", "weights", "versions.json"
@@ -95,6 +96,35 @@ def _lmpress(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> 
     run_model(load(checkpoint), ids, layers, folder)
 
 
+def _onnxruntime(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
+    import onnx
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(checkpoint))
+
+    def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        names = [output.name for output in session.get_outputs()]
+        return {name: torch.from_numpy(found) for name, found in zip(names, session.run(names, inputs), strict=True)}
+
+    model = onnx.load(checkpoint / onnx_model.FILE, load_external_data=False)
+    nodes = {node.name: node for node in model.graph.node}
+    stored = {tensor.name: tensor for tensor in model.graph.initializer}
+    floats = onnx.TensorProto.FLOAT
+    for name in layers:  # a graph of the one node, fed with the identity
+        node = nodes[name]
+        used = [stored[part] for part in node.input if part in stored]
+        ends = [onnx.helper.make_tensor_value_info(end, floats, None) for end in (node.input[0], node.output[0])]
+        alone = onnx.helper.make_graph([node], name, ends[:1], ends[1:], used)
+        width = next(a.i for a in node.attribute if a.name == "K") if node.attribute else used[0].dims[0]
+        one = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
+        write_weight(folder, name, run(one, {node.input[0]: torch.eye(width).numpy()})[node.output[0]].T.contiguous())
+    hidden = [output for node in model.graph.node for output in node.output if output.startswith("hidden.")]
+    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, floats, None) for name in hidden)
+    shards.write(folder / OUTPUTS, run(model, {"input_ids": ids.numpy()}))
+
+
 def _pretrained(checkpoint: Path, gguf_file: str | None = None) -> PreTrainedModel:
     """As transformers loads it, in float32. Raises `CompressError` where it only warns of missing tensors."""
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
@@ -116,6 +146,7 @@ RUNTIMES: dict[str, Runtime] = {
         _transformers, ("transformers", "torch", "compressed-tensors", "gptqmodel"), steps=0.3, logits=2e-2, top1=0.95
     ),
     "gguf-transformers": Runtime(_gguf, ("transformers", "torch", "gguf"), steps=0.3, logits=2e-2, top1=0.95),
+    "onnxruntime": Runtime(_onnxruntime, ("onnxruntime", "onnx"), steps=1e-3, logits=1e-3, top1=0.99),
     "lmpress": Runtime(_lmpress, ("lmpress", "torch"), steps=1e-3, logits=1e-4, top1=0.99),
 }
 

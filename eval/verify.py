@@ -156,7 +156,7 @@ def _compare_outputs(
     finding: Finding, limits: Runtime, expected: dict[str, Tensor], found: dict[str, Tensor]
 ) -> Finding:
     logits, base = found["logits"], expected["logits"]
-    p, q = F.log_softmax(base, -1), F.log_softmax(logits, -1)
+    p, q = F.log_softmax(base.double(), -1), F.log_softmax(logits.double(), -1)
     blocks = sorted(int(name.removeprefix("hidden.")) for name in expected if name.startswith("hidden."))
     seen = [index for index in blocks if f"hidden.{index}" in found]
     diverging = (i for i in seen if not _relative(found[f"hidden.{i}"], expected[f"hidden.{i}"]) <= limits.logits)

@@ -1,5 +1,6 @@
 """`verify` believes what is right, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -82,12 +83,9 @@ def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, 
 def test_what_the_runtime_itself_says_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()
-    done = CliRunner().invoke(
-        app,
-        ["verify", str(tmp_path / "bad"), "--against", str(checkpoint), "--runtime", "lmpress"],
-        env={"COLUMNS": "200"},
-    )
-    assert done.exit_code == 1 and "FAILED" in done.output and "has no weights" in done.output
+    command = ["verify", str(tmp_path / "bad"), "--against", str(checkpoint), "--runtime", "lmpress", "--json", "-"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "has no weights" in json.loads(done.stdout)["findings"][0]["error"]
 
 
 def test_wrong_requests_are_refused(checkpoint: Path) -> None:

@@ -19,7 +19,7 @@ from ..compress.export import export
 from ..compress.formats import shards
 from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.load import load
-from ..compress.tensor import CompressedTensor, PrunedTensor
+from ..compress.tensor import Compressed, CompressedTensor
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -137,18 +137,18 @@ def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, f
     return replace(finding, steps=off[worst], worst_layer=worst if off[worst] else None, wrong_layers=wrong)
 
 
-def _steps(served: Tensor, tensor: CompressedTensor | PrunedTensor) -> float:
+def _steps(served: Tensor, tensor: Compressed) -> float:
     """The largest difference in steps of the grid; infinite for another shape or no numbers.
 
-    The step of a pruned layer, which has no grid, is a 127th of its largest weight.
+    The step of a layer without one grid (pruned, SpQR) is a 127th of its largest weight.
     """
     if served.shape != tensor.shape or not bool(served.isfinite().all()):
         return float("inf")
     expected = tensor.dequantize()
-    if isinstance(tensor, PrunedTensor):
-        step = expected.abs().max() / 127
-    else:
+    if isinstance(tensor, CompressedTensor):
         step = tensor.scale.float().abs().repeat_interleave(tensor.shape[1] // tensor.scale.shape[1], dim=1)
+    else:
+        step = expected.abs().max() / 127
     return float(((served - expected).abs() / step).max())
 
 

@@ -1,6 +1,6 @@
 """A checkpoint with quantized layers, ours or others': which layers, how each is quantized, and its tensor when asked for."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,53 +15,38 @@ from ...calibrate.discovery import find_blocks, weight_of
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
-from ..scheme import PruneArgs, WeightArgs
-from ..tensor import CompressedTensor, PrunedTensor
-from . import layer, sparse
-from . import pack_quantized as packed
+from ..scheme import WeightArgs
+from ..tensor import Compressed
 from .export import awq, gptq
-from .export.layout import blank
 from .shards import TensorSpec
+from .storage import format_that_wrote
 
-Layer = CompressedTensor | PrunedTensor
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
 @dataclass(frozen=True)
 class Reader:
-    """How one format is read. A layer P is recognised by its tensor `P.<mark>`; `optional` tensors may be absent.
+    """How one format is read; `optional` tensors of a layer may be absent.
 
-    Raises what `arguments` and `unpack` raise.
+    arguments  of every layer that a `quantization_config` and the specs of the stored tensors speak of
+    specs      of a layer's tensors, from its name, arguments, rows and columns
     """
 
-    mark: str
-    scale: str
-    arguments: Callable[[Mapping[str, Any], Iterable[str], Mapping[str, torch.dtype]], Mapping[str, WeightArgs]]
-    pack: Callable[[str, Any], dict[str, Tensor]]
-    unpack: Callable[[str, Mapping[str, Tensor], Any], Layer]
+    arguments: Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], Mapping[str, WeightArgs]]
+    specs: Callable[[str, Any, int, int], dict[str, TensorSpec]]
+    unpack: Callable[[str, Mapping[str, Tensor], Any], Compressed]
     optional: tuple[str, ...] = ()
-
-    def specs(self, name: str, shape: tuple[int, int], args: WeightArgs) -> dict[str, TensorSpec]:
-        """What the layer's tensors must be."""
-        if isinstance(args, PruneArgs):
-            return layer.spec(name, args, *shape)
-        return {part: TensorSpec.of(tensor) for part, tensor in self.pack(name, blank(shape, args)).items()}
 
 
 def _reader(config: Mapping[str, Any]) -> Reader:
     """The reader of a checkpoint with this `quantization_config`. Raises `ValueError` where there is none."""
-    if sparse.wrote(config):
-        return Reader("weight_values", "weight_values", lambda *_: sparse.read_config(config), layer.pack, layer.unpack)
-    kind = config.get("quant_method", "unknown")
-    if kind == "compressed-tensors":
-        return Reader("weight_packed", "weight_scale", packed.read_config, layer.pack, layer.unpack)
-    if kind == "gptq":
-        offset = gptq.offset_of(config)
-        pack, unpack = partial(gptq.pack, offset=offset), partial(gptq.unpack, offset=offset)
-        return Reader("qweight", "scales", gptq.read_config, pack, unpack, optional=("g_idx",))
-    if kind == "awq":
-        return Reader("qweight", "scales", awq.read_config, awq.pack, awq.unpack)
-    raise ValueError(f"{kind}; compressed-tensors, gptq and awq are read")
+    if config.get("quant_method") == "gptq":
+        unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
+        return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
+    if config.get("quant_method") == "awq":
+        return Reader(awq.read_config, awq.spec, awq.unpack)
+    ours = format_that_wrote(config)
+    return Reader(ours.read_config, ours.spec, ours.unpack)
 
 
 @dataclass(frozen=True)
@@ -86,12 +71,7 @@ class Checkpoint:
         try:
             config = source.config["quantization_config"]
             reader = _reader(config)
-            names = [n.removesuffix(f".{reader.mark}") for n in source.tensors if n.endswith(f".{reader.mark}")]
-            if not names:
-                raise ValueError(f"its config says {config['quant_method']}, but no layer is packed so")
-            scales = {name: source.tensors.get(f"{name}.{reader.scale}") for name in names}
-            dtypes = {name: torch.float16 if s is None else s.spec.torch_dtype for name, s in scales.items()}
-            found = reader.arguments(config, names, dtypes)
+            found = reader.arguments(config, {name: tensor.spec for name, tensor in source.tensors.items()})
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{source.path} is quantized in a way that lmpress does not read ({error})",
@@ -105,14 +85,14 @@ class Checkpoint:
             )
         return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
 
-    def layer(self, name: str) -> Layer:
+    def layer(self, name: str) -> Compressed:
         """The compressed layer `name`, once all its tensors are there and have the shapes that the model asks for.
 
         Raises `CompressError` where they are absent, damaged or of another shape.
         """
         assert self.reader is not None
         shape, args = self.shape(name), self.layers[name]
-        specs = self.reader.specs(name, shape, args)
+        specs = self.reader.specs(name, args, *shape)
         for part in [part for part in specs if part not in self.source.tensors]:
             if part.rpartition(".")[2] not in self.reader.optional:
                 raise CompressError(f"{self.source.path} holds no tensor for {part}", "the checkpoint is incomplete")
@@ -151,7 +131,7 @@ class Checkpoint:
             part
             for name, args in self.layers.items()
             if self.reader is not None
-            for part in self.reader.specs(name, self.shape(name), args)
+            for part in self.reader.specs(name, args, *self.shape(name))
         }
         known = {names.find(name): name for name in self.model.state_dict(keep_vars=True) if not names.ties(name)}
         return {

@@ -29,6 +29,7 @@ class Container:
     fused        projections that the runtime joins must have one scheme
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
+    spqr         SpQR's two-level grid with its outliers is served
     """
 
     format: str
@@ -40,6 +41,7 @@ class Container:
     fused: bool = False
     uniform: bool = False
     conv1d: bool = False
+    spqr: bool = False
 
 
 PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
@@ -48,7 +50,7 @@ AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=Tru
 GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32)
 ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
 TARGETS: dict[str, tuple[Container, ...]] = {
-    "lmpress": (Container("pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True),),
+    "lmpress": (Container("pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, spqr=True),),
     "transformers": (PACKED,),
     "gptqmodel": (GPTQ, AWQ),
     "vllm": (
@@ -115,6 +117,8 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
     rows, columns = layer.shape
     if layer.kind == "Conv1D" and not container.conv1d:
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
+    if args.scale_dtype == "bilevel" and not container.spqr:
+        yield Fault(layer.name, "no other runtime reads SpQR", "export to fp16 after quantizing")
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
         yield Fault(layer.name, f"{args.bits} bits", f"use --bits {nearest}")

@@ -46,7 +46,7 @@ def logits(path: Path) -> Tensor:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "pack-quantized", "fp32"])
+@pytest.mark.parametrize("name", ["gptq", "gptq_v2", "awq", "pack-quantized"])
 def test_an_export_computes_the_same(tmp_path: Path, name: str, symmetric: bool, tied: bool) -> None:
     source = quantized(tmp_path, symmetric=symmetric, tied=tied)
     report = lmpress.export(source, tmp_path / "out", format=name)
@@ -56,9 +56,14 @@ def test_an_export_computes_the_same(tmp_path: Path, name: str, symmetric: bool,
     assert [p for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
-def test_plain_transformers_loads_the_dense_export(tmp_path: Path) -> None:
-    source = quantized(tmp_path)
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+def test_plain_transformers_loads_the_dense_export(tmp_path: Path, symmetric: bool) -> None:
+    source = quantized(tmp_path, symmetric=symmetric)
     lmpress.export(source, tmp_path / "out", format="fp32")
+    written, checkpoint = shards.read(tmp_path / "out" / "model.safetensors"), Checkpoint.open(source)
+    assert len(checkpoint.layers) == 14
+    for name in checkpoint.layers:
+        assert torch.equal(written[f"{name}.weight"], checkpoint.layer(name).dequantize())
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert loaded.dtype == torch.float32 and torch.allclose(loaded(IDS).logits, logits(source), atol=1e-5)
 

@@ -5,17 +5,17 @@ P.qzeros   int32 [groups, out / 8]   zeros, interleaved likewise
 P.scales   float16 [groups, out]
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...scheme import QuantArgs
 from ...tensor import CompressedTensor
 from ..bitstream import pack_rows, unpack_rows
+from ..shards import TensorSpec
 from .gptq import stored_args, zeros_of
-from .layout import LayerFormat, uniform
+from .layout import LayerFormat, blank, specs_of, uniform
 
 ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
@@ -72,14 +72,20 @@ def config(layers: Mapping[str, QuantArgs], dense: Sequence[str]) -> dict[str, A
     }
 
 
-def read_config(
-    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
-) -> dict[str, QuantArgs]:
-    """The arguments of every layer by the `quantization_config` of a checkpoint. Raises `ValueError` for other layouts."""
+def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    """The tensors that `pack` gives for a `rows` x `columns` weight."""
+    return specs_of(pack(name, blank((rows, columns), args)))
+
+
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
+    """The arguments of every layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
+
+    Raises `ValueError` for other layouts and where nothing is stored so.
+    """
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if config["bits"] != 4 or version != "gemm":
         raise ValueError(f"AWQ of {config['bits']} bits in the layout {version}")
-    return {name: stored_args(config, symmetric=False, scale_dtype=scale_dtypes[name]) for name in layers}
+    return stored_args(config, symmetric=False, stored=stored)
 
 
 AWQ = LayerFormat("awq", supports, pack, config)

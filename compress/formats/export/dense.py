@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...scheme import QuantArgs
-from ...tensor import CompressedTensor, PrunedTensor
+from ...tensor import Compressed
 from .layout import LayerFormat, cast
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -16,7 +16,7 @@ def dense(name: str) -> LayerFormat:
     """The dense format that `DTYPES` calls `name`. fp32 is exact, the others round to nearest."""
     dtype = DTYPES[name]
 
-    def pack(layer: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]:
+    def pack(layer: str, tensor: Compressed) -> dict[str, Tensor]:
         return {f"{layer}.weight": cast(layer, tensor.dequantize(), dtype)}
 
     return LayerFormat(name, _supports, pack, _config, dtype, dense=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...scheme import PruneArgs, WeightArgs
-from ...tensor import CompressedTensor, PrunedTensor
+from ...tensor import Compressed, CompressedTensor
 from .layout import cast
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "F16"]
@@ -42,11 +42,12 @@ def rounding(block: Kind) -> str | None:
     return "each group's minimum is rounded to float16" if block in ("Q4_1", "Q5_1") else None
 
 
-def pack(name: str, tensor: CompressedTensor | PrunedTensor) -> Tensor:
+def pack(name: str, tensor: Compressed) -> Tensor:
     """The layer `name` as bytes: uint8 `[out, bytes of a row]`, of the blocks that `kind` says."""
-    block = kind(tensor.args, tensor.shape[1])
-    if isinstance(tensor, PrunedTensor) or block == "F16":
+    block = kind(tensor.args, tensor.shape[1]) if isinstance(tensor, CompressedTensor) else "F16"
+    if block == "F16":
         return _as_bytes(cast(name, tensor.dequantize(), torch.float16))
+    assert isinstance(tensor, CompressedTensor)
     blocks = tensor.codes.unflatten(1, (-1, BLOCK))
     scale = tensor.scale.repeat_interleave(blocks.shape[1] // tensor.scale.shape[1], dim=1).unsqueeze(-1)
     parts = [_as_bytes(scale)]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ...errors import UsageError
-from ...tensor import CompressedTensor, PrunedTensor
 from ..checkpoint import Checkpoint
 from . import gguf as blocks
 from .gguf_tokenizer import add_tokenizer
@@ -50,9 +49,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for name in kinds:
-        tensor = checkpoint.layer(name)
-        order = _row_order(f"{name}.weight", tensor.shape[0], config)
-        writer.write_tensor_data(blocks.pack(name, tensor if order is None else _reorder(tensor, order)).numpy())
+        packed = blocks.pack(name, checkpoint.layer(name))
+        order = _row_order(f"{name}.weight", packed.shape[0], config)
+        writer.write_tensor_data((packed if order is None else packed[order]).numpy())
     for name, stored in others.items():
         tensor = checkpoint.source.read(stored, check=True)
         order = _row_order(name, tensor.shape[0], config)
@@ -126,13 +125,6 @@ def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
     if heads is None or not PERMUTED[config.model_type]:
         return None
     return torch.arange(rows).view(heads, 2, -1).transpose(1, 2).flatten()
-
-
-def _reorder(tensor: CompressedTensor | PrunedTensor, order: Tensor) -> CompressedTensor | PrunedTensor:
-    if isinstance(tensor, PrunedTensor):
-        return PrunedTensor(tensor.values[order], tensor.kept[order], tensor.args)
-    zero = None if tensor.zero is None else tensor.zero[order]
-    return CompressedTensor(tensor.codes[order], tensor.scale[order], zero, tensor.args)
 
 
 def _dense_bytes(tensor: Tensor) -> Tensor:

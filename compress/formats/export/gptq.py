@@ -8,7 +8,7 @@ P.g_idx    int32 [in]                        the group of each input column
 Version 1 cannot hold a zero of 0: it is stored as all ones, and the readers' packed addition of 1 carries into the next.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -19,7 +19,8 @@ from ...errors import CompressError
 from ...scheme import QuantArgs, group_strategy
 from ...tensor import CompressedTensor
 from ..bitstream import pack_rows, unpack_rows
-from .layout import LayerFormat, uniform
+from ..shards import TensorSpec
+from .layout import LayerFormat, blank, specs_of, uniform
 
 BITS = (2, 3, 4, 8)
 V1, V2 = "gptq", "gptq_v2"
@@ -113,25 +114,38 @@ def _within_block(name: str) -> str:
     return ".".join(parts[numbered + 1 :])
 
 
-def read_config(
-    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
-) -> dict[str, QuantArgs]:
-    """The arguments of every layer by the `quantization_config` of a checkpoint. Raises `ValueError` for other bits."""
+def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    """The tensors that `pack` gives for a `rows` x `columns` weight."""
+    return specs_of(pack(name, blank((rows, columns), args), offset=0))
+
+
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
+    """The arguments of every layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
+
+    Raises `ValueError` for other bits and where nothing is stored so.
+    """
     if config["bits"] not in BITS:
         raise ValueError(f"GPTQ of {config['bits']} bits")
-    return {name: stored_args(config, bool(config.get("sym", True)), scale_dtypes[name]) for name in layers}
+    return stored_args(config, bool(config.get("sym", True)), stored)
 
 
-def stored_args(config: Mapping[str, Any], symmetric: bool, scale_dtype: torch.dtype) -> QuantArgs:
-    """Arguments from the words that GPTQ and AWQ configs share."""
+def stored_args(config: Mapping[str, Any], symmetric: bool, stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
+    """The arguments of every layer with a `qweight`, from the words that GPTQ and AWQ configs share."""
     strategy, size = group_strategy(config["group_size"])
-    return QuantArgs(
-        bits=config["bits"],
-        symmetric=symmetric,
-        strategy=strategy,
-        group_size=size,
-        scale_dtype=str(scale_dtype).removeprefix("torch."),  # type: ignore[arg-type]
-    )
+    found = {}
+    for name in [n.removesuffix(".qweight") for n in stored if n.endswith(".qweight")]:
+        scales = stored.get(f"{name}.scales")
+        dtype = "float16" if scales is None else str(scales.torch_dtype).removeprefix("torch.")
+        found[name] = QuantArgs(
+            bits=config["bits"],
+            symmetric=symmetric,
+            strategy=strategy,
+            group_size=size,
+            scale_dtype=dtype,  # type: ignore[arg-type]
+        )
+    if not found:
+        raise ValueError(f"its config says {config['quant_method']}, but no layer is packed so")
+    return found
 
 
 def offset_of(config: Mapping[str, Any]) -> int:

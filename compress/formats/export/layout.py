@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from ...errors import CompressError
-from ...scheme import PruneArgs, QuantArgs, WeightArgs
-from ...tensor import CompressedTensor, PrunedTensor
+from ...scheme import QuantArgs, WeightArgs
+from ...tensor import Compressed, CompressedTensor
 from ..shards import TensorSpec, streamed
 
 Specs = Mapping[str, TensorSpec]
@@ -55,12 +55,9 @@ def describe(args: QuantArgs) -> str:
     return f"{args.bits} bits {'symmetric' if args.symmetric else 'asymmetric'}, {groups}"
 
 
-def blank(shape: tuple[int, int], args: WeightArgs) -> CompressedTensor | PrunedTensor:
+def blank(shape: tuple[int, int], args: QuantArgs) -> CompressedTensor:
     """A layer without values: what `pack` makes of it has the shapes and dtypes of the real thing."""
     rows, columns = shape
-    if isinstance(args, PruneArgs):
-        values = torch.empty(shape, dtype=getattr(torch, str(args.dtype)), device="meta")
-        return PrunedTensor(values, values.bool(), args)
     groups = columns // args.columns_per_scale(columns)
     return CompressedTensor(
         torch.empty(rows, columns, dtype=torch.uint8, device="meta"),
@@ -70,11 +67,16 @@ def blank(shape: tuple[int, int], args: WeightArgs) -> CompressedTensor | Pruned
     )
 
 
+def specs_of(tensors: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+    """What each tensor will be on disk."""
+    return {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+
+
 def write_tensors(
     folder: Path,
     planned: LayerFormat,
     layers: Mapping[str, tuple[tuple[int, int], WeightArgs]],
-    layer: Callable[[str], CompressedTensor | PrunedTensor],
+    layer: Callable[[str], Compressed],
     others: Specs,
     other: Callable[[str], Tensor],
     transposed: Callable[[str], bool],
@@ -85,13 +87,18 @@ def write_tensors(
     are taken over. `transposed` says which layers the model stores as `[in, out]`.
     """
 
-    def parts(name: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]:
+    def parts(name: str, tensor: Compressed) -> dict[str, Tensor]:
         found = planned.pack(name, tensor)
         return {part: t.T.contiguous() for part, t in found.items()} if transposed(name) else found
 
     specs = {name: _spec(spec, planned.dtype) for name, spec in others.items()}
     for name, (shape, args) in layers.items():
-        specs |= {n: TensorSpec.of(t) for n, t in parts(name, blank(shape, args)).items()}
+        if planned.dtype is not None and planned.dense:
+            size = (shape[1], shape[0]) if transposed(name) else shape
+            specs[f"{name}.weight"] = TensorSpec.of(torch.empty(size, dtype=planned.dtype, device="meta"))
+        else:
+            assert isinstance(args, QuantArgs)
+            specs |= specs_of(parts(name, blank(shape, args)))
     with streamed(folder, specs) as put:
         for name in layers:
             for tensor_name, tensor in parts(name, layer(name)).items():

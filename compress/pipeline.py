@@ -8,7 +8,7 @@ import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from ..calibrate.runner import Runner, Statistics
 from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
+from .formats.targets import check as check_targets
 from .passes import Block, Linear
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
@@ -65,10 +66,15 @@ class RunReport:
         }
 
 
-def plan(model: str | Path, recipe: Recipe) -> Plan:
-    """What `run` would do, from the config and the file headers alone."""
+def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan:
+    """What `run` would do, from the config and the file headers alone.
+
+    Raises `UsageError` where one of the runtimes `targets` could not serve the result.
+    """
     source = open_source(model)
-    return make_plan(source, build(source), recipe)
+    planned = make_plan(source, build(source), recipe)
+    check_targets(planned.layers, targets)
+    return planned
 
 
 def run(
@@ -78,6 +84,7 @@ def run(
     *,
     overwrite: bool = False,
     device: str = "cpu",
+    targets: Sequence[str] = (),
     observer: Observer = silent,
 ) -> RunReport:
     """Compress the Hugging Face directory (or hub id) `model` by `recipe` into the directory `out`.
@@ -91,6 +98,7 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
+    check_targets(planned.layers, targets)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:

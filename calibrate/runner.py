@@ -131,6 +131,9 @@ class Runner:
                     call.replay(self._original, self._reference[i].to(self.device))
                 gatherer.drift(linears, landed, intended)
         _check_finite(statistics, self.block_name(index))
+        for name in [n for n in linears if n not in statistics.hessians]:  # experts that no token was routed to
+            statistics.hessians[name] = Hessian.unseen(weight_of(linears[name]).shape[1], dtype, self.device)
+            statistics.groups.append([name])
         return statistics
 
     @torch.no_grad()
@@ -235,7 +238,8 @@ class _Gatherer:
                 continue
             known = self._statistics.drifts.get(name)
             if known is None:
-                known = Drift(*weight_of(linears[name]).shape, self._dtype, inputs.device)
+                rows, columns = weight_of(linears[name]).shape
+                known = Drift(rows, columns, self._dtype, inputs.device)
                 self._statistics.drifts[name] = known
             known.update(self._tokens(name, there - here), self._tokens(name, inputs), self._sequences)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner, Statistics
-from ..calibrate.skeleton import build
+from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
@@ -83,6 +83,7 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    device_of(device)
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
@@ -176,8 +177,7 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
         return _solve(entry, block, local, statistics, tell)
-    unused = local.keys() - {name for group in statistics.groups for name in group}
-    for position, names in enumerate([*statistics.groups, sorted(unused)]):
+    for position, names in enumerate(statistics.groups):
         if position:  # the statistics of the first group are those just gathered
             statistics = runner.collect(index, set(names))
         _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
@@ -188,6 +188,8 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        if linear.hessian is not None:
+            linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = linear.drift = None

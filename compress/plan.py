@@ -45,13 +45,15 @@ class LayerPlan:
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense. `tensors` are the specs of all output tensors by
+    `heads` are the linear layers outside the blocks, which stay dense, `untouched` parameters
+    of the blocks that no linear layer holds (experts in one tensor). `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
 
     layers: tuple[LayerPlan, ...]
     heads: tuple[str, ...]
+    untouched: tuple[str, ...]
     copied: dict[str, str]
     tensors: dict[str, TensorSpec]
     blocks: int
@@ -76,6 +78,8 @@ class Plan:
         for layer in self.layers:
             if layer.note:
                 grouped.setdefault(layer.note, []).append(layer.name)
+        if self.untouched:
+            grouped["kept dense, weights in more than two dimensions"] = list(self.untouched)
         return [f"{note}: {_summary(names)}" for note, names in grouped.items()] + self._honest()
 
     def _honest(self) -> list[str]:
@@ -117,6 +121,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     return Plan(
         layers=layers,
         heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
+        untouched=tuple(f"{prefix}.{name}" for name, p in blocks.named_parameters() if p.ndim > 2),
         copied=copied,
         tensors=tensors,
         blocks=len(blocks),

@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 LETTERS = "abcdefgh"
 
+torch.set_num_threads(1)  # the models are tiny: several threads only wait for each other
+
 
 @pytest.fixture
 def assets(request: pytest.FixtureRequest) -> Path:

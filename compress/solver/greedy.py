@@ -159,7 +159,10 @@ class _Elimination:
         self._unit = torch.eye(block, dtype=weight.dtype, device=weight.device)  # in place of a settled corner
         self._barred = weight.new_zeros(count, width // block)  # infinite where a block can no longer be chosen
         self._groups = None if pattern is None else _Groups(pattern, count, width, weight.device)
-        self._steps = width if self._groups is None else self._groups.total
+        self._steps = width
+        if self._groups is not None:
+            self._steps = self._groups.total
+            self._groups.bar_full(self._columns, self._barred)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Order and losses `[rows, steps]` per block, settled weights `[rows, cols]`."""
@@ -275,6 +278,10 @@ class _Groups:
         room = (width - starts).clamp(max=self._size) * zeros // self._size
         self.total = int(room.sum())
         self._room = room.repeat(rows, 1)
+
+    def bar_full(self, columns: Tensor, barred: Tensor) -> None:
+        """Bar the groups that may not lose anything, such as a last one of a single column."""
+        barred.masked_fill_(self._room.gather(1, columns // self._size) == 0, torch.inf)
 
     def take(self, column: Tensor, columns: Tensor, barred: Tensor) -> None:
         """Note that `column` `[rows, 1]` was settled; bar the rest of its group once that is full."""

@@ -10,6 +10,7 @@ same inputs and counts where a method loses to the one that should be worse.
 import argparse
 import tempfile
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ RUNS = {
     "sparsegpt": ("sparsegpt", {}),
     "sparsegpt, refit": ("sparsegpt", {"refit": True}),
     "obs, blocks of 64": ("obs", {}),
-    "exactobs as published": ("exactobs", {"drift": 0.0, "true_sequential": False}),
+    "exactobs as published": ("exactobs", {"drift": 0.0, "true_sequential": False, "compare": False}),
     "exactobs": ("exactobs", {}),
 }
 AMOUNTS = {"50 %": {"sparsity": 0.5}, "2:4": {"pattern": "2:4"}, "4:8": {"pattern": "4:8"}}
@@ -83,7 +84,7 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
                 hessian = damped(statistics.hessians[name].matrix(), 0.01)
                 for amount, how in AMOUNTS.items():
                     losses = _losses(weight_of(linear).double(), hessian, PruneArgs(**how))
-                    for better, worse in zip(losses, losses[1:], strict=False):
+                    for better, worse in pairwise(losses):
                         wrong[amount][names[losses.index(worse)]] += better > worse
                     worst[amount] = max(worst[amount], losses[0] / losses[1])
             if index + 1 < len(runner.blocks):
@@ -99,13 +100,14 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
 
 def _losses(weight, hessian, args) -> list[float]:  # noqa: ANN001
     """Damped losses, best method first by expectation."""
+    rows = args if args.pattern else PruneArgs(args.sparsity, scope="row")  # what Wanda compares, for magnitude too
     swept, mask = sparsegpt.prune(weight, hessian, args)
     results = [
         exactobs.prune(weight, hessian, args)[0],
         refit(weight, hessian.matrix, mask, start=swept),
         swept,
-        wanda.prune(weight, hessian, args if args.pattern else PruneArgs(args.sparsity, scope="row"))[0],
-        magnitude.prune(weight, hessian, args)[0],
+        wanda.prune(weight, hessian, rows)[0],
+        magnitude.prune(weight, hessian, rows)[0],
     ]
     return [layer_loss(weight - result, hessian.matrix) for result in results]
 

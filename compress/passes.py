@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
-from .scheme import Pruning, Scheme, WeightArgs
+from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
 from .tensor import CompressedTensor, PrunedTensor
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
@@ -58,6 +58,20 @@ class Linear:
     drift: Drift | None = None
     result: CompressedTensor | PrunedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def quant(self) -> QuantArgs:
+        """The arguments of a layer that is to be quantized. Raises `UsageError` for one that is to be pruned."""
+        if isinstance(self.args, QuantArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be pruned, not quantized", "the last pass of a recipe decides")
+
+    @property
+    def prune(self) -> PruneArgs:
+        """The arguments of a layer that is to be pruned. Raises `UsageError` for one that is to be quantized."""
+        if isinstance(self.args, PruneArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
 
 
 @dataclass

@@ -87,11 +87,11 @@ def apply(config: GPTQ, block: Block) -> None:
         assert linear.hessian is not None
         key = id(linear.hessian)
         if key not in prepared:
-            prepared = {key: prepare(linear.hessian.matrix(), linear.args, config)}  # one at a time: factors are large
+            prepared = {key: prepare(linear.hessian.matrix(), linear.quant, config)}  # one at a time: factors are large
         target = linear.weight
         if config.drift and linear.drift is not None:
             target = corrected(linear.weight, linear.drift.matrix(), prepared[key], config.drift)
-        solution = solve(target, prepared[key], linear.args, config)
+        solution = solve(target, prepared[key], linear.quant, config)
         linear.result = solution.tensor
         linear.figures |= {
             "damping": prepared[key].factor.damping,

@@ -16,7 +16,7 @@ def keep_better(linear: Linear, hessian: Tensor, target: Tensor | None = None) -
     assert linear.result is not None
     dtype = hessian.dtype
     weight = (linear.weight if target is None else target).to(dtype)
-    rounded = round_to_nearest(linear.weight, linear.args)
+    rounded = round_to_nearest(linear.weight, linear.quant)
     loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
     rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)
     if not loss <= rtn_loss:

@@ -18,7 +18,7 @@ def backpropagated_diagonal(net: nn.Sequential, inputs: Tensor, targets: Tensor,
     `full` False leaves out the second derivatives of the activations (Levenberg-Marquardt: never negative). Parameters that
     several layers share have the sum of what each would have; the order is that of `net.parameters()`.
     """
-    found = {parameter: torch.zeros_like(parameter) for parameter in net.parameters()}
+    found: dict[Tensor, Tensor] = {parameter: torch.zeros_like(parameter) for parameter in net.parameters()}
     values = [inputs]
     with torch.no_grad():
         for module in net:

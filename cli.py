@@ -82,10 +82,19 @@ class Output:
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn.")] = "gptq",
+    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, spqr, rtn.")] = "gptq",
     bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: one scale an output row.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale; -1: one scale an output row. Default: the method's own, mostly 128.",
+            show_default=False,
+        ),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for every group too.")] = False,
+    quality: Annotated[
+        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+    ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
@@ -120,6 +129,7 @@ def quantize(
                 bits=bits,
                 group_size=group_size,
                 symmetric=not asymmetric,
+                quality=quality,
                 calib=calib,
                 samples=samples,
                 seq_len=seq_len,

@@ -174,13 +174,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, statistics, tell)
-    for position, names in enumerate(statistics.groups):
-        if position:  # the statistics of the first group are those just gathered
-            statistics = runner.collect(index, set(names))
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+    for names in runner.groups(index, set(local)):
+        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 

@@ -24,7 +24,7 @@ def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = F
     stored, and the damping that was needed.
     """
     for linear, solved in _with_hessians(block, damping):
-        args = linear.prune
+        args = linear.prune_args
         weight = linear.weight.double()
         if drift and linear.drift is not None:
             weight = weight + drift * linear.drift.matrix().double() @ solved.inverse

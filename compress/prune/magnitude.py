@@ -40,7 +40,7 @@ def apply(config: Magnitude, block: Block) -> None:
         prune_linears(block, config.damping, prune, refitted=True)
         return
     for linear in block.linears:
-        args = linear.prune
+        args = linear.prune_args
         linear.result = PrunedTensor.of(linear.weight, smallest(linear.weight.abs(), args), args)
         record(linear)
 

@@ -58,7 +58,7 @@ def apply(config: OBQ, block: Block) -> None:
         if config.pruning is not None:
             weight, pruned = exactobs.prune(weight, solved, config.pruning)
             linear.figures["sparsity"] = float(pruned.double().mean())
-        linear.result = quantize(weight, solved, linear.quant, config.order, pruned)
+        linear.result = quantize(weight, solved, linear.grid_args, config.order, pruned)
         linear.figures |= {"damping": solved.damping, "dead_columns": int(solved.dead.sum())}
         if pruned is None:
             keep_better(linear, hessian)

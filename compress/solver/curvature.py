@@ -44,8 +44,8 @@ def fisher_diagonal(parameters: Sequence[Tensor], losses: Iterable[Tensor]) -> l
     """
     total, samples = [torch.zeros_like(p) for p in parameters], 0
     for loss in losses:
-        squares = (gradient.square() for gradient in torch.autograd.grad(loss, parameters))
-        total = [sum_ + square for sum_, square in zip(total, squares, strict=True)]
+        for so_far, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            so_far.add_(gradient.square())
         samples += 1
     return [sum_ / max(samples, 1) for sum_ in total]
 
@@ -64,7 +64,8 @@ def ggn_diagonal(
         vectors = torch.eye(len(output)) if probes is None else _signs(probes, len(output), generator)
         for vector in vectors.to(output):
             gradients = torch.autograd.grad(output, parameters, vector, retain_graph=True)
-            total = [s + 2 * g.square() / (probes or 1) for s, g in zip(total, gradients, strict=True)]
+            for so_far, gradient in zip(total, gradients, strict=True):
+                so_far.add_(gradient.square(), alpha=2 / (probes or 1))
         samples += 1
     return [sum_ / max(samples, 1) for sum_ in total]
 

@@ -9,7 +9,7 @@ from lmpress.compress.formats.shards import TensorSpec
 from lmpress.compress.prune.masks import smallest
 from lmpress.compress.scheme import PruneArgs
 from lmpress.compress.tensor import PrunedTensor
-from lmpress.kernels.linear import SparseLinear
+from lmpress.kernels.stored import StoredLinear
 
 
 def pruned(args: PruneArgs, rows: int, columns: int) -> PrunedTensor:
@@ -73,14 +73,14 @@ def test_config_names_every_layer_and_no_dense_one() -> None:
     mask, dense = PruneArgs(0.5, storage="bitmask"), PruneArgs(0.5)
     config = sparse.quantization_config({"a": mask, "b": mask, "c": dense}, ["head"])
     assert config is not None and sparse.wrote(config)
-    assert sparse.read_config(config) == {"a": mask, "b": mask}
+    assert sparse.read_config(config, {}) == {"a": mask, "b": mask}
     assert sparse.quantization_config({"c": dense}, []) is None
 
 
 def test_module_serves_what_is_stored() -> None:
     tensor = pruned(PruneArgs(0.5, storage="bitmask"), 6, 16)
     bias = torch.nn.Parameter(torch.arange(6.0))
-    module = SparseLinear(tensor, bias)
+    module = StoredLinear(tensor, bias)
     x = torch.randn(3, 16, generator=torch.Generator().manual_seed(0))
     assert torch.allclose(module(x), x @ tensor.values.float().T + bias)
     assert sum(b.nbytes for b in module.buffers()) == 48 * 2 + 12 + 16

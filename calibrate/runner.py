@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..compress.errors import CompressError
@@ -159,7 +160,10 @@ class Runner:
         loaded: list[nn.Module] = []
 
         def load(module: nn.Module, args: object, name: str) -> None:
-            if any(p.is_meta for p in module.parameters(recurse=False)):
+            if type(module) is nn.Embedding and module.weight.is_meta:
+                hooks.append(self._embed_in_stored_dtype(module, name))
+                loaded.append(module)
+            elif any(p.is_meta for p in module.parameters(recurse=False)):
                 materialise(module, name, self.source, self.names, self.device)
                 loaded.append(module)
 
@@ -175,6 +179,12 @@ class Runner:
                 hook.remove()
             for module in loaded:
                 release(module)
+
+    def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
+        """Load an embedding as it is stored and widen what is looked up: the widened table would be the largest tensor."""
+        dtype = table.weight.dtype
+        materialise(table, name, self.source, self.names, self.device, widen=False)
+        return table.register_forward_hook(lambda module, args, found: found.to(dtype))
 
     @contextmanager
     def _blocks_recording(self) -> Iterator[None]:

@@ -30,6 +30,7 @@ def quantize(
     seed: int = 0,
     keep: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
@@ -39,8 +40,9 @@ def quantize(
     `group_size` is by default the method's own (128; 32 for SpQR), -1 means one scale per output row; `keep` are patterns
     of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which
     `options` go: those of the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`,
-    `scale_dtype`, `outliers`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before
-    anything is written, `CompressError` later.
+    `scale_dtype`, `outliers`). `target` names the runtimes that must be able to serve the result (see
+    `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything
+    is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
@@ -55,7 +57,7 @@ def quantize(
         keep=keep,
         options=options,
     )
-    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+    return run(model, out, recipe, target=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def prune(
@@ -104,14 +106,15 @@ def run(
     out: str | Path | None = None,
     recipe: Recipe | str | Path = "gptq-w4",
     *,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> RunReport:
     """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
     wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
-    target = Path(out) if out else default_out(model, wanted)
-    return pipeline.run(model, target, wanted, overwrite=overwrite, device=device, observer=observer)
+    place = Path(out) if out else default_out(model, wanted)
+    return pipeline.run(model, place, wanted, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def quantization_recipe(

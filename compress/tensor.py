@@ -50,7 +50,7 @@ class CompressedTensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""
         zero = 2 ** (self.args.bits - 1) if self.zero is None else self.zero.to(dtype)
         scale = self.scale.to(dtype)
-        return dequantize(self.codes, scale, torch.as_tensor(zero, dtype=dtype).expand_as(scale))
+        return dequantize(self.codes, scale, torch.as_tensor(zero, dtype=dtype, device=scale.device).expand_as(scale))
 
 
 @dataclass(frozen=True)

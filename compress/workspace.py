@@ -103,7 +103,7 @@ class Workspace:
             complete.mkdir()
             shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
             self._write_documents(complete, figures)
-            _replace(complete, self.out)
+            put_in_place(complete, self.out)
             shutil.rmtree(self.path)
         return figures
 
@@ -197,7 +197,7 @@ def _figures(linear: Linear) -> Figures:
     return {"name": linear.name, **stored, **linear.figures}
 
 
-def _replace(complete: Path, out: Path) -> None:
+def put_in_place(complete: Path, out: Path) -> None:
     """Put the finished directory in place of `out`; an older result goes only once the new one stands."""
     old = out.parent / f".{out.name}.replaced"
     shutil.rmtree(old, ignore_errors=True)

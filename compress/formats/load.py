@@ -1,24 +1,17 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.discovery import find_linears, weight_of
-from ...calibrate.skeleton import Names, build, device_of, materialise
+from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import Serving, replace_linear
-from ..errors import CompressError, UsageError
-from ..scheme import WeightArgs
-from ..tensor import Compressed
-from .storage import format_of, format_that_wrote
-
-UNRELATED = "the checkpoint and its config do not belong together"
+from ..errors import CompressError
+from .checkpoint import Checkpoint
 
 
 def load(
@@ -60,41 +53,10 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
-    model = build(source, serving.dtype)
-    linears = find_linears(model)
-    for name, args in _arguments(source).items():
-        replace_linear(model, name, _read_layer(linears.get(name), name, args, source), serving, device)
+    checkpoint = Checkpoint.open(source, serving.dtype)
+    model = checkpoint.model
+    for name in checkpoint.layers:
+        replace_linear(model, name, checkpoint.layer(name), serving, device)
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
-
-
-def _arguments(source: Source) -> Mapping[str, WeightArgs]:
-    """How every packed layer was compressed, by the checkpoint's config."""
-    config = source.config["quantization_config"]
-    try:
-        stored = {name: tensor.spec for name, tensor in source.tensors.items()}
-        return format_that_wrote(config).read_config(config, stored)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{source.path} is quantized in a way that lmpress does not read ({error})",
-            "load it with the tool that made it, or start from the original model",
-        ) from error
-
-
-def _read_layer(linear: nn.Module | None, name: str, args: WeightArgs, source: Source) -> Compressed:
-    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
-    if linear is None:
-        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
-    shape, stored = weight_of(linear).shape, format_of(args)
-    specs = stored.spec(name, args, *shape)
-    for tensor, expected in specs.items():
-        if tensor not in source.tensors:
-            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
-        found = source.tensors[tensor].spec
-        if found != expected:
-            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = stored.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
-    if weight.shape != shape:
-        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
-    return weight

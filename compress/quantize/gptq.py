@@ -134,8 +134,7 @@ def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
     if dead.any():
         hessian = hessian + torch.diag(dead.to(hessian.dtype))
     order = column_order(hessian.diagonal(), args.columns_per_scale(len(hessian)), config.order)
-    ordered = hessian if config.order == "natural" else hessian.index_select(0, order).index_select(1, order)
-    return Prepared(hessian, dead, order, inverse_factor(ordered, config.damping))
+    return Prepared(hessian, dead, order, inverse_factor(hessian, config.damping, order))
 
 
 def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from .errors import UsageError
-from .scheme import Pruning, QuantArgs, Scheme, WeightArgs
+from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
 from .tensor import Compressed
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
@@ -64,9 +64,17 @@ class Linear:
 
     @property
     def grid_args(self) -> QuantArgs:
-        """`args` of a layer that is to be quantized."""
-        assert isinstance(self.args, QuantArgs)
-        return self.args
+        """`args` of a layer that is to be quantized. Raises `UsageError` for one that is to be pruned."""
+        if isinstance(self.args, QuantArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be pruned, not quantized", "the last pass of a recipe decides")
+
+    @property
+    def prune_args(self) -> PruneArgs:
+        """`args` of a layer that is to be pruned. Raises `UsageError` for one that is to be quantized."""
+        if isinstance(self.args, PruneArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
 
 
 @dataclass

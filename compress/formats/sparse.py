@@ -85,7 +85,11 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
 
 
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
-    """What config.json says, None where all is dense. Other loaders refuse the method rather than miss the weights."""
+    """What config.json says, None where all is dense.
+
+    transformers skips a `quant_method` that it does not know with a warning, and then serves random weights. Under the name
+    of compressed-tensors, whose groups are a mapping and not a list, it refuses the checkpoint instead.
+    """
     groups: dict[PruneArgs, list[str]] = {}
     for name, args in pruned.items():
         if args.storage != "dense":
@@ -93,7 +97,7 @@ def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str])
     if not groups:
         return None
     described = [{"targets": names, "weights": asdict(args)} for args, names in groups.items()]
-    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
+    return {"quant_method": "compressed-tensors", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
 
 
 def wrote(config: Mapping[str, Any]) -> bool:

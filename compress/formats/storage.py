@@ -21,7 +21,7 @@ def format_of(args: WeightArgs) -> ModuleType:
 
 def format_that_wrote(config: Mapping[str, Any]) -> ModuleType:
     """The format that a checkpoint's `quantization_config` speaks of. Raises `ValueError` for what lmpress does not read."""
-    found = next((each for each in (pack_quantized, sparse, spqr) if each.wrote(config)), None)
+    found = next((each for each in (sparse, spqr, pack_quantized) if each.wrote(config)), None)
     if found is None:
         raise ValueError(f"quantization method {config.get('quant_method')!r}, format {config.get('format')!r}")
     return found

@@ -3,7 +3,6 @@
 from torch import Tensor
 
 from ..passes import Linear
-from ..scheme import QuantArgs
 from ..solver.loss import layer_loss
 from ..tensor import CompressedTensor, SpQRTensor
 from .rtn import round_to_nearest
@@ -18,7 +17,7 @@ def keep_better(
     and `rounded` the rounding to compare with where it is not the plain one. Records `loss`, `rtn_loss`, `relative_error`
     and, where rounding won, `fallback`.
     """
-    assert linear.result is not None and isinstance(linear.args, QuantArgs)
+    assert linear.result is not None
     dtype = hessian.dtype
     weight = (linear.weight if target is None else target).to(dtype)
     rounded = round_to_nearest(linear.weight, linear.grid_args) if rounded is None else rounded

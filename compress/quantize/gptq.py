@@ -72,7 +72,7 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. Measured gains and costs are in benchmarks/results/quality.md.
+# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..solver.factor import Factor, inverse_factor
+from ..solver.factor import Factor, inverse_factor, times_inverse
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
@@ -72,7 +72,7 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. Measured gains and costs are in benchmarks/results/quality.md.
+# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
@@ -150,12 +150,9 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
-    """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`.
-
-    With `Hd^-1 = U^T U` these are two products with the factor that is there already.
-    """
+    """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
     upper, order = prepared.factor.upper, prepared.order
-    repair = drift.to(weight.dtype)[:, order] @ upper.T @ upper
+    repair = times_inverse(drift.to(weight.dtype)[:, order], upper)
     target = weight.clone()
     target[:, order] += share * repair
     return target

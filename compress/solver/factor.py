@@ -37,6 +37,13 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
+def times_inverse(matrix: Tensor, upper: Tensor) -> Tensor:
+    """`matrix Hd^-1` `[rows, n]` with `Hd^-1 = U^T U`: two products by strips of `U` that leave its zeros out."""
+    strips = [slice(start, start + LEAF) for start in range(0, len(upper), LEAF)]
+    half = torch.cat([matrix[:, s.start :] @ upper[s, s.start :].T for s in strips], 1)
+    return torch.cat([half[:, : s.stop] @ upper[: s.stop, s] for s in strips], 1)
+
+
 def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:
     """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None where there is none.
 

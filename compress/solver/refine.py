@@ -105,7 +105,8 @@ def _move_scale(hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor
     lattice.scale[index] = scale + change
     moved = steps * change
     delta[group] -= moved
-    slope.addmm_(hessian[start : start + len(slope), group], moved, alpha=-1)
+    rest = slice(group.start, start + len(slope))
+    slope[group.start - start :].addmm_(hessian[rest, group], moved, alpha=-1)
     return gain.clamp(min=0).double()
 
 
@@ -123,5 +124,5 @@ def _move_codes(
         lattice.codes[j] = codes
         gain += change * (pull - change * (curvature / 2))
         delta[j] -= change
-        slope.addr_(hessian[start : start + len(slope), j], change, alpha=-1)
+        slope[j + 1 - start :].addr_(hessian[j, j + 1 : start + len(slope)], change, alpha=-1)
     return gain.double()

@@ -108,6 +108,12 @@ class Runner:
         _check_finite(statistics, self.block_name(index))
         return statistics
 
+    def samples(self, index: int) -> Iterator[tuple[Call, Tensor, Tensor | None]]:
+        """Batch by batch: how block `index` is called, its stored hidden states, and the mask of real tokens or None."""
+        for i, call in enumerate(self._calls[index]):
+            mask = None if self._masks is None else self._masks[i].to(self.device)
+            yield call, self._hidden[i].to(self.device), mask
+
     @torch.no_grad()
     def forward(self, index: int) -> None:
         """Replace the stored hidden states by the output of the loaded block `index`."""

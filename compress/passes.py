@@ -5,14 +5,16 @@ and statistics of `block.linears` and leaves a `CompressedTensor` and its figure
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from ..calibrate.hessian import Hessian
+from ..calibrate.runner import Call
 from .errors import UsageError
 from .scheme import QuantArgs, Scheme
 from .tensor import CompressedTensor
@@ -28,7 +30,7 @@ class PassConfig(Protocol):
     """What the pipeline reads from a method's frozen config dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-    needs: ClassVar[frozenset[str]]  # statistics to gather first: any of {"hessian"}
+    needs: ClassVar[frozenset[str]]  # what to prepare: any of {"hessian", "samples"}
 
     @property
     def scheme(self) -> Scheme: ...
@@ -44,9 +46,24 @@ class Linear:
     name: str
     weight: Tensor
     args: QuantArgs  # of the weight, resolved for its width
+    inputs: QuantArgs | None = None
     hessian: Hessian | None = None
     result: CompressedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a transform of a block works with.
+
+    samples  gives the calibration batches anew: how the block is called, hidden states `[rows, length, width]`, token mask
+    trial    a call of the block on tiny random rows, and hidden states for it
+    dtypes   in what dtype the checkpoint stores a tensor of the block, by its name inside the block
+    """
+
+    samples: Callable[[], Iterator[tuple[Call, Tensor, Tensor | None]]]
+    trial: tuple[Call, Tensor]
+    dtypes: Mapping[str, torch.dtype]
 
 
 @dataclass
@@ -56,6 +73,11 @@ class Block:
     name: str
     module: nn.Module
     linears: list[Linear]
+    around: Surroundings | None = None
+
+    def local(self) -> dict[str, Linear]:
+        """The linears by their names inside the block."""
+        return {linear.name.removeprefix(f"{self.name}."): linear for linear in self.linears}
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,10 @@ def _options(given: list[str]) -> dict[str, Any]:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
-        options[name] = yaml.safe_load(value)
+        try:
+            options[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
 
 

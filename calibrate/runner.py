@@ -2,10 +2,12 @@
 
 It records what the model hands to every block (hidden states, masks, rotary tables, ...) on the calibration rows, replays
 each block with exactly those arguments, gathers statistics of the linears' inputs, and feeds a block's output onwards.
+Where a pass asks for the drift, the original model walks along: a second stream through a copy of each block.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..compress.errors import CompressError
-from .discovery import find_blocks, find_linears
+from .discovery import find_blocks, find_linears, weight_of
+from .drift import Drift, landings
 from .hessian import Hessian
 from .rows import Rows
 from .skeleton import Names, materialise, outside, release
@@ -45,9 +48,13 @@ class Call:
 
 @dataclass
 class Statistics:
-    """Hessians by linear name; linears that read the same tensor share one. `groups` lists them in order of use."""
+    """Statistics by linear name; linears that read the same tensor share a Hessian, `groups` lists them in order of use.
+
+    `drifts` are there where the original model walks along, for linears that see every token.
+    """
 
     hessians: dict[str, Hessian] = field(default_factory=dict)
+    drifts: dict[str, Drift] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
 
 
@@ -55,10 +62,17 @@ class Runner:
     """Walks `model`, a skeleton of `source`, over the calibration `rows`; without rows it only loads and unloads blocks.
 
     Hidden states are float32 and lie in `scratch` when they are many. `blocks` are the decoder blocks, `prefix` their name.
+    With `reference` the original model walks along, so that the drift can be gathered.
     """
 
     def __init__(
-        self, model: PreTrainedModel, source: Source, rows: Rows | None, scratch: Path, device: str = "cpu"
+        self,
+        model: PreTrainedModel,
+        source: Source,
+        rows: Rows | None,
+        scratch: Path,
+        device: str = "cpu",
+        reference: bool = False,
     ) -> None:
         self.model, self.source, self.device = model, source, torch.device(device)
         self.names = Names(model, source)
@@ -67,6 +81,8 @@ class Runner:
         self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
         self._hidden = ActivationStore(scratch)
+        self._reference = ActivationStore(scratch / "reference") if reference else None
+        self._original: nn.Module | None = None  # the loaded block as it was, for the reference stream
         self._calls: list[list[Call]] = []  # [block][batch]
 
     def block_name(self, index: int) -> str:
@@ -77,11 +93,14 @@ class Runner:
         """Block `index` with its weights in memory."""
         block = self.blocks[index]
         materialise(block, self.block_name(index), self.source, self.names, self.device)
+        if self._reference is not None:
+            self._original = deepcopy(block)
         return block
 
     def unload(self, index: int) -> None:
         """Forget the weights of block `index`."""
         release(self.blocks[index])
+        self._original = None
 
     @torch.no_grad()
     def capture(self) -> None:
@@ -98,13 +117,19 @@ class Runner:
 
     @torch.no_grad()
     def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
-        """Gather the Hessians of the linears `wanted` (names inside the block) of the loaded block `index`."""
+        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`."""
         statistics, sharing = Statistics(), {}
         linears = {name: m for name, m in find_linears(self.blocks[index]).items() if name in wanted}
         for i, call in enumerate(self._calls[index]):
             mask = None if self._masks is None else self._masks[i].to(self.device)
-            with _observing(linears, _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)):
+            gatherer = _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)
+            with _observing(linears, gatherer), landings(linears if self._original else {}) as landed:
                 call.replay(self.blocks[index], self._hidden[i].to(self.device))
+            if self._reference is not None and self._original is not None:
+                originals = {name: self._original.get_submodule(name) for name in linears}
+                with landings(originals) as intended:
+                    call.replay(self._original, self._reference[i].to(self.device))
+                gatherer.drift(linears, landed, intended)
         _check_finite(statistics, self.block_name(index))
         return statistics
 
@@ -119,6 +144,8 @@ class Runner:
         """Replace the stored hidden states by the output of the loaded block `index`."""
         for i, call in enumerate(self._calls[index]):
             self._hidden[i] = call.replay(self.blocks[index], self._hidden[i].to(self.device))
+            if self._reference is not None and self._original is not None:
+                self._reference[i] = call.replay(self._original, self._reference[i].to(self.device))
 
     @contextmanager
     def _outside_on_demand(self) -> Iterator[None]:
@@ -163,6 +190,8 @@ class Runner:
             calls.append(calls[-1] if calls and _equal((calls[-1].args, calls[-1].kwargs), (rest, kwargs)) else call)
             if index == 0:
                 self._hidden[len(calls) - 1] = hidden
+                if self._reference is not None:
+                    self._reference[len(calls) - 1] = hidden
             if index == len(self.blocks) - 1:
                 raise _Reached
             return (hidden,) if as_tuple else hidden
@@ -204,6 +233,19 @@ class _Gatherer:
         if leader == name:
             self._statistics.hessians[name].update(self._tokens(name, inputs), self._sequences)
 
+    def drift(self, linears: dict[str, nn.Module], landed: dict[str, Tensor], intended: dict[str, Tensor]) -> None:
+        """Add to the drifts: what each output lands in, here and in the original model."""
+        for inputs, name in self._seen:
+            here, there = landed[name], intended.get(name)
+            if there is None or inputs.ndim != 3:  # tokens routed to experts have no counterpart to compare with
+                continue
+            known = self._statistics.drifts.get(name)
+            if known is None:
+                rows, columns = weight_of(linears[name]).shape
+                known = Drift(rows, columns, self._dtype, inputs.device)
+                self._statistics.drifts[name] = known
+            known.update(self._tokens(name, there - here), self._tokens(name, inputs), self._sequences)
+
     def _join(self, name: str, inputs: Tensor) -> str:
         leader = next((self._leaders[other] for tensor, other in self._seen if tensor is inputs), name)
         self._leaders[name] = leader
@@ -216,7 +258,7 @@ class _Gatherer:
         return leader
 
     def _tokens(self, name: str, inputs: Tensor) -> Tensor:
-        """The inputs of real tokens `[tokens, width]`: padding never enters a statistic."""
+        """The values at real tokens `[tokens, width]`: padding never enters a statistic."""
         flat = inputs.reshape(-1, inputs.shape[-1])
         if self._mask is None:
             return flat

@@ -42,6 +42,19 @@ def _no_model(path: Path, error: ValueError) -> UsageError:
     return UsageError(f"{path / 'config.json'} describes no language model that transformers can build: {reason}")
 
 
+def device_of(name: str) -> torch.device:
+    """The device called `name`. Raises `UsageError` where there is none."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UsageError(f"device {name!r} is unknown", "use cpu, cuda or cuda:0") from None
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    there = accelerator is not None and accelerator.type == device.type
+    if device.type != "cpu" and not (there and (device.index or 0) < torch.accelerator.device_count()):
+        raise UsageError(f"this machine has no device {name!r}", "use cpu, or install the torch build of the device")
+    return device
+
+
 class Names:
     """Which checkpoint tensor holds a parameter of the model: the same name, with or without the base model's prefix."""
 

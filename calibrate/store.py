@@ -31,6 +31,7 @@ class ActivationStore:
         if index not in self._files and others + tensor.nbytes <= self._budget:
             self._held[index] = tensor
             return
+        self._scratch.mkdir(exist_ok=True)
         path = self._scratch / f"activations-{index:05d}.bin"
         with storage_errors(path), path.open("wb") as file:
             file.write(tensor.flatten().view(torch.uint8).numpy().data)

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor, nn
 
+from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import Call
 from .errors import UsageError
@@ -30,7 +31,13 @@ class PassConfig(Protocol):
     """What the pipeline reads from a method's frozen config dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
+<<<<<<< HEAD
     needs: ClassVar[frozenset[str]]  # what to prepare: any of {"hessian", "samples"}
+=======
+
+    @property
+    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
+>>>>>>> main
 
     @property
     def scheme(self) -> Scheme: ...
@@ -48,6 +55,7 @@ class Linear:
     args: QuantArgs  # of the weight, resolved for its width
     inputs: QuantArgs | None = None
     hessian: Hessian | None = None
+    drift: Drift | None = None
     result: CompressedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner, Statistics
-from ..calibrate.skeleton import build
+from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
 from .passes import Block, Linear
@@ -83,6 +83,7 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    device_of(device)
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
@@ -132,7 +133,7 @@ def _walk(
     device: str,
     observer: Observer,
 ) -> None:
-    runner = Runner(skeleton, source, rows, workspace.scratch, device)
+    runner = Runner(skeleton, source, rows, workspace.scratch, device, reference="drift" in _needs(recipe))
     if rows is not None:
         observer(Event("capture", blocks=planned.blocks))
         runner.capture()
@@ -187,10 +188,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
 def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: Statistics, tell: Tell) -> None:
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
-        linear.hessian = statistics.hessians.get(name)
+        linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
-        linear.hessian = None
+        linear.hessian = linear.drift = None
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)

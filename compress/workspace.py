@@ -47,7 +47,11 @@ class Workspace:
         `StorageError` where the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
-        workspace._prepare(overwrite)
+        try:
+            workspace._prepare(overwrite)
+        except StorageError as error:
+            workspace._leave(error)
+            raise
         return workspace
 
     @property
@@ -141,7 +145,9 @@ class Workspace:
             (self.path / PARTS).mkdir(parents=True, exist_ok=True)
             shutil.rmtree(self.scratch, ignore_errors=True)
             self.scratch.mkdir()
-            found.write_text(manifest)
+            half = self.path / f"{MANIFEST}.partial"
+            half.write_text(manifest)
+            half.replace(found)
 
     def _check_space(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
@@ -159,6 +165,10 @@ class Workspace:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._leave(error)
+
+    def _leave(self, error: BaseException | None) -> None:
+        """Keep the workspace where the same command can go on from it, else remove it."""
         resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
         if error is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)

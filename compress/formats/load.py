@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ...calibrate.discovery import find_linears, weight_of
-from ...calibrate.skeleton import Names, build, materialise
+from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
@@ -26,6 +26,7 @@ def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float
     Raises `UsageError` for what is no model directory or holds a format that lmpress does not read, `CompressError` where
     a tensor is missing, damaged or of another shape than the config says.
     """
+    device_of(device)
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)

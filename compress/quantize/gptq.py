@@ -1,10 +1,12 @@
 """GPTQ (Frantar et al. 2022): quantize column by column, let the columns still to come make up for the error.
 
-The column order, the grids and the damping are this file; the sweep and the factor are `solver/`.
+The column order, the grids and the damping are this file; the sweep, the factor and the descent after it are `solver/`.
+The defaults are the published method. What goes beyond it (`weighted_grid`, `drift`, `refine`) is off until asked for;
+`PRESETS` are the combinations that were measured to pay.
 """
 
 from dataclasses import dataclass as plain_dataclass
-from typing import ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import ConfigDict
@@ -16,6 +18,7 @@ from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
 from ..solver.factor import Factor, inverse_factor
+from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
 from .guard import keep_better
@@ -34,6 +37,9 @@ class GPTQ:
                      (`dynamic`; not with order `act`, whose groups no file format can store contiguously)
     true_sequential  gather the statistics of each linear after the linears before it in the block were quantized
     block_size       columns updated one by one before the rest of the matrix is; the result does not depend on it
+    weighted_grid    grids with observer `mse` weigh the error of a column by its Hessian diagonal
+    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (see calibrate/drift.py)
+    refine           sweeps of descent over scales and codes after the column sweep (see solver/refine.py)
     """
 
     scheme: Scheme = Scheme()
@@ -42,7 +48,9 @@ class GPTQ:
     groups: Literal["static", "dynamic"] = "static"
     true_sequential: bool = False
     block_size: int = BLOCK
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    weighted_grid: bool = False
+    drift: float = 0.0
+    refine: int = 0
 
     def __post_init__(self) -> None:
         if self.order == "act" and self.groups == "dynamic":
@@ -51,6 +59,25 @@ class GPTQ:
             raise UsageError(f"damping {self.damping} is negative", "use a small positive share such as 0.01")
         if self.block_size < 1:
             raise UsageError(f"block_size {self.block_size} is not positive", f"use {BLOCK}")
+        if not 0 <= self.drift <= 1:
+            raise UsageError(f"drift {self.drift} is no share", "use 0 (as published) to 1, for example 0.5")
+        if self.refine < 0:
+            raise UsageError(f"refine {self.refine} is negative", "use a small number of sweeps such as 1, or 0")
+        if self.weighted_grid and self.scheme.weights.observer != "mse":
+            raise UsageError("weighted_grid needs a grid that is searched", "use observer=mse")
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The statistics to gather."""
+        return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
+
+
+# `--quality`: options by preset. Measured gains and costs are in benchmarks/results/quality.md.
+PRESETS: dict[str, dict[str, Any]] = {
+    "fast": {},
+    "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
+    "best": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 4},
+}
 
 
 def apply(config: GPTQ, block: Block) -> None:
@@ -61,14 +88,17 @@ def apply(config: GPTQ, block: Block) -> None:
         key = id(linear.hessian)
         if key not in prepared:
             prepared = {key: prepare(linear.hessian.matrix(), linear.args, config)}  # one at a time: factors are large
-        solution = solve(linear.weight, prepared[key], linear.args, config)
+        target = linear.weight
+        if config.drift and linear.drift is not None:
+            target = corrected(linear.weight, linear.drift.matrix(), prepared[key], config.drift)
+        solution = solve(target, prepared[key], linear.args, config)
         linear.result = solution.tensor
         linear.figures |= {
             "damping": prepared[key].factor.damping,
             "dead_columns": int(prepared[key].dead.sum()),
             "damped_loss": solution.damped_loss,
         }
-        keep_better(linear, prepared[key].hessian)
+        keep_better(linear, prepared[key].hessian, target)
 
 
 @plain_dataclass(frozen=True)
@@ -80,10 +110,16 @@ class Prepared:
     order: Tensor  # int64 [in], order[i] is the i-th column to be settled
     factor: Factor  # of the Hessian in that order
 
+    def damped(self) -> Tensor:
+        """The Hessian that was factored, in natural order."""
+        damped = self.hessian.clone()
+        damped.diagonal().add_(self.factor.damping * damped.diagonal().mean())
+        return damped
+
 
 @plain_dataclass(frozen=True)
 class Solution:
-    """A solved layer: the packed result, its loss `1/2 tr((W-Q) Hd (W-Q)^T)`, the scaled errors `E^T` `[in, out]`."""
+    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`; `errors` are the sweep's `E^T` `[in, out]`."""
 
     tensor: CompressedTensor
     damped_loss: float
@@ -112,26 +148,45 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
     return (groups.unsqueeze(1) * group + inside[groups]).flatten()
 
 
+def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
+    """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`.
+
+    With `Hd^-1 = U^T U` these are two products with the factor that is there already.
+    """
+    upper, order = prepared.factor.upper, prepared.order
+    repair = drift.to(weight.dtype)[:, order] @ upper.T @ upper
+    target = weight.clone()
+    target[:, order] += share * repair
+    return target
+
+
 def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
     order = prepared.order
     alive = weight.masked_fill(prepared.dead, 0.0)
     columns = alive.T.contiguous()[order]
-    projection = GridProjection(alive, order, args, dynamic=config.groups == "dynamic")
+    importance = prepared.hessian.diagonal() if config.weighted_grid else None
+    projection = GridProjection(alive, order, args, config.groups == "dynamic", importance)
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    return Solution(projection.result(), loss, errors)
+    tensor = projection.result()
+    if config.refine:
+        tensor, fallen = refine(alive, prepared.damped(), tensor, config.refine)
+        loss -= fallen
+    return Solution(tensor, loss, errors)
 
 
 class GridProjection:
     """Columns become points of a grid, fitted before the sweep or when their group is reached (`dynamic`)."""
 
-    def __init__(self, weight: Tensor, order: Tensor, args: QuantArgs, dynamic: bool) -> None:
+    def __init__(
+        self, weight: Tensor, order: Tensor, args: QuantArgs, dynamic: bool, importance: Tensor | None = None
+    ) -> None:
         group = args.columns_per_scale(weight.shape[1])
         self.span = group if dynamic and args.strategy == "group" else None
-        grid = Grid.fit(weight, args)
+        grid = Grid.fit(weight, args, importance)
         rows = weight.shape[0]
-        self._args, self._order = args, order
+        self._args, self._order, self._importance = args, order, importance
         self._scale = grid.scale.expand(rows, -1).T.contiguous()  # [groups, out]
         self._zero = grid.zero.expand(rows, -1).T.contiguous()
         self._group = (order // group).tolist() if args.strategy == "group" else [0] * weight.shape[1]
@@ -139,7 +194,8 @@ class GridProjection:
 
     def fit(self, start: int, columns: Tensor) -> None:
         """Fit the grid of the group that begins at `start` to its current values `[span, out]`."""
-        scale, zero = fit_groups(columns.T, self._args)
+        importance = None if self._importance is None else self._importance[self._order[start : start + len(columns)]]
+        scale, zero = fit_groups(columns.T, self._args, importance)
         self._scale[self._group[start]], self._zero[self._group[start]] = scale, zero
 
     def column(self, index: int, column: Tensor) -> Tensor:

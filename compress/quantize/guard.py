@@ -7,14 +7,15 @@ from ..solver.loss import layer_loss
 from .rtn import round_to_nearest
 
 
-def keep_better(linear: Linear, hessian: Tensor) -> None:
+def keep_better(linear: Linear, hessian: Tensor, target: Tensor | None = None) -> None:
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
 
-    `hessian` `[in, in]` is undamped. Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    `hessian` `[in, in]` is undamped; `W` is `target` `[out, in]` where the solver aimed at another weight than the layer's.
+    Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
     """
     assert linear.result is not None
     dtype = hessian.dtype
-    weight = linear.weight.to(dtype)
+    weight = (linear.weight if target is None else target).to(dtype)
     rounded = round_to_nearest(linear.weight, linear.args)
     loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
     rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)

@@ -31,13 +31,9 @@ class PassConfig(Protocol):
     """What the pipeline reads from a method's frozen config dataclass."""
 
     __dataclass_fields__: ClassVar[dict[str, Any]]
-<<<<<<< HEAD
-    needs: ClassVar[frozenset[str]]  # what to prepare: any of {"hessian", "samples"}
-=======
 
     @property
-    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
->>>>>>> main
+    def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples"}
 
     @property
     def scheme(self) -> Scheme: ...

@@ -200,8 +200,9 @@ def _limits(groups: Tensor, products: Tensor, args: QuantArgs) -> Tensor:
     for step in range(CLIP_POINTS):
         limit = largest * (1 - step / CLIP_STEPS)
         bound = limit.unsqueeze(-1)
-        scale, zero = fit_groups(torch.maximum(torch.minimum(groups, bound), -bound), args)
-        codes = encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), args)  # the grid's ends do the clipping
+        clipped = torch.maximum(torch.minimum(groups, bound), -bound)
+        scale, zero = fit_groups(clipped, args)
+        codes = encode(clipped, scale.unsqueeze(-1), zero.unsqueeze(-1), args)
         difference = codes.sub_(zero.unsqueeze(-1)).mul_(scale.unsqueeze(-1)).sub_(groups)
         error = torch.einsum("rgn,gnm,rgm->rg", difference, products.to(groups), difference)
         better = error < best

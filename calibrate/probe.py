@@ -89,7 +89,7 @@ def find_feeds(block: nn.Module, call: Call, hidden: Tensor) -> list[Feed]:
     feeds = []
     for name in trial.order:
         module = block.get_submodule(name)
-        found = _norm_feed(trial, name, module) if _is_norm(module) else _linear_feed(trial, name, module)
+        found = _norm_feed(trial, name, module) if is_norm(module) else _linear_feed(trial, name, module)
         if found is not None and _exclusive(trial, found):
             feeds.append(found)
     return feeds
@@ -136,7 +136,7 @@ class _Trial:
                 first = args[0] if args else next(iter(kwargs.values()), None)
                 if isinstance(first, Tensor):
                     self.inputs[name], self.calls[name] = first.clone(), (args, kwargs)
-                if isinstance(output, Tensor) and (_is_norm(module) or isinstance(module, nn.Linear | Conv1D)):
+                if isinstance(output, Tensor) and (is_norm(module) or isinstance(module, nn.Linear | Conv1D)):
                     self.outputs[name] = output.clone()
                     self.order.append(name)
 
@@ -184,8 +184,8 @@ class _Trial:
         return found
 
 
-def _is_norm(module: nn.Module) -> bool:
-    """Whether all parameters of its own are vectors of one length: a weight per channel, perhaps a bias."""
+def is_norm(module: nn.Module) -> bool:
+    """Whether the parameters of its own are vectors of one length: a weight per channel, perhaps a bias."""
     own = dict(module.named_parameters(recurse=False))
     shapes = {p.shape for p in own.values()}
     return "weight" in own and own.keys() <= {"weight", "bias"} and len(shapes) == 1 and own["weight"].ndim == 1
@@ -232,13 +232,15 @@ def _consumed_by(trial: _Trial, name: str, factor: Tensor) -> list[Consumer] | N
         return [Consumer(name, "weight", 0 if isinstance(module, Conv1D) else 1)]
     args, kwargs = trial.calls[name]
     scaled = _first_argument(args, kwargs, lambda x: x * factor)
-    own = {n: p for n, p in module.named_parameters(recurse=False) if p.ndim > 1 and p.shape[-1] == len(factor)}
+    own = dict(module.named_parameters(recurse=False))
+    places = [(n, axis) for n, p in own.items() if p.ndim > 1 for axis in (p.ndim - 1, p.ndim - 2)]
+    places = [(n, axis) for n, axis in places if own[n].shape[axis] == len(factor)]
     reference = module(*args, **kwargs)
-    for count in range(1, len(own) + 1):
-        for chosen in combinations(own, count):
-            undone = {n: own[n] / factor for n in chosen}
+    for count in range(1, len(places) + 1):
+        for chosen in combinations(places, count):
+            undone = {n: own[n] / factor.reshape([-1] + [1] * (own[n].ndim - 1 - axis)) for n, axis in chosen}
             if _same(torch.func.functional_call(module, undone, *scaled), reference):
-                return [Consumer(name, n, own[n].ndim - 1) for n in chosen]
+                return [Consumer(name, n, axis) for n, axis in chosen]
     return None
 
 
@@ -253,7 +255,7 @@ def _linear_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
     certain = math.ceil(math.log2(size)) + CHANCE
     codes = torch.rand(4 * certain, size, generator=torch.Generator().manual_seed(1)) < 0.5
     behind = trial.order[trial.order.index(name) + 1 :]
-    behind = [n for n in behind if not _is_norm(trial.readers[n]) and trial.sees_all_tokens(n)]
+    behind = [n for n in behind if not is_norm(trial.readers[n]) and trial.sees_all_tokens(n)]
     before = {n: trial.first_tokens(trial.inputs[n]) for n in behind}
     evidence: dict[str, list[Tensor]] = {n: [] for n in before}  # [code] of [width]: 1 or 0 doubled or not, -1 neither
     found: dict[str, Tensor] = {}

@@ -60,14 +60,16 @@ class Linear:
 class Surroundings:
     """What a transform of a block works with.
 
-    samples  gives the calibration batches anew: how the block is called, hidden states `[rows, length, width]`, token mask
-    trial    a call of the block on tiny random rows, and hidden states for it
-    dtypes   in what dtype the checkpoint stores a tensor of the block, by its name inside the block
+    samples    gives the calibration batches anew: how the block is called, hidden states `[rows, length, width]`, token mask
+    trial      a call of the block on tiny random rows, and hidden states for it
+    dtypes     in what dtype the checkpoint stores a tensor of the block, by its name inside the block
+    head_size  width of an attention head
     """
 
     samples: Callable[[], Iterator[tuple[Call, Tensor, Tensor | None]]]
     trial: tuple[Call, Tensor]
     dtypes: Mapping[str, torch.dtype]
+    head_size: int
 
 
 @dataclass

@@ -95,9 +95,7 @@ def consuming(block: Block, feed: Feed) -> dict[str, Linear]:
     return {name: linear for name, linear in block.local().items() if name in names}
 
 
-def search(
-    recording: Recording, block: nn.Module, linears: dict[str, Linear], feed: Feed, config: AWQ
-) -> list[Choice]:
+def search(recording: Recording, block: nn.Module, linears: dict[str, Linear], feed: Feed, config: AWQ) -> list[Choice]:
     """Judge every point of the lattice by rounding the linears' scaled weights. The first point is plain rounding."""
     activations = gather(recording.inputs.abs().mean(0), feed, "mean")
     share = gather(_weight_share(block, linears), feed, "mean")

@@ -15,7 +15,9 @@ from lmpress.compress.scheme import Scheme
 def prepare(record) -> Callable[..., Block]:
     """Gives block `index` of a model with linears under a scheme; `outliers` are channels whose norm gains are raised."""
 
-    def run(model: PreTrainedModel, scheme: Scheme, index: int = 0, outliers: tuple[int, ...] = (), factor: float = 30.0):
+    def run(
+        model: PreTrainedModel, scheme: Scheme, index: int = 0, outliers: tuple[int, ...] = (), factor: float = 30.0
+    ):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 if "norm" in name and name.endswith("weight") and parameter.ndim == 1:
@@ -30,7 +32,7 @@ def prepare(record) -> Callable[..., Block]:
             for name, m in find_linears(module).items()
         ]
         trial = call, torch.randn(hidden.shape, generator=generator)
-        return Block("b", module, linears, Surroundings(lambda: iter(batches), trial, {}))
+        return Block("b", module, linears, Surroundings(lambda: iter(batches), trial, {}, 8))
 
     return run
 

@@ -95,7 +95,10 @@ def test_grouped_queries_share_one_factor_per_value_channel(make_model, prepare)
     ratio = (block.module.self_attn.o_proj.weight / columns).median(0).values.view(2, 2, 8)
     torch.testing.assert_close(ratio[:, 0], ratio[:, 1])
     assert ratio.unique().numel() > 4
-    assert block.local()["self_attn.o_proj"].figures["awq_loss"] < block.local()["self_attn.o_proj"].figures["awq_rtn_loss"]
+    assert (
+        block.local()["self_attn.o_proj"].figures["awq_loss"]
+        < block.local()["self_attn.o_proj"].figures["awq_rtn_loss"]
+    )
     assert rows.shape == block.module.self_attn.v_proj.weight.shape
 
 
@@ -150,7 +153,9 @@ def test_a_channel_that_never_fires_is_left_alone(prepare, make_model):
 
 @torch.no_grad()
 def test_one_row_per_scale_and_single_rows_of_output_work(prepare, make_model):
-    block = prepare(make_model("llama"), Scheme(QuantArgs(bits=3, symmetric=False, strategy="channel", group_size=None)))
+    block = prepare(
+        make_model("llama"), Scheme(QuantArgs(bits=3, symmetric=False, strategy="channel", group_size=None))
+    )
     apply(AWQ(search_tokens=1), block)
     assert all(p.isfinite().all() for p in block.module.parameters())
     assert clip_limits(torch.randn(1, 4), torch.eye(4)[None], QuantArgs(bits=2, group_size=4)).shape == (1, 1)

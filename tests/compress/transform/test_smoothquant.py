@@ -49,7 +49,9 @@ def test_shared_groups_follow_the_formula(make_model, prepare, alpha):
     apply(SmoothQuant(alpha=alpha), block)
     torch.testing.assert_close(gain / norm.weight.double(), expected, rtol=1e-5, atol=0)
     for name in names:
-        torch.testing.assert_close(attention.get_submodule(name).weight.double(), before[name] * expected, rtol=1e-5, atol=1e-9)
+        torch.testing.assert_close(
+            attention.get_submodule(name).weight.double(), before[name] * expected, rtol=1e-5, atol=1e-9
+        )
 
 
 @torch.no_grad()
@@ -78,7 +80,12 @@ def test_output_and_down_projections_are_smoothed_only_on_demand(make_model, pre
 def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_model, prepare, output):
     block = prepare(make_model("mixtral"), LEVELS["O1"], outliers=(3,))
     mlp, norm = block.module.mlp, block.module.post_attention_layernorm
-    router, experts, gain, expected = mlp.gate.weight.clone(), mlp.experts.gate_up_proj.clone(), norm.weight.clone(), output(block)
+    router, experts, gain, expected = (
+        mlp.gate.weight.clone(),
+        mlp.experts.gate_up_proj.clone(),
+        norm.weight.clone(),
+        output(block),
+    )
     feed = next(f for f in find_feeds(block.module, *block.around.trial) if f.source == "post_attention_layernorm")
     assert [w.shape for w in fed_weights(block.module, feed)] == [(4, 32), (4 * 96, 32)]
     scale = torch.linspace(0.5, 2, 32)
@@ -127,7 +134,7 @@ def test_a_percentile_ignores_the_outlier_of_outliers(make_model, prepare):
     batches = list(block.around.samples())
     batches[0][1][0, 0] *= 0
     batches[0][1][0, 0, 7] = 1e4  # one token that is all one channel
-    block.around = type(block.around)(lambda: iter(batches), block.around.trial, {})
+    block.around = type(block.around)(lambda: iter(batches), block.around.trial, {}, 8)
     name = "self_attn.q_proj"
     full, most = largest(block, name, SmoothQuant()), largest(block, name, SmoothQuant(percentile=99))
     assert (most <= full).all() and most[7] < 0.7 * full[7]

@@ -19,8 +19,8 @@ from lmpress.compress import pipeline
 from lmpress.compress.api import quantization_recipe
 from lmpress.compress.errors import UsageError
 from lmpress.compress.passes import Linear
-from lmpress.compress.progress import Event
 from lmpress.compress.quantize import gptq
+from lmpress.compress.report.progress import Event
 from lmpress.compress.scheme import QuantArgs
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 16, "group_size": 8}

@@ -69,8 +69,15 @@ class Probe:
     def __init__(self, model: PreTrainedModel, source: Source, scratch: Path, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
         ids = torch.randint(model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=generator)
+        self._ids = ids
         self._runner = Runner(model, source, Rows(ids, "random tokens", ids.numel()), scratch, device)
         self._runner.capture()
+
+    @contextmanager
+    def outside(self) -> Iterator[tuple[PreTrainedModel, Tensor]]:
+        """The model around its blocks, which hand the hidden states on, and the tiny rows for it."""
+        with self._runner.hollow() as model:
+            yield model, self._ids.to(self._runner.device)
 
     def experiment(self, index: int) -> tuple[Call, Tensor]:
         """The call of block `index` and random hidden states `[ROWS, LENGTH, width]` for it."""

@@ -4,10 +4,14 @@ Symmetric, `scale = absmax / (2**(bits-1) - 1)`, codes `-2**(bits-1) .. 2**(bits
 compressed-tensors' int8 activations).
 """
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .scheme import QuantArgs
+from .tensor import CompressedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -33,3 +37,21 @@ def fake_quantize(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Te
     values = x.float()
     scale = scale_of(ranges(values, args), args) if scale is None else scale.to(torch.float32)
     return (encode(values, scale, args) * scale).to(x.dtype)
+
+
+@contextmanager
+def quantized_inputs(block: nn.Module, compressed: Mapping[str, CompressedTensor]) -> Iterator[None]:
+    """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
+    with ExitStack() as hooks:
+        for name, tensor in compressed.items():
+            if tensor.inputs is not None:
+                rounding = _rounding(tensor.inputs, tensor.input_scale)
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(rounding).remove)
+        yield
+
+
+def _rounding(args: QuantArgs, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (fake_quantize(inputs[0], args, scale), *inputs[1:])
+
+    return hook

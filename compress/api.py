@@ -17,9 +17,9 @@ def quantize(
     out: str | Path | None = None,
     *,
     method: str = "gptq",
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -32,7 +32,8 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    `group_size` -1 means one scale per output row; `keep` are patterns of layers that stay dense; `options` are those of
+    Where `bits`, `group_size` and `symmetric` are not given the method decides: 4 bits in symmetric groups of 128, for `awq`
+    asymmetric ones, for `smoothquant` 8 bits, one scale per row, and 8-bit inputs. `group_size` -1 means one scale per row; `keep` are patterns of layers that stay dense; `options` are those of
     the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `out` is by default
     `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
     """
@@ -69,9 +70,9 @@ def run(
 def quantization_recipe(
     *,
     method: str = "gptq",
-    bits: int = 4,
-    group_size: int = 128,
-    symmetric: bool = True,
+    bits: int | None = None,
+    group_size: int | None = None,
+    symmetric: bool | None = None,
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
@@ -24,6 +25,9 @@ from .tensor import CompressedTensor
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "awq": ("transform.awq", "AWQ"),
+    "smoothquant": ("transform.smoothquant", "SmoothQuant"),
+    "rotate": ("transform.rotate", "Rotate"),
 }
 
 
@@ -33,7 +37,7 @@ class PassConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples"}
+    def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial"}
 
     @property
     def scheme(self) -> Scheme: ...
@@ -49,11 +53,11 @@ class Linear:
     name: str
     weight: Tensor
     args: QuantArgs  # of the weight, resolved for its width
-    inputs: QuantArgs | None = None
     hessian: Hessian | None = None
     drift: Drift | None = None
     result: CompressedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
+    inputs: QuantArgs | None = None  # of the activations that it reads
 
 
 @dataclass(frozen=True)
@@ -88,15 +92,27 @@ class Block:
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, the type of its options, and what it does."""
+    """A registered method: its name, the type of its options, and what it does.
+
+    Methods that quantize have a `scheme` among their options. Transforms have none: they rewrite a block's weights for the
+    quantizer behind them, and say in `scheme` which one `--method` alone stands for. `apply_outside` rewrites weights
+    outside the blocks, for transforms of the whole model.
+    """
 
     name: str
     config: type[Any]
     apply: Callable[[Any, Block], None]
+    scheme: Scheme
+    apply_outside: Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None = None
 
     def options(self) -> list[str]:
         """The names of the method's options."""
         return [f.name for f in fields(self.config)]
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the method leaves compressed weights."""
+        return "scheme" in self.options()
 
 
 def method(name: str) -> Method:
@@ -107,4 +123,10 @@ def method(name: str) -> Method:
         raise UsageError(f"unknown method {name!r}", hint)
     path, config = METHODS[name]
     module = import_module(f".{path}", __package__)
-    return Method(name, getattr(module, config), module.apply)
+    return Method(
+        name,
+        getattr(module, config),
+        module.apply,
+        getattr(module, "SCHEME", Scheme()),
+        getattr(module, "apply_outside", None),
+    )

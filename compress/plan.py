@@ -15,8 +15,8 @@ from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import pack_quantized as packed
 from .formats import shards
+from .formats.choice import Format, format_for
 from .formats.shards import TensorSpec
 from .scheme import QuantArgs
 
@@ -38,7 +38,8 @@ class LayerPlan:
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense. `tensors` are the specs of all output tensors by
+    `heads` are the linear layers outside the blocks, which stay dense; `untied` is the tied one that gets a weight of its own.
+    `inputs` say how the quantized layers' inputs are quantized. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
@@ -51,6 +52,13 @@ class Plan:
     prefix: str
     bytes_before: int
     bytes_after: int
+    inputs: QuantArgs | None = None
+    untied: str | None = None
+
+    @property
+    def format(self) -> Format:
+        """The format of the quantized layers."""
+        return format_for(self.inputs)
 
     @property
     def quantized(self) -> dict[str, QuantArgs]:
@@ -87,7 +95,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
-    layers = tuple(_plan_layers(prefix, blocks, recipe))
+    packed = format_for(recipe.scheme.inputs)
+    layers = tuple(_plan_layers(prefix, blocks, recipe, packed))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
     tensors: dict[str, TensorSpec] = {}
@@ -97,6 +106,11 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
+    untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
+    if untied is not None:
+        stored = names.find(f"{untied}.weight")
+        assert stored is not None
+        tensors[f"{untied}.weight"] = source.tensors[stored].spec
     return Plan(
         layers=layers,
         heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
@@ -106,16 +120,24 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         prefix=prefix,
         bytes_before=source.nbytes,
         bytes_after=shards.nbytes(tensors),
+        inputs=recipe.scheme.inputs,
+        untied=untied,
     )
 
 
-def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe) -> Iterator[LayerPlan]:
+def _untied(model: PreTrainedModel, names: Names) -> str | None:
+    """The head, where it shares its weight with the embedding."""
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    return head if head is not None and names.ties(f"{head}.weight") else None
+
+
+def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe, packed: Format) -> Iterator[LayerPlan]:
     for index, block in enumerate(blocks):
         for name, module in find_linears(block).items():
-            yield _plan_layer(f"{prefix}.{index}.{name}", index, module, recipe)
+            yield _plan_layer(f"{prefix}.{index}.{name}", index, module, recipe, packed)
 
 
-def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe) -> LayerPlan:
+def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe, packed: Format) -> LayerPlan:
     rows, columns = weight_of(module).shape
     kind = type(module).__name__
     asked = recipe.weights(name)

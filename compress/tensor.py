@@ -17,12 +17,15 @@ class CompressedTensor:
     scale  `args.scale_dtype` `[out, groups]` (one group per row for channel and tensor grids)
     zero   uint8 `[out, groups]`, or None where the grid is symmetric (then it is `2**(bits - 1)`)
     args   the grid's description, its group size resolved for this width
+    inputs how the layer's inputs are quantized, or None; `input_scale` `[1]` is their scale where it is static
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     args: QuantArgs
+    inputs: QuantArgs | None = None
+    input_scale: Tensor | None = None
 
     @classmethod
     def from_grid(cls, codes: Tensor, grid: Grid) -> "CompressedTensor":

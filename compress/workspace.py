@@ -6,10 +6,11 @@ Any other failure removes it.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -18,13 +19,13 @@ from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import pack_quantized as packed
 from .formats import shards
 from .passes import Linear
 from .plan import Plan
 from .report import card
+from .tensor import CompressedTensor
 
-MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
+MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
 Figures = dict[str, float | int | str]
 
 
@@ -68,31 +69,43 @@ class Workspace:
         """Whether block `index` is finished."""
         return self._part(f"block-{index:05d}").exists()
 
-    def write(self, index: int, linears: list[Linear]) -> None:
-        """Store block `index`: its packed linears and the tensors that it takes over from the source."""
+    def write(self, index: int, linears: list[Linear], rewritten: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Store block `index`: its packed linears, and its other tensors as `rewritten` has them, or else the source."""
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             assert linear.result is not None
-            tensors |= packed.pack(linear.name, linear.result)
+            tensors |= self.plan.format.pack(linear.name, linear.result)
         prefix = f"{self.plan.prefix}.{index}."
-        tensors |= {o: self.source.read(stored) for o, stored in self.plan.copied.items() if o.startswith(prefix)}
+        taken = {o: stored for o, stored in self.plan.copied.items() if o.startswith(prefix)}
+        tensors |= {o: rewritten[o] if o in rewritten else self.source.read(stored) for o, stored in taken.items()}
         figures = [_figures(linear) for linear in linears]
         with shards.storage_errors(self.path):
             self._figures_file(index).write_text(json.dumps(figures))
         shards.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
         self._figures[index] = figures
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """The dequantized weights `[out, in]` of the finished block `index` by layer name."""
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors outside the blocks that a transform rewrote."""
+        shards.write(self._part(OUTSIDE), tensors)
+
+    def compressed(self, index: int) -> dict[str, CompressedTensor]:
+        """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
-        return {name: packed.unpack(name, tensors, self.plan.quantized[name]).dequantize() for name in names}
+        return {name: self.plan.format.unpack(name, tensors, self.plan.quantized[name]) for name in names}
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        """The other tensors of the finished block `index`."""
+        tensors = shards.read(self._part(f"block-{index:05d}"))
+        return {name: tensor for name, tensor in tensors.items() if name in self.plan.copied}
 
     def finish(self) -> list[Figures]:
         """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
         inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
+        outside = self._part(OUTSIDE)
+        rewritten = shards.read_header(outside) if outside.exists() else {}
         for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
-            if not name.startswith(inside):
+            if not name.startswith(inside) and name not in rewritten:
                 shards.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
         figures = [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
         complete = self.path / "complete"
@@ -106,8 +119,10 @@ class Workspace:
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        quantization = self.plan.format.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
         config = self.source.config | {"quantization_config": quantization}
+        if self.plan.untied is not None:
+            config["tie_word_embeddings"] = False
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from ..compress.formats.bitstream import pack_rows, unpack_rows
 from ..compress.scheme import QuantArgs
 from ..compress.tensor import CompressedTensor
+from .quantized_inputs import IntegerLinear
 from .reference import packed_linear
 
 
@@ -53,7 +54,10 @@ class PackedLinear(nn.Module):
 
 
 def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor) -> None:
-    """Put a `PackedLinear` of `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
+    """Put a `PackedLinear` of `tensor` at the dotted `name`, keeping the bias parameter that stands there.
+
+    Where the inputs are quantized too, it is an `IntegerLinear`.
+    """
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    setattr(model.get_submodule(parent), leaf, PackedLinear(tensor, bias))
+    setattr(model.get_submodule(parent), leaf, (PackedLinear if tensor.inputs is None else IntegerLinear)(tensor, bias))

@@ -68,6 +68,18 @@ class Recipe(BaseModel):
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _ends_in_a_quantizer(self) -> "Recipe":
+        *earlier, last = self.passes
+        if not last.registered.quantizes:
+            raise UsageError(
+                f"{last.method} alone stores nothing smaller", "add a pass behind it, such as `method: rtn`"
+            )
+        late = next((p.method for p, q in zip(self.passes[1:], earlier, strict=True) if q.registered.quantizes), None)
+        if late is not None and not method(late).quantizes:
+            raise UsageError(f"{late} comes after a quantizer", "transforms change weights that are not quantized yet")
+        return self
+
     @property
     def scheme(self) -> Scheme:
         """The scheme that the last pass leaves behind."""

@@ -14,9 +14,10 @@ from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
 from ..scheme import QuantArgs
 from ..tensor import CompressedTensor
-from . import pack_quantized as packed
+from .choice import Format, format_for
+from .int_quantized import IntQuantized, read_inputs
 
-SUFFIX = ".weight_packed"
+PACKED, WEIGHT = ".weight_packed", ".weight"
 UNRELATED = "the checkpoint and its config do not belong together"
 
 
@@ -50,19 +51,28 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    for name, args in _arguments(source, layers).items():
-        replace_linear(model, name, _read_layer(model, name, args, source))
+    layers = [name.removesuffix(PACKED) for name in source.tensors if name.endswith(PACKED)]
+    layers += [n.removesuffix(WEIGHT) for n, t in source.tensors.items() if n.endswith(WEIGHT) and t.spec.dtype == "I8"]
+    stored_as, arguments = _arguments(source, layers)
+    for name, args in arguments.items():
+        replace_linear(model, name, _read_layer(model, name, args, source, stored_as))
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
 
 
-def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
+def _arguments(source: Source, layers: list[str]) -> tuple[Format, dict[str, QuantArgs]]:
+    """The format of the checkpoint, and how each layer is quantized."""
     stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
     scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
     try:
-        return packed.read_config(source.config["quantization_config"], layers, scales)
+        config = source.config["quantization_config"]
+        inputs = None
+        if config["format"] == IntQuantized.NAME:
+            scale = next((t.spec.torch_dtype for n, t in source.tensors.items() if n.endswith(".input_scale")), None)
+            inputs = read_inputs(config, scale or torch.float16)
+        stored_as = format_for(inputs)
+        return stored_as, stored_as.read_config(config, layers, scales)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source.path} is quantized in a way that lmpress does not read ({error})",
@@ -70,20 +80,22 @@ def _arguments(source: Source, layers: list[str]) -> dict[str, QuantArgs]:
         ) from error
 
 
-def _read_layer(model: PreTrainedModel, name: str, args: QuantArgs, source: Source) -> CompressedTensor:
+def _read_layer(
+    model: PreTrainedModel, name: str, args: QuantArgs, source: Source, stored_as: Format
+) -> CompressedTensor:
     """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
     linear = find_linears(model).get(name)
     if linear is None:
         raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
     shape = weight_of(linear).shape
-    specs = packed.spec(name, args, *shape)
+    specs = stored_as.spec(name, args, *shape)
     for tensor, expected in specs.items():
         if tensor not in source.tensors:
             raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
         found = source.tensors[tensor].spec
         if found != expected:
             raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = packed.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
+    weight = stored_as.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
     if weight.shape != shape:
         raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
     return weight

@@ -23,13 +23,14 @@ from ..errors import UsageError
 from ..grid import encode, fit_groups
 from ..passes import Block, Linear
 from ..quantize.rtn import round_to_nearest
-from ..scheme import QuantArgs
+from ..scheme import QuantArgs, Scheme
 from .recording import Recording, inputs_seen, inspected, record
 from .rescale import TOLERANCE, Rescale, fold_checked, gather, spread
 
 CLIP_STEPS, CLIP_POINTS = 20, 10  # largest weights of 1, 19/20, ... 11/20 of the original are tried
 SMALLEST = 1e-4  # of a factor before it is normalised, as published
 ROWS_AT_ONCE = 512
+SCHEME = Scheme(QuantArgs(symmetric=False))
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -169,8 +170,9 @@ def _clip_block(block: Block, untouched: set[str], limit: int) -> None:
 
 def _group_products(block: Block, linears: dict[str, Linear], limit: int) -> dict[str, Tensor]:
     """Per linear, `X_g^T X_g` of every group's columns `[groups, n, n]`, summed over the tokens."""
+    assert block.around is not None
     products: dict[str, Tensor] = {}
-    for batch in inputs_seen(block, list(linears), limit):
+    for batch in inputs_seen(block.module, block.around.samples(), list(linears), limit):
         for name, x in batch.items():
             groups = x.float().unflatten(1, (-1, linears[name].args.columns_per_scale(x.shape[1]))).transpose(0, 1)
             product = groups.transpose(1, 2) @ groups

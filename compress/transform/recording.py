@@ -1,6 +1,6 @@
 """A module of a block on its own: what it was called with on calibration rows, and how far its output has moved since."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +10,10 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.probe import Feed
+from ...calibrate.runner import Call
 from ..passes import Block
+
+Batch = tuple[Call, Tensor, Tensor | None]  # how the block is called, hidden states [rows, length, width], token mask
 
 
 @dataclass(frozen=True)
@@ -62,29 +65,6 @@ def record(block: Block, name: str, reader: str, limit: int) -> Recording:
     return Recording(module, calls, torch.cat(inputs), outputs)
 
 
-def inputs_seen(block: Block, names: list[str], limit: int | None = None) -> Iterator[dict[str, Tensor]]:
-    """Batch by batch, what the linears `names` of the block read `[tokens, width]`, real tokens only; `limit` in tokens."""
-    assert block.around is not None
-    seen = 0
-    for call, hidden, mask in block.around.samples():
-        found: dict[str, Tensor] = {}
-
-        def note(name: str, found: dict[str, Tensor] = found, mask: Tensor | None = mask) -> Any:
-            def read(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                found[name] = tokens(args[0], mask)
-
-            return read
-
-        with ExitStack() as hooks:
-            for name in names:
-                hooks.callback(block.module.get_submodule(name).register_forward_pre_hook(note(name)).remove)
-            call.replay(block.module, hidden)
-        yield found
-        seen += hidden.shape[0] * hidden.shape[1]
-        if limit is not None and seen >= limit:
-            return
-
-
 def inspected(block: nn.Module, feed: Feed) -> str:
     """The module whose output judges a choice for `feed`: the smallest one that holds all consumers.
 
@@ -107,12 +87,38 @@ def inspected(block: nn.Module, feed: Feed) -> str:
 LINEAR = (nn.Linear, Conv1D)
 
 
+def inputs_seen(
+    block: nn.Module, batches: Iterable[Batch], names: Sequence[str], limit: int | None = None
+) -> Iterator[dict[str, Tensor]]:
+    """For every batch, what the linears `names` of `block` read `[tokens, width]`, real tokens only; until `limit` tokens."""
+    seen = 0
+    for call, hidden, mask in batches:
+        found: dict[str, Tensor] = {}
+        with ExitStack() as hooks:
+            for name in names:
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(_noting(found, name, mask)).remove)
+            call.replay(block, hidden)
+        yield found
+        seen += hidden.shape[0] * hidden.shape[1]
+        if limit is not None and seen >= limit:
+            return
+
+
 def tokens(x: Tensor, mask: Tensor | None) -> Tensor:
     """`x` `[..., width]` as `[real tokens, width]`; what does not have the mask's shape (routed tokens) counts in full."""
     flat = x.reshape(-1, x.shape[-1])
     if mask is None or mask.numel() != flat.shape[0]:
         return flat
     return flat[mask.reshape(-1).bool()]
+
+
+def _noting(
+    found: dict[str, Tensor], name: str, mask: Tensor | None
+) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+    def note(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        found[name] = tokens(args[0], mask)
+
+    return note
 
 
 def _tensor(output: Any) -> Tensor:

@@ -105,7 +105,7 @@ def rotate_heads(block: nn.Module, feed: Feed, head_size: int, seed: int, call: 
 
 
 @torch.no_grad()
-def rotate_outside(model: PreTrainedModel, ids: Tensor, config: Rotate) -> tuple[Tensor, set[str]]:
+def apply_outside(config: Rotate, model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, set[str]]:
     """Rotate embeddings, final norm and head of `model`, whose blocks hand their input on; `ids` `[rows, length]` are for the
     check. Returns the rotation of the stream and the names of the parameters that changed. A tied head must be untied."""
     head = model.get_output_embeddings()

@@ -20,10 +20,12 @@ from ..activations import fake_quantize, scale_of
 from ..errors import UsageError
 from ..passes import Block, Linear
 from ..quantize.rtn import round_to_nearest
+from ..scheme import Scheme, inputs_per, signed_weights
 from .recording import inputs_seen, inspected, record
 from .rescale import TOLERANCE, Rescale, fed_weights, fold_checked, gather, spread
 
 SMALLEST = 1e-5  # of a weight's maximum and of a factor, as published
+SCHEME = Scheme(signed_weights("channel"), inputs_per("token", dynamic=True))
 CANDIDATES = tuple(step / 20 for step in range(21))
 
 
@@ -121,8 +123,11 @@ def _quantized(block: nn.Module, linears: dict[str, Linear], scale: Tensor, larg
 
 def _largest(block: Block, name: str, config: SmoothQuant) -> Tensor:
     """The largest |x|, or its percentile, of every input channel of the linear `name` `[width]`."""
+    assert block.around is not None
+    limit = None if config.percentile == 100 else config.search_tokens
+    batches = inputs_seen(block.module, block.around.samples(), [name], limit)
     if config.percentile == 100:
-        return torch.stack([batch[name].abs().amax(0) for batch in inputs_seen(block, [name])]).amax(0).float()
-    seen = torch.cat([batch[name].abs().float() for batch in inputs_seen(block, [name], config.search_tokens)])
+        return torch.stack([batch[name].abs().amax(0) for batch in batches]).amax(0).float()
+    seen = torch.cat([batch[name].abs().float() for batch in batches])
     rank = max(1, round(len(seen) * config.percentile / 100))
     return seen.kthvalue(rank, dim=0).values

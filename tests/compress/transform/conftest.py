@@ -28,7 +28,7 @@ def prepare(record) -> Callable[..., Block]:
         generator = torch.Generator().manual_seed(9)
         batches = [(call, torch.randn(hidden.shape, generator=generator), None) for _ in range(2)]
         linears = [
-            Linear(f"b.{name}", weight_of(m), scheme.weights.for_width(weight_of(m).shape[1]), scheme.inputs)
+            Linear(f"b.{name}", weight_of(m), scheme.weights.for_width(weight_of(m).shape[1]), inputs=scheme.inputs)
             for name, m in find_linears(module).items()
         ]
         trial = call, torch.randn(hidden.shape, generator=generator)

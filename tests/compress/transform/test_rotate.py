@@ -8,7 +8,7 @@ from lmpress.compress.errors import CompressError
 from lmpress.compress.passes import Block, Surroundings
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs, Scheme
-from lmpress.compress.transform.rotate import Rotate, apply, rotate_outside, stream_rotation, turned
+from lmpress.compress.transform.rotate import Rotate, apply, apply_outside, stream_rotation, turned
 
 ROTATABLE = ["llama", "qwen2", "qwen3", "mistral", "phi3", "phi", "gpt2", "opt", "gpt_neox", "falcon", "mixtral"]
 W4 = Scheme(QuantArgs(bits=4, group_size=16))
@@ -40,7 +40,7 @@ def rotate_model(model, record, ids, config=None):
         apply(config, block)
     blocks = hollow(model)
     try:
-        return rotate_outside(model, ids, config)
+        return apply_outside(config, model, ids)
     finally:
         for block in blocks:
             del block.forward

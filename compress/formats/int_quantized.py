@@ -1,0 +1,103 @@
+"""compressed-tensors `int-quantized`: int8 weights that meet int8 activations (W8A8).
+
+P.weight        int8 [out, in]                     codes - 128: w = scale * code
+P.weight_scale  [out, 1] in the scale's dtype      a scale of the whole matrix is repeated
+P.input_scale   [1] in the scale's dtype           static activation scales only
+
+Dynamic activation scales are found by whoever serves the checkpoint: lmpress divides the largest magnitude by 127,
+compressed-tensors by 127.5.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..scheme import QuantArgs, Scheme
+from ..tensor import CompressedTensor
+from . import pack_quantized
+from .shards import NAMES, TensorSpec
+
+OFFSET = 128  # of the unsigned codes in memory
+
+
+@dataclass(frozen=True)
+class IntQuantized:
+    """The format for layers whose inputs are quantized by `inputs`; offers what the module `pack_quantized` does."""
+
+    inputs: QuantArgs
+    NAME: str = "int-quantized"
+
+    def supports(self, args: QuantArgs) -> str | None:
+        """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+        if args.bits != 8 or self.inputs.bits != 8:
+            return f"{self.NAME} is W8A8, not W{args.bits}A{self.inputs.bits}"
+        if args.strategy not in ("channel", "tensor") or not args.symmetric:
+            return f"{self.NAME} stores symmetric weights with a scale per row"
+        return None
+
+    def spec(self, name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+        """The tensors that `pack` will give for a `rows` x `columns` weight."""
+        tensors = {
+            f"{name}.weight": TensorSpec("I8", (rows, columns)),
+            f"{name}.weight_scale": TensorSpec(NAMES[args.torch_scale_dtype], (rows, 1)),
+        }
+        if not self.inputs.dynamic:
+            tensors[f"{name}.input_scale"] = TensorSpec(NAMES[self.inputs.torch_scale_dtype], (1,))
+        return tensors
+
+    def pack(self, name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
+        """The tensors of one quantized weight and, where it is static, the scale of its inputs."""
+        packed = {
+            f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),
+            f"{name}.weight_scale": tensor.scale,
+        }
+        if tensor.input_scale is not None:
+            packed[f"{name}.input_scale"] = tensor.input_scale
+        return packed
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> CompressedTensor:
+        """The inverse of `pack`."""
+        codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
+        scale = tensors[f"{name}.weight_scale"]
+        return CompressedTensor(codes, scale, None, args, self.inputs, tensors.get(f"{name}.input_scale"))
+
+    def quantization_config(self, quantized: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]:
+        """The `quantization_config` of config.json."""
+        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored) | {"format": self.NAME}
+        for group in config["config_groups"].values():
+            group["format"] = self.NAME
+            group["input_activations"] = {
+                "num_bits": self.inputs.bits,
+                "type": "int",
+                "symmetric": True,
+                "strategy": self.inputs.strategy,
+                "group_size": None,
+                "dynamic": self.inputs.dynamic,
+            }
+        return config
+
+    def read_config(
+        self, config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
+    ) -> dict[str, QuantArgs]:
+        """The weight arguments of every layer in `layers`; see `pack_quantized.read_config`."""
+        return pack_quantized.read_config(config, layers, scale_dtypes)
+
+
+def read_inputs(config: Mapping[str, Any], static_dtype: torch.dtype) -> QuantArgs:
+    """How the inputs are quantized by a `quantization_config`. Raises `ValueError` for kinds that lmpress does not serve."""
+    kinds = [group["input_activations"] for group in config["config_groups"].values()]
+    first = kinds[0]
+    if any(kind != first for kind in kinds) or not first or first["type"] != "int" or not first["symmetric"]:
+        raise ValueError("its inputs are not all quantized alike to symmetric integers")
+    args = QuantArgs(
+        bits=first["num_bits"],
+        strategy=first["strategy"],
+        group_size=None,
+        formula="signed",
+        scale_dtype=str(static_dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dynamic=first["dynamic"],
+    )
+    return Scheme(inputs=args).inputs or args

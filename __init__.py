@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compress.api import quantize, run
+    from .compress.api import prune, quantize, run
     from .compress.errors import CompressError, StorageError, UsageError
     from .compress.formats.load import load
     from .eval.perplexity import evaluate
 
-__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "load", "quantize", "run"]
+__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "load", "prune", "quantize", "run"]
 
 _HOMES = {
     "CompressError": "compress.errors",
@@ -24,6 +24,7 @@ _HOMES = {
     "UsageError": "compress.errors",
     "evaluate": "eval.perplexity",
     "load": "compress.formats.load",
+    "prune": "compress.api",
     "quantize": "compress.api",
     "run": "compress.api",
 }

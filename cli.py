@@ -40,6 +40,9 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
+Calib = Annotated[
+    str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
+]
 Eval = Annotated[
     str | None,
     typer.Option("--eval", help="Evaluate the result against the original on this data.", show_default=False),
@@ -79,13 +82,21 @@ class Output:
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: one scale an output row.")] = 128,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for every group too.")] = False,
-    calib: Annotated[
-        str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
-    ] = "python-stdlib",
+    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn, awq, smoothquant, rotate.")] = "gptq",
+    bits: Annotated[
+        int | None, typer.Option(help="Bits a weight, 2 to 8. Default: 4; smoothquant: 8.", show_default=False)
+    ] = None,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale; -1: one scale an output row. Default: 128; smoothquant: -1.",
+            show_default=False,
+        ),
+    ] = None,
+    asymmetric: Annotated[
+        bool, typer.Option("--asymmetric", help="A zero point for every group too (always with awq).")
+    ] = False,
+    calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
     keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
@@ -118,7 +129,7 @@ def quantize(
                 method=method,
                 bits=bits,
                 group_size=group_size,
-                symmetric=not asymmetric,
+                symmetric=False if asymmetric else None,
                 calib=calib,
                 samples=samples,
                 seq_len=seq_len,
@@ -126,6 +137,60 @@ def quantize(
                 keep=keep,
                 options=_options(options),
             )
+        )
+        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+
+
+@app.command()
+def prune(
+    model: Model,
+    out: Out = None,
+    method: Annotated[str, typer.Option(help="exactobs, sparsegpt, wanda, magnitude, obd, obs.")] = "exactobs",
+    sparsity: Annotated[
+        float | None, typer.Option(help="Share of the weights that goes. Default: 0.5", show_default=False)
+    ] = None,
+    pattern: Annotated[
+        str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
+    ] = None,
+    format_: Annotated[
+        str,
+        typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
+    ] = "dense",
+    calib: Calib = "python-stdlib",
+    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
+    keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set refit=true")
+    ] = [],  # noqa: B006
+    evaluate_on: Eval = None,
+    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    overwrite: Overwrite = False,
+    dry_run: DryRun = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Prune the weights of MODEL.
+
+    compress prune --method exactobs --pattern 2:4 MODEL
+    """
+    with _session(json_file, quiet, debug, threads) as output:
+        from .compress.api import pruning_recipe
+
+        wanted = pruning_recipe(
+            method=method,
+            sparsity=sparsity,
+            pattern=pattern,
+            format=format_,
+            calib=calib,
+            samples=samples,
+            seq_len=seq_len,
+            seed=seed,
+            keep=keep,
+            options=_options(options),
         )
         _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
 

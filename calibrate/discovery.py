@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..compress.errors import UsageError
+from .experts import routers
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
@@ -23,8 +24,13 @@ def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
 
 
 def find_linears(block: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a block by their dotted names inside it, in order of definition: `nn.Linear` and `Conv1D`."""
-    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    """The linear layers of a block by their dotted names inside it, in order of definition: `nn.Linear` and `Conv1D`.
+
+    Routers of a mixture of experts are left out.
+    """
+    spared = routers(block)
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    return {name: module for name, module in linears.items() if module not in spared}
 
 
 def weight_of(linear: nn.Module) -> Tensor:

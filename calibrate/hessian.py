@@ -19,6 +19,13 @@ class Hessian:
         self.tokens = 0
         self._sum = torch.zeros(width, width, dtype=dtype, device=device)
 
+    @classmethod
+    def unseen(cls, width: int, dtype: torch.dtype, device: torch.device) -> "Hessian":
+        """The identity: what is known of a layer that no calibration token reached. Every method then rounds to nearest."""
+        hessian = cls(width, dtype, device)
+        hessian._sum.diagonal().fill_(0.5)
+        return hessian
+
     def update(self, inputs: Tensor, sequences: int) -> None:
         """Add the rows of `inputs` `[tokens, width]` (any float dtype) that came from `sequences` calibration rows."""
         x = inputs.to(self._sum.dtype)

@@ -87,6 +87,9 @@ def _stored(source: Source, names: Names, layer: str) -> str:
     dense = names.find(f"{layer}.weight")
     if dense is not None:
         return source.tensors[dense].spec.dtype
+    places, bitmask = (source.tensors.get(f"{layer}.weight_{part}") for part in ("places", "bitmask"))
+    if places is not None or bitmask is not None:
+        return "2:4" if places is not None else "bitmask"
     packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
     if packed is None or shape is None:
         return "missing"

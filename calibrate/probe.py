@@ -10,7 +10,8 @@ queries and keys have no say there, and a fused projection shows its value rows 
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
@@ -111,7 +112,7 @@ def score_makers(block: nn.Module, call: Call, hidden: Tensor, feeds: list[Feed]
     trial = _Trial(block, call, hidden)
     found = set()
     for name, module in find_linears(block).items():
-        if name not in trial.inputs:
+        if name not in trial.inputs or not trial.sees_all_tokens(name):
             continue
         factor = torch.randn(trial.outputs[name].shape[-1], generator=torch.Generator().manual_seed(0))
         for feed in feeds:
@@ -153,6 +154,7 @@ class _Trial:
             for name, module in self.readers.items():
                 stack.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
             self.output = self.run()
+        self.called = set(runs)
         for name in [
             name for name, count in runs.items() if count > 1
         ]:  # what one of several calls shows is not the rule
@@ -173,7 +175,7 @@ class _Trial:
         rows, length, _ = self._hidden.shape
         return x.reshape(rows, length, -1)[:, 0]
 
-    def seen(self, names: Mapping[str, object]) -> dict[str, Tensor]:
+    def seen(self, names: Iterable[str]) -> dict[str, Tensor]:
         """What the modules `names` read in a run under the hooks that are in place."""
         found: dict[str, Tensor] = {}
 
@@ -204,18 +206,46 @@ def _norm_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
     kind = _norm_kind(trial, name, module, factor)
     if kind is None:
         return None
-    with _scaled_output(module, factor):
-        seen = trial.seen({n: None for n, x in trial.inputs.items() if n != name and x.shape[-1] == len(factor)})
-    readers = [
-        n for n, x in seen.items() if x.shape == trial.inputs[n].shape and torch.equal(x, trial.inputs[n] * factor)
-    ]
+    readers = _readers(trial, name, factor)
     consumers: list[Consumer] = []
-    for reader in readers:
+    for reader in sorted(readers, key=lambda n: not trial.sees_all_tokens(n)):
         found = _consumed_by(trial, reader, factor)
         if found is None:
             return None
         consumers += found
+    consumers += _idle_twins(trial, consumers)
     return Feed(name, kind, tuple(consumers), torch.arange(len(factor)), len(factor)) if consumers else None
+
+
+def _readers(trial: _Trial, name: str, factor: Tensor) -> list[str]:
+    """The modules that read the norm's output: those who see its factors exactly.
+
+    A router that sees them sends tokens elsewhere, so they are undone at the doors of the readers known so far, and the
+    search goes on until nobody new turns up.
+    """
+    candidates = {n: x for n, x in trial.inputs.items() if n != name and x.shape[-1] == len(factor)}
+    readers: list[str] = []
+    while True:
+        with ExitStack() as stack:
+            stack.enter_context(_scaled_output(trial.readers[name], factor))
+            for reader in readers:
+                stack.enter_context(_scaled_input(trial.readers[reader], 1 / factor))
+            seen = trial.seen([n for n in candidates if n not in readers])
+        new = [n for n, x in seen.items() if x.shape == candidates[n].shape and torch.equal(x, candidates[n] * factor)]
+        if not new:
+            return readers
+        readers += new
+
+
+def _idle_twins(trial: _Trial, consumers: list[Consumer]) -> list[Consumer]:
+    """The same parameters of modules that got no token in the experiment, but stand in a row with a consumer: idle experts."""
+    found = []
+    shapes = {(re.sub(r"\d+", "#", c.module), c.parameter, c.axis) for c in consumers}
+    for name in trial.readers.keys() - trial.called:
+        for pattern, parameter, axis in sorted(shapes):
+            if re.sub(r"\d+", "#", name) == pattern:
+                found.append(Consumer(name, parameter, axis))
+    return sorted(found, key=lambda c: c.module)
 
 
 def _norm_kind(trial: _Trial, name: str, module: nn.Module, factor: Tensor) -> Kind | None:

@@ -131,6 +131,9 @@ class Runner:
                     call.replay(self._original, self._reference[i].to(self.device))
                 gatherer.drift(linears, landed, intended)
         _check_finite(statistics, self.block_name(index))
+        for name in [n for n in linears if n not in statistics.hessians]:  # experts that no token was routed to
+            statistics.hessians[name] = Hessian.unseen(weight_of(linears[name]).shape[1], dtype, self.device)
+            statistics.groups.append([name])
         return statistics
 
     def retake(self, index: int) -> None:

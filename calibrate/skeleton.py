@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from ..compress.errors import CompressError, UsageError
+from .experts import stored_names, unfuse
 from .source import Source
 
 
@@ -25,6 +26,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
     except ValueError as error:
         raise _no_model(source.path, error) from error
     model.config.use_cache = False
+    unfuse(model)
     return model.eval()
 
 
@@ -56,18 +58,20 @@ def device_of(name: str) -> torch.device:
 
 
 class Names:
-    """Which checkpoint tensor holds a parameter of the model: the same name, with or without the base model's prefix."""
+    """Which checkpoint tensor holds a parameter of the model: the same name, with or without the base model's prefix, or
+    the one that transformers would rename to it."""
 
     def __init__(self, model: PreTrainedModel, source: Source) -> None:
         self._source = source
         self._prefix = f"{model.base_model_prefix}."
+        self._renamed = stored_names(model, source.tensors)
         self._tied: dict[str, str] = {}
         if model.config.tie_word_embeddings:
             self._tied = {str(k): str(v) for k, v in dict(getattr(model, "_tied_weights_keys", None) or {}).items()}
 
     def find(self, name: str) -> str | None:
         """The checkpoint's name of the parameter or buffer `name`; None where the checkpoint has none."""
-        candidates = [name, name.removeprefix(self._prefix), self._prefix + name]
+        candidates = [self._renamed.get(name, name), name, name.removeprefix(self._prefix), self._prefix + name]
         if name in self._tied:
             candidates.append(self._tied[name])
             candidates.append(self._tied[name].removeprefix(self._prefix))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import CompressedTensor
+from .tensor import CompressedTensor, PrunedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -40,11 +40,11 @@ def fake_quantize(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Te
 
 
 @contextmanager
-def quantized_inputs(block: nn.Module, compressed: Mapping[str, CompressedTensor]) -> Iterator[None]:
+def quantized_inputs(block: nn.Module, compressed: Mapping[str, CompressedTensor | PrunedTensor]) -> Iterator[None]:
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
     with ExitStack() as hooks:
         for name, tensor in compressed.items():
-            if tensor.inputs is not None:
+            if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
                 rounding = _rounding(tensor.inputs, tensor.input_scale)
                 hooks.callback(block.get_submodule(name).register_forward_pre_hook(rounding).remove)
         yield

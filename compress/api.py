@@ -1,15 +1,17 @@
 """The Python API: the command line's words as arguments."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ..recipes import schema
 from ..recipes.schema import Recipe
-from . import pipeline
+from . import passes, pipeline
+from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
-from .scheme import group_strategy
+from .scheme import LEVELS, Pruning, Scheme, group_strategy
 
 
 def quantize(
@@ -32,16 +34,59 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    Where `bits`, `group_size` and `symmetric` are not given the method decides: 4 bits in symmetric groups of 128, for `awq`
-    asymmetric ones, for `smoothquant` 8 bits, one scale per row, and 8-bit inputs. `group_size` -1 means one scale per row; `keep` are patterns of layers that stay dense; `options` are those of
-    the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `out` is by default
-    `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
+    Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128, for `awq`
+    asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means) and 8-bit
+    inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of layers
+    that stay dense; `options` are those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`,
+    `scale_dtype`), and `level` (O1, O2, O3: SmoothQuant's). `out` is by default `MODEL-<method>-w<bits>` beside the model.
+    Raises `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        calib=calib,
+        samples=samples,
+        seq_len=seq_len,
+        seed=seed,
+        keep=keep,
+        options=options,
+    )
+    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+
+
+def prune(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002 - the command line's word
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> RunReport:
+    """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
+
+    `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
+    `2:4` the zeros in every group of columns. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
+    smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
+    weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
+    Raises `UsageError` before anything is written, `CompressError` later.
+    """
+    recipe = pruning_recipe(
+        method=method,
+        sparsity=sparsity,
+        pattern=pattern,
+        format=format,
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -81,12 +126,19 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
-    strategy, size = group_strategy(group_size)
-    grid, rest = _split(options or {})
-    weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
+    known = passes.method(method)
+    level, others = _split(options or {}, ("level",))
+    grid, rest = _split(others, ("observer", "formula", "scale_dtype"))
+    usual = _level(level["level"]) if level else known.scheme
+    given: dict[str, Any] = {"bits": bits, "symmetric": symmetric}
+    if group_size is not None:
+        given["strategy"], given["group_size"] = group_strategy(group_size)
+    asked = {name: value for name, value in given.items() if value is not None or name == "group_size"}
+    scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
+    quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     return schema.build(
         {
-            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
+            "passes": [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer],
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
@@ -95,15 +147,58 @@ def quantization_recipe(
     )
 
 
+def pruning_recipe(
+    *,
+    method: str = "exactobs",
+    sparsity: float | None = None,
+    pattern: str | None = None,
+    format: str = "dense",  # noqa: A002
+    calib: str = "python-stdlib",
+    samples: int = 128,
+    seq_len: int = 2048,
+    seed: int = 0,
+    keep: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+) -> Recipe:
+    """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
+    if sparsity is not None and pattern is not None:
+        raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
+    chosen, rest = _split(options or {}, ("scope", "dtype"))
+    weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
+    return schema.build(
+        {
+            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
+            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
+            "keep": list(keep),
+            "seed": seed,
+        },
+        "prune",
+    )
+
+
 def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>` beside the model; for a hub id, in the working directory."""
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory."""
     path = Path(model)
-    methods = "-".join(entry.method for entry in recipe.passes)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-w{recipe.scheme.weights.bits}"
+    names = [entry.method for entry in recipe.passes]
+    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
-def _split(options: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the weight grid, and those of the method."""
-    grid = {name: value for name, value in options.items() if name in ("observer", "formula", "scale_dtype")}
-    return grid, {name: value for name, value in options.items() if name not in grid}
+def _amount(scheme: Scheme | Pruning) -> str:
+    if isinstance(scheme, Pruning):
+        args = scheme.weights
+        return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
+    return f"w{scheme.weights.bits}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
+
+
+def _level(name: str) -> Scheme:
+    if name not in LEVELS:
+        raise UsageError(f"unknown level {name!r}", f"use one of: {', '.join(LEVELS)}")
+    return LEVELS[name]
+
+
+def _split(options: Mapping[str, Any], of_weights: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Options of the weight arguments, and those of the method."""
+    chosen = {name: value for name, value in options.items() if name in of_weights}
+    return chosen, {name: value for name, value in options.items() if name not in chosen}

@@ -1,7 +1,7 @@
 """The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
 
 The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a `CompressedTensor` and its figures in each.
+and statistics of `block.linears` and leaves a `CompressedTensor` or `PrunedTensor` and its figures in each.
 """
 
 import difflib
@@ -18,8 +18,8 @@ from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import Call
 from .errors import UsageError
-from .scheme import QuantArgs, Scheme
-from .tensor import CompressedTensor
+from .scheme import Pruning, QuantArgs, Scheme, WeightArgs
+from .tensor import CompressedTensor, PrunedTensor
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
@@ -28,6 +28,13 @@ METHODS: dict[str, tuple[str, str]] = {
     "awq": ("transform.awq", "AWQ"),
     "smoothquant": ("transform.smoothquant", "SmoothQuant"),
     "rotate": ("transform.rotate", "Rotate"),
+    "obq": ("quantize.obq", "OBQ"),
+    "magnitude": ("prune.magnitude", "Magnitude"),
+    "wanda": ("prune.wanda", "Wanda"),
+    "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
+    "exactobs": ("prune.exactobs", "ExactOBS"),
+    "obd": ("prune.obd", "OBD"),
+    "obs": ("prune.obs", "OBS"),
 }
 
 
@@ -40,7 +47,7 @@ class PassConfig(Protocol):
     def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial"}
 
     @property
-    def scheme(self) -> Scheme: ...
+    def scheme(self) -> Scheme | Pruning: ...
 
     @property
     def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
@@ -52,12 +59,19 @@ class Linear:
 
     name: str
     weight: Tensor
-    args: QuantArgs  # of the weight, resolved for its width
+    args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
-    result: CompressedTensor | None = None
+    result: CompressedTensor | PrunedTensor | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
     inputs: QuantArgs | None = None  # of the activations that it reads
+
+    @property
+    def grid(self) -> QuantArgs:
+        """`args` of a weight that will be quantized. Raises `UsageError` where it will be pruned."""
+        if not isinstance(self.args, QuantArgs):
+            raise UsageError(f"{self.name} will be pruned", "this transform prepares weights for quantization only")
+        return self.args
 
 
 @dataclass(frozen=True)
@@ -94,8 +108,8 @@ class Block:
 class Method:
     """A registered method: its name, the type of its options, and what it does.
 
-    Methods that quantize have a `scheme` among their options. Transforms have none: they rewrite a block's weights for the
-    quantizer behind them, and say in `scheme` which one `--method` alone stands for. `apply_outside` rewrites weights
+    Methods that quantize or prune have a `scheme` among their options. Transforms have none: they rewrite a block's weights for the
+    pass behind them, and say in `scheme` which one `--method` alone stands for. `apply_outside` rewrites weights
     outside the blocks, for transforms of the whole model.
     """
 
@@ -110,7 +124,7 @@ class Method:
         return [f.name for f in fields(self.config)]
 
     @property
-    def quantizes(self) -> bool:
+    def compresses(self) -> bool:
         """Whether the method leaves compressed weights."""
         return "scheme" in self.options()
 

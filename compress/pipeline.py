@@ -28,7 +28,7 @@ from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import CompressedTensor
+from .tensor import CompressedTensor, PrunedTensor
 from .transform.recording import inputs_seen
 from .workspace import Workspace, check_target
 
@@ -164,7 +164,7 @@ def _walk(
             block.around = None if probe is None else _surroundings(index, runner, probe, planned)
             for entry in recipe.passes:
                 _apply(entry, block, runner, index, tell)
-                if not entry.registered.quantizes:
+                if not entry.registered.compresses:
                     _settle(block, planned)
                     runner.retake(index)
             compressed = _with_input_scales(block, runner, index)
@@ -230,7 +230,9 @@ def _dense(block: Block, planned: Plan) -> dict[str, Tensor]:
     return {n: p.detach().to(planned.tensors[n].torch_dtype) for n, p in named.items() if n in planned.copied}
 
 
-def _restore(skeleton: PreTrainedModel, compressed: dict[str, CompressedTensor], dense: dict[str, Tensor]) -> None:
+def _restore(
+    skeleton: PreTrainedModel, compressed: dict[str, CompressedTensor | PrunedTensor], dense: dict[str, Tensor]
+) -> None:
     """Put a finished block's stored weights back into the loaded module."""
     for name, tensor in compressed.items():
         set_weight(skeleton.get_submodule(name), tensor.dequantize())
@@ -240,7 +242,7 @@ def _restore(skeleton: PreTrainedModel, compressed: dict[str, CompressedTensor],
             parameters[name].copy_(tensor)
 
 
-def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, CompressedTensor]:
+def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, CompressedTensor | PrunedTensor]:
     """The results of the block's linears by full name, told how their inputs are quantized; static scales are calibrated
     on what they read now."""
     largest: dict[str, Tensor] = {}
@@ -248,11 +250,16 @@ def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Co
     for batch in inputs_seen(block.module, runner.samples(index), static) if static else ():
         for name, x in batch.items():
             largest[name] = torch.maximum(largest.get(name, torch.zeros((), device=x.device)), x.abs().amax())
+    widest = max(largest.values(), default=torch.zeros(()))  # for experts that no token reached
     for name, linear in block.local().items():
-        if linear.result is not None and linear.inputs is not None:
+        if isinstance(linear.result, CompressedTensor) and linear.inputs is not None:
             scale = None
             if name in static:
-                scale = scale_of(largest[name].float(), linear.inputs).to(linear.inputs.torch_scale_dtype).reshape(1)
+                scale = (
+                    scale_of(largest.get(name, widest).float(), linear.inputs)
+                    .to(linear.inputs.torch_scale_dtype)
+                    .reshape(1)
+                )
             linear.result = replace(linear.result, inputs=linear.inputs, input_scale=scale)
     return {linear.name: linear.result for linear in block.linears if linear.result is not None}
 
@@ -266,8 +273,7 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
         return _solve(entry, block, local, statistics, tell)
-    unused = local.keys() - {name for group in statistics.groups for name in group}
-    for position, names in enumerate([*statistics.groups, sorted(unused)]):
+    for position, names in enumerate(statistics.groups):
         if position:  # the statistics of the first group are those just gathered
             statistics = runner.collect(index, set(names))
         _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
@@ -278,6 +284,8 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        if linear.hessian is not None:
+            linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = linear.drift = None

@@ -5,10 +5,12 @@ Nothing is computed or loaded, and the promise is exact: the sizes predicted her
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
 from ..calibrate.skeleton import Names, outside
@@ -18,7 +20,7 @@ from .errors import UsageError
 from .formats import shards
 from .formats.choice import Format, format_for
 from .formats.shards import TensorSpec
-from .scheme import QuantArgs
+from .scheme import PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -29,23 +31,33 @@ class LayerPlan:
     block: int
     kind: str
     shape: tuple[int, int]
-    args: QuantArgs | None
+    args: WeightArgs | None
     nbytes: int
     note: str | None = None
+
+    def stored_as(self, storage: Storage) -> int:
+        """Bytes of the pruned layer in another storage."""
+        assert isinstance(self.args, PruneArgs)
+        return sum(
+            s.nbytes
+            for s in format_for(None).spec(self.name, replace(self.args, storage=storage), *self.shape).values()
+        )
 
 
 @dataclass(frozen=True)
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense; `untied` is the tied one that gets a weight of its own.
-    `inputs` say how the quantized layers' inputs are quantized. `tensors` are the specs of all output tensors by
+    `heads` are the linear layers outside the blocks, which stay dense, `untied` is the tied one that gets a weight of its own;
+    `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
+    layers' inputs are quantized. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
 
     layers: tuple[LayerPlan, ...]
     heads: tuple[str, ...]
+    untouched: tuple[str, ...]
     copied: dict[str, str]
     tensors: dict[str, TensorSpec]
     blocks: int
@@ -61,8 +73,8 @@ class Plan:
         return format_for(self.inputs)
 
     @property
-    def quantized(self) -> dict[str, QuantArgs]:
-        """The layers that will be quantized, with their resolved arguments."""
+    def quantized(self) -> dict[str, WeightArgs]:
+        """The layers that will be quantized or pruned, with their resolved arguments."""
         return {layer.name: layer.args for layer in self.layers if layer.args is not None}
 
     @property
@@ -77,7 +89,19 @@ class Plan:
         for layer in self.layers:
             if layer.note:
                 grouped.setdefault(layer.note, []).append(layer.name)
-        return [f"{note}: {_summary(names)}" for note, names in grouped.items()]
+        if self.untouched:
+            grouped["kept dense, weights in more than two dimensions"] = list(self.untouched)
+        return [f"{note}: {_summary(names)}" for note, names in grouped.items()] + self._honest()
+
+    def _honest(self) -> list[str]:
+        """What pruning saves on disk as stored and, where that is nothing, what would."""
+        pruned = [layer for layer in self.layers if isinstance(layer.args, PruneArgs)]
+        if not pruned or any(layer.args.storage != "dense" for layer in pruned if isinstance(layer.args, PruneArgs)):
+            return []
+        masked = sum(layer.stored_as("bitmask") for layer in pruned)
+        dense = sum(layer.nbytes for layer in pruned)
+        hint = f"--format bitmask makes these layers {1 - masked / dense:.0%} smaller" if masked < dense else ""
+        return [f"zeros in a dense file save nothing{'; ' if hint else ''}{hint}"]
 
     @property
     def bits_per_weight(self) -> float:
@@ -95,8 +119,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
-    packed = format_for(recipe.scheme.inputs)
-    layers = tuple(_plan_layers(prefix, blocks, recipe, packed))
+    packed = format_for(_inputs(recipe))
+    layers = tuple(_plan_layers(prefix, blocks, recipe, source, names, packed))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
     tensors: dict[str, TensorSpec] = {}
@@ -114,15 +138,20 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     return Plan(
         layers=layers,
         heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
+        untouched=tuple(f"{prefix}.{name}" for name, p in blocks.named_parameters() if p.ndim > 2),
         copied=copied,
         tensors=tensors,
         blocks=len(blocks),
         prefix=prefix,
         bytes_before=source.nbytes,
         bytes_after=shards.nbytes(tensors),
-        inputs=recipe.scheme.inputs,
+        inputs=_inputs(recipe),
         untied=untied,
     )
+
+
+def _inputs(recipe: Recipe) -> QuantArgs | None:
+    return recipe.scheme.inputs if isinstance(recipe.scheme, Scheme) else None
 
 
 def _untied(model: PreTrainedModel, names: Names) -> str | None:
@@ -131,23 +160,36 @@ def _untied(model: PreTrainedModel, names: Names) -> str | None:
     return head if head is not None and names.ties(f"{head}.weight") else None
 
 
-def _plan_layers(prefix: str, blocks: nn.ModuleList, recipe: Recipe, packed: Format) -> Iterator[LayerPlan]:
+def _plan_layers(
+    prefix: str, blocks: nn.ModuleList, recipe: Recipe, source: Source, names: Names, packed: Format
+) -> Iterator[LayerPlan]:
     for index, block in enumerate(blocks):
-        for name, module in find_linears(block).items():
-            yield _plan_layer(f"{prefix}.{index}.{name}", index, module, recipe, packed)
+        for local, module in find_linears(block).items():
+            name = f"{prefix}.{index}.{local}"
+            found = names.find(f"{name}.weight")
+            stored = torch.float32 if found is None else source.tensors[found].spec.torch_dtype
+            yield _plan_layer(name, index, module, stored, recipe, packed)
 
 
-def _plan_layer(name: str, block: int, module: nn.Module, recipe: Recipe, packed: Format) -> LayerPlan:
+def _plan_layer(
+    name: str, block: int, module: nn.Module, stored: torch.dtype, recipe: Recipe, packed: Format
+) -> LayerPlan:
     rows, columns = weight_of(module).shape
     kind = type(module).__name__
     asked = recipe.weights(name)
     if asked is None:
         return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
-    args = asked.for_width(columns)
+    if isinstance(asked, PruneArgs):
+        args = asked.for_layer(columns, stored, recipe.passes[-1].config.scope, transposed=isinstance(module, Conv1D))
+        note = None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask"
+    else:
+        args = asked.for_width(columns)
+        note = (
+            None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+        )
     reason = packed.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    note = None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
     nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 

@@ -23,7 +23,8 @@ from .formats import shards
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .tensor import CompressedTensor
+from .scheme import PruneArgs
+from .tensor import CompressedTensor, PrunedTensor
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
 Figures = dict[str, float | int | str]
@@ -88,7 +89,7 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         shards.write(self._part(OUTSIDE), tensors)
 
-    def compressed(self, index: int) -> dict[str, CompressedTensor]:
+    def compressed(self, index: int) -> dict[str, CompressedTensor | PrunedTensor]:
         """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
@@ -120,7 +121,7 @@ class Workspace:
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         quantization = self.plan.format.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
-        config = self.source.config | {"quantization_config": quantization}
+        config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         if self.plan.untied is not None:
             config["tie_word_embeddings"] = False
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
@@ -200,9 +201,13 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    assert linear.result is not None
-    args = linear.result.args
-    return {"name": linear.name, "bits": args.bits, "group_size": args.group_size or -1, **linear.figures}
+    args = linear.args
+    stored: Figures = (
+        {"storage": args.storage}
+        if isinstance(args, PruneArgs)
+        else {"bits": args.bits, "group_size": args.group_size or -1}
+    )
+    return {"name": linear.name, **stored, **linear.figures}
 
 
 def _replace(complete: Path, out: Path) -> None:

@@ -2,9 +2,10 @@
 
 from torch import Tensor, nn
 
+from ..compress.formats import sparse
 from ..compress.formats.bitstream import pack_rows, unpack_rows
-from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor
+from ..compress.scheme import PruneArgs, QuantArgs
+from ..compress.tensor import CompressedTensor, PrunedTensor
 from .quantized_inputs import IntegerLinear
 from .reference import packed_linear
 
@@ -53,11 +54,41 @@ class PackedLinear(nn.Module):
         return self
 
 
-def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor) -> None:
-    """Put a `PackedLinear` of `tensor` at the dotted `name`, keeping the bias parameter that stands there.
+class SparseLinear(nn.Module):
+    """`y = x W^T + bias` with a pruned `W`, kept in memory as it is on disk and unfolded for every product.
 
-    Where the inputs are quantized too, it is an `IntegerLinear`.
+    Buffers are the tensors of `formats/sparse.py` by their last names, without the shape.
     """
+
+    def __init__(self, tensor: PrunedTensor, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.out_features, self.in_features = tensor.shape
+        self.args: PruneArgs = tensor.args
+        for name, part in sparse.pack("", tensor).items():
+            self.register_buffer(name.removeprefix("."), part, persistent=False)
+        self.bias: nn.Parameter | None
+        self.register_parameter("bias", bias)
+
+    @property
+    def compressed(self) -> PrunedTensor:
+        """What the module serves."""
+        return sparse.unpack("", {f".{name}": part for name, part in self.named_buffers()}, self.args)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.compressed.dequantize(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.args.storage}"
+
+
+def replace_linear(model: nn.Module, name: str, tensor: CompressedTensor | PrunedTensor) -> None:
+    """Put a module that serves `tensor` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    setattr(model.get_submodule(parent), leaf, (PackedLinear if tensor.inputs is None else IntegerLinear)(tensor, bias))
+    setattr(model.get_submodule(parent), leaf, _serving(tensor, bias))
+
+
+def _serving(tensor: CompressedTensor | PrunedTensor, bias: nn.Parameter | None) -> nn.Module:
+    if isinstance(tensor, PrunedTensor):
+        return SparseLinear(tensor, bias)
+    return PackedLinear(tensor, bias) if tensor.inputs is None else IntegerLinear(tensor, bias)

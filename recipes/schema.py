@@ -6,6 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
-from ..compress.scheme import QuantArgs, Scheme
+from ..compress.scheme import Pruning, Scheme, WeightArgs
 
 
 class Calibration(BaseModel):
@@ -69,25 +70,29 @@ class Recipe(BaseModel):
     seed: int = 0
 
     @model_validator(mode="after")
-    def _ends_in_a_quantizer(self) -> "Recipe":
-        *earlier, last = self.passes
-        if not last.registered.quantizes:
+    def _transforms_come_first(self) -> "Recipe":
+        last = self.passes[-1]
+        if not last.registered.compresses:
             raise UsageError(
                 f"{last.method} alone stores nothing smaller", "add a pass behind it, such as `method: rtn`"
             )
-        late = next((p.method for p, q in zip(self.passes[1:], earlier, strict=True) if q.registered.quantizes), None)
-        if late is not None and not method(late).quantizes:
-            raise UsageError(f"{late} comes after a quantizer", "transforms change weights that are not quantized yet")
+        for before, after in pairwise(self.passes):
+            if before.registered.compresses and not after.registered.compresses:
+                raise UsageError(
+                    f"{after.method} comes after {before.method}", "transform weights before compressing them"
+                )
+        if sum(entry.registered.apply_outside is not None for entry in self.passes) > 1:
+            raise UsageError("only one pass can turn the whole model", "leave out all but one")
         return self
 
     @property
-    def scheme(self) -> Scheme:
+    def scheme(self) -> Scheme | Pruning:
         """The scheme that the last pass leaves behind."""
         config: PassConfig = self.passes[-1].config
         return config.scheme
 
-    def weights(self, layer: str) -> QuantArgs | None:
-        """How the layer's weight is to be quantized before it is fitted to its width; None where it is kept dense."""
+    def weights(self, layer: str) -> WeightArgs | None:
+        """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""
         if any(fnmatch(layer, pattern) for pattern in self.keep):
             return None
         args = self.scheme.weights
@@ -155,8 +160,8 @@ def dump(recipe: Recipe) -> str:
     return yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _replaced(args: QuantArgs, changes: Mapping[str, Any], pattern: str) -> QuantArgs:
-    unknown = changes.keys() - QuantArgs.__dataclass_fields__.keys()
+def _replaced(args: WeightArgs, changes: Mapping[str, Any], pattern: str) -> WeightArgs:
+    unknown = changes.keys() - type(args).__dataclass_fields__.keys()
     if unknown:
         raise UsageError(f"override {pattern!r} sets {', '.join(sorted(unknown))}, which weights do not have")
     try:

@@ -1,39 +1,33 @@
-"""Which format holds the layers of a scheme."""
+"""Which format holds the layers of a recipe, and what every format offers."""
 
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
-from . import pack_quantized
+from ..scheme import QuantArgs, WeightArgs
+from ..tensor import CompressedTensor, PrunedTensor
+from . import layer
 from .int_quantized import IntQuantized
 from .shards import TensorSpec
 
 
 class Format(Protocol):
-    """What every format offers: see `pack_quantized`, which is a module of these functions."""
+    """Stateless: what it can hold, what that takes on disk, there and back, and how config.json says so."""
 
-    @property
-    def NAME(self) -> str: ...  # noqa: N802  a constant of the module
+    def supports(self, args: WeightArgs) -> str | None: ...
 
-    def supports(self, args: QuantArgs) -> str | None: ...
+    def spec(self, name: str, args: WeightArgs, rows: int, columns: int) -> dict[str, TensorSpec]: ...
 
-    def spec(self, name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]: ...
+    def pack(self, name: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]: ...
 
-    def pack(self, name: str, tensor: CompressedTensor) -> dict[str, Tensor]: ...
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: WeightArgs) -> CompressedTensor | PrunedTensor: ...
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> CompressedTensor: ...
-
-    def quantization_config(self, quantized: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]: ...
-
-    def read_config(
-        self, config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
-    ) -> dict[str, QuantArgs]: ...
+    def quantization_config(
+        self, compressed: Mapping[str, WeightArgs], ignored: Iterable[str]
+    ) -> dict[str, Any] | None: ...
 
 
 def format_for(inputs: QuantArgs | None) -> Format:
     """The format of layers whose inputs are quantized by `inputs`, or left as they are."""
-    return pack_quantized if inputs is None else IntQuantized(inputs)
+    return layer if inputs is None else IntQuantized(inputs)

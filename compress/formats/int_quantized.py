@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs, Scheme
-from ..tensor import CompressedTensor
+from ..scheme import QuantArgs, Scheme, WeightArgs
+from ..tensor import CompressedTensor, PrunedTensor
 from . import pack_quantized
 from .shards import NAMES, TensorSpec
 
@@ -25,21 +25,24 @@ OFFSET = 128  # of the unsigned codes in memory
 
 @dataclass(frozen=True)
 class IntQuantized:
-    """The format for layers whose inputs are quantized by `inputs`; offers what the module `pack_quantized` does."""
+    """The format for layers whose inputs are quantized by `inputs`."""
 
     inputs: QuantArgs
     NAME: str = "int-quantized"
 
-    def supports(self, args: QuantArgs) -> str | None:
-        """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+    def supports(self, args: WeightArgs) -> str | None:
+        """Why the format cannot hold a weight compressed by `args`, or None where it can."""
+        if not isinstance(args, QuantArgs):
+            return f"{self.NAME} holds no pruned weights"
         if args.bits != 8 or self.inputs.bits != 8:
             return f"{self.NAME} is W8A8, not W{args.bits}A{self.inputs.bits}"
         if args.strategy not in ("channel", "tensor") or not args.symmetric:
             return f"{self.NAME} stores symmetric weights with a scale per row"
         return None
 
-    def spec(self, name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    def spec(self, name: str, args: WeightArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
         """The tensors that `pack` will give for a `rows` x `columns` weight."""
+        assert isinstance(args, QuantArgs)
         tensors = {
             f"{name}.weight": TensorSpec("I8", (rows, columns)),
             f"{name}.weight_scale": TensorSpec(NAMES[args.torch_scale_dtype], (rows, 1)),
@@ -48,8 +51,9 @@ class IntQuantized:
             tensors[f"{name}.input_scale"] = TensorSpec(NAMES[self.inputs.torch_scale_dtype], (1,))
         return tensors
 
-    def pack(self, name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
+    def pack(self, name: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]:
         """The tensors of one quantized weight and, where it is static, the scale of its inputs."""
+        assert isinstance(tensor, CompressedTensor)
         packed = {
             f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),
             f"{name}.weight_scale": tensor.scale,
@@ -58,14 +62,16 @@ class IntQuantized:
             packed[f"{name}.input_scale"] = tensor.input_scale
         return packed
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> CompressedTensor:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: WeightArgs) -> CompressedTensor:
         """The inverse of `pack`."""
+        assert isinstance(args, QuantArgs)
         codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
         scale = tensors[f"{name}.weight_scale"]
         return CompressedTensor(codes, scale, None, args, self.inputs, tensors.get(f"{name}.input_scale"))
 
-    def quantization_config(self, quantized: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]:
+    def quantization_config(self, compressed: Mapping[str, WeightArgs], ignored: Iterable[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
+        quantized = {name: args for name, args in compressed.items() if isinstance(args, QuantArgs)}
         config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored) | {"format": self.NAME}
         for group in config["config_groups"].values():
             group["format"] = self.NAME
@@ -78,12 +84,6 @@ class IntQuantized:
                 "dynamic": self.inputs.dynamic,
             }
         return config
-
-    def read_config(
-        self, config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
-    ) -> dict[str, QuantArgs]:
-        """The weight arguments of every layer in `layers`; see `pack_quantized.read_config`."""
-        return pack_quantized.read_config(config, layers, scale_dtypes)
 
 
 def read_inputs(config: Mapping[str, Any], static_dtype: torch.dtype) -> QuantArgs:

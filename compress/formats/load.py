@@ -1,5 +1,6 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,10 @@ from ...calibrate.skeleton import Names, build, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
+from ..scheme import WeightArgs
+from ..tensor import CompressedTensor, PrunedTensor
+from . import pack_quantized as packed
+from . import sparse
 from .choice import Format, format_for
 from .int_quantized import IntQuantized, read_inputs
 
@@ -51,9 +54,7 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     model = build(source, dtype)
-    layers = [name.removesuffix(PACKED) for name in source.tensors if name.endswith(PACKED)]
-    layers += [n.removesuffix(WEIGHT) for n, t in source.tensors.items() if n.endswith(WEIGHT) and t.spec.dtype == "I8"]
-    stored_as, arguments = _arguments(source, layers)
+    stored_as, arguments = _arguments(source)
     for name, args in arguments.items():
         replace_linear(model, name, _read_layer(model, name, args, source, stored_as))
     materialise(model, "", source, Names(model, source), device)
@@ -61,18 +62,23 @@ def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedM
     return model
 
 
-def _arguments(source: Source, layers: list[str]) -> tuple[Format, dict[str, QuantArgs]]:
-    """The format of the checkpoint, and how each layer is quantized."""
+def _arguments(source: Source) -> tuple[Format, Mapping[str, WeightArgs]]:
+    """The format of the checkpoint, and how each layer is compressed."""
+    layers = [name.removesuffix(PACKED) for name in source.tensors if name.endswith(PACKED)]
+    layers += [n.removesuffix(WEIGHT) for n, t in source.tensors.items() if n.endswith(WEIGHT) and t.spec.dtype == "I8"]
     stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
     scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
+    config = source.config["quantization_config"]
     try:
-        config = source.config["quantization_config"]
-        inputs = None
-        if config["format"] == IntQuantized.NAME:
-            scale = next((t.spec.torch_dtype for n, t in source.tensors.items() if n.endswith(".input_scale")), None)
-            inputs = read_inputs(config, scale or torch.float16)
-        stored_as = format_for(inputs)
-        return stored_as, stored_as.read_config(config, layers, scales)
+        if sparse.wrote(config):
+            return format_for(None), sparse.read_config(config)
+        arguments = packed.read_config(config, layers, scales)
+        if config["format"] != IntQuantized.NAME:
+            return format_for(None), arguments
+        scale = next(
+            (t.spec.torch_dtype for n, t in source.tensors.items() if n.endswith(".input_scale")), torch.float16
+        )
+        return IntQuantized(read_inputs(config, scale)), arguments
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source.path} is quantized in a way that lmpress does not read ({error})",
@@ -81,8 +87,8 @@ def _arguments(source: Source, layers: list[str]) -> tuple[Format, dict[str, Qua
 
 
 def _read_layer(
-    model: PreTrainedModel, name: str, args: QuantArgs, source: Source, stored_as: Format
-) -> CompressedTensor:
+    model: PreTrainedModel, name: str, args: WeightArgs, source: Source, stored_as: Format
+) -> CompressedTensor | PrunedTensor:
     """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
     linear = find_linears(model).get(name)
     if linear is None:

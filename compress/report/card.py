@@ -3,13 +3,18 @@
 from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
+from ..formats import pack_quantized
+from ..formats.int_quantized import IntQuantized
 from ..plan import Plan
+from ..scheme import PruneArgs
+
+NAMES = {True: pack_quantized.NAME, False: IntQuantized.NAME}
 
 TEMPLATE = """\
 ---
 base_model: {base}
 library_name: transformers
-tags: [quantized, compressed-tensors, lmpress]
+tags: [{tags}]
 ---
 # {base}, compressed by lmpress
 
@@ -18,14 +23,14 @@ tags: [quantized, compressed-tensors, lmpress]
 | method | {methods} |
 | weights | {weights} |
 | bytes of the weight files | {before:,} → {after:,} ({share:.1%}) |
-| bits per quantized weight, scales included | {bits:.3f} |
+| bits per compressed weight, all included | {bits:.3f} |
 | calibration | {calibration} |
-| format | compressed-tensors `pack-quantized` |
+| format | {format} |
 {adaptations}
 ## Loading
 
 {loading}
-`lmpress.load(path)` loads it with the weights packed in memory.
+`lmpress.load(path)` loads it with the weights as they are stored.
 
 ## Recipe
 
@@ -48,10 +53,20 @@ Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: t
 """
 
 
+SPARSE = """\
+No other runtime reads sparse weights of this layout (`compress/formats/sparse.py` says what it is): transformers refuses it.
+"""
+DENSE = """\
+`AutoModelForCausalLM.from_pretrained(path)` loads it in plain transformers. The zeros are stored: the files are not smaller.
+"""
+
+
 def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str:
     """The text of README.md. Holds no time, path or machine: equal runs give equal cards."""
     return TEMPLATE.format(
         base=source.name,
+        tags=_tags(plan),
+        format=_format(plan),
         methods=" → ".join(entry.method for entry in recipe.passes),
         weights=_weights(plan),
         before=plan.bytes_before,
@@ -69,14 +84,35 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
 
 def _weights(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
+    counts = f"{len(plan.quantized)} layers, {len(plan.dense)} of the blocks' linears kept dense"
+    if isinstance(args, PruneArgs):
+        return f"{args.pattern or f'{args.sparsity:.1%}'} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
-    return f"int{args.bits} {kind}, {len(plan.quantized)} layers, {len(plan.dense)} of the blocks' linears kept dense"
+    inputs = (
+        ""
+        if plan.inputs is None
+        else f", int{plan.inputs.bits} {'dynamic' if plan.inputs.dynamic else 'static'} inputs"
+    )
+    return f"int{args.bits} {kind}{inputs}, {counts}"
+
+
+def _tags(plan: Plan) -> str:
+    pruned = isinstance(next(iter(plan.quantized.values())), PruneArgs)
+    return "pruned, lmpress" if pruned else "quantized, compressed-tensors, lmpress"
+
+
+def _format(plan: Plan) -> str:
+    args = next(iter(plan.quantized.values()))
+    return f"`{args.storage}`" if isinstance(args, PruneArgs) else f"compressed-tensors `{NAMES[plan.inputs is None]}`"
 
 
 def _loading(plan: Plan) -> str:
+    pruned = [a for a in plan.quantized.values() if isinstance(a, PruneArgs)]
+    if pruned:
+        return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
-    args = plan.quantized.values()
+    args = [a for a in plan.quantized.values() if not isinstance(a, PruneArgs)]
     if not all(a.symmetric for a in args):
         return ASYMMETRIC
     dense_stream = any(a.bits not in (2, 4, 8) for a in args)

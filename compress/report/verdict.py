@@ -25,6 +25,11 @@ def judge(layers: Sequence[dict[str, float | int | str]]) -> Verdict:
     median = sorted(errors.values())[len(errors) // 2]
     if not errors[worst] < BROKEN_ERROR:
         return Verdict("BROKEN", f"{worst} has a relative output error of {errors[worst]:.2f} (median {median:.3f})")
+    unseen = [str(layer["name"]) for layer in layers if layer.get("tokens") == 0]
+    if unseen:
+        return Verdict(
+            "SUSPECT", f"no calibration token reached {len(unseen)} layers, which were rounded: {', '.join(unseen[:3])}"
+        )
     fallen = [str(layer["name"]) for layer in layers if "fallback" in layer]
     if fallen:
         return Verdict(

@@ -115,7 +115,7 @@ def _quantized(block: nn.Module, linears: dict[str, Linear], scale: Tensor, larg
 
     with ExitStack() as stack:
         for module, linear in modules.items():
-            set_weight(module, round_to_nearest(saved[module] * scale, linear.args).dequantize())
+            set_weight(module, round_to_nearest(saved[module] * scale, linear.grid).dequantize())
             stack.callback(set_weight, module, saved[module])
             stack.callback(module.register_forward_pre_hook(rounder(linear)).remove)
         yield

@@ -1,0 +1,120 @@
+"""Pruned weights on disk: really smaller, in a layout of our own (no public runtime serves sparse checkpoints any more).
+
+`bitmask`  P.weight_bitmask  uint8 [out, ceil(in / 8)]  bit `j % 8` of byte `j // 8` of a row: column `j` is stored
+           P.weight_values   [stored weights]           row after row, in the order of the columns
+`2:4`      P.weight_places   uint8 [out, in / 8 rounded up]  two 2-bit columns per group of 4, a nibble, low nibble first
+           P.weight_values   [out, in / 2]              the two values of each group
+both       P.weight_shape    int64 [2]                  (out, in)
+`dense`    P.weight          [out, in]                  zeros and all: what plain transformers loads
+
+A bitmask takes 1 bit a weight and 16 bits a stored value, 2:4 takes 1 and 8 bits a weight: at half sparsity both 9 of 16.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CompressError
+from ..scheme import PruneArgs
+from ..tensor import PrunedTensor
+from .shards import NAMES, TensorSpec
+
+NAME = "lmpress-sparse"
+
+
+def supports(args: PruneArgs) -> str | None:
+    """Every pruned layer can be stored."""
+    return None
+
+
+def spec(name: str, args: PruneArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    """The tensors that `pack` will give for a `rows` x `columns` weight."""
+    dtype = NAMES[getattr(torch, str(args.dtype))]
+    if args.storage == "dense":
+        return {f"{name}.weight": TensorSpec(dtype, (columns, rows) if args.transposed else (rows, columns))}
+    shape = {f"{name}.weight_shape": TensorSpec("I64", (2,))}
+    if args.storage == "2:4":
+        return shape | {
+            f"{name}.weight_places": TensorSpec("U8", (rows, math.ceil(columns / 8))),
+            f"{name}.weight_values": TensorSpec(dtype, (rows, columns // 2)),
+        }
+    return shape | {
+        f"{name}.weight_bitmask": TensorSpec("U8", (rows, math.ceil(columns / 8))),
+        f"{name}.weight_values": TensorSpec(dtype, (rows * columns - args.zeros(rows, columns),)),
+    }
+
+
+def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
+    """The tensors of one pruned weight."""
+    if tensor.args.storage == "dense":
+        return {f"{name}.weight": tensor.values.T.contiguous() if tensor.args.transposed else tensor.values}
+    shape = {f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64)}
+    if tensor.args.storage == "2:4":
+        rows, columns = tensor.shape
+        places = tensor.kept.view(rows, -1, 4).byte().argsort(dim=2, descending=True, stable=True)[..., :2]
+        values = tensor.values.view(rows, -1, 4).gather(2, places).flatten(1)
+        nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
+        return shape | {f"{name}.weight_places": _join(nibbles, 4), f"{name}.weight_values": values}
+    bits = _join(tensor.kept.to(torch.uint8), 1)
+    return shape | {f"{name}.weight_bitmask": bits, f"{name}.weight_values": tensor.values[tensor.kept]}
+
+
+def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedTensor:
+    """The inverse of `pack`. Raises `CompressError` where mask and values do not belong together."""
+    if args.storage == "dense":
+        values = tensors[f"{name}.weight"].T if args.transposed else tensors[f"{name}.weight"]
+        return PrunedTensor(values, values != 0, args)
+    rows, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
+    stored = tensors[f"{name}.weight_values"]
+    values = stored.new_zeros(rows, columns)
+    if args.storage == "2:4":
+        nibbles = _split(tensors[f"{name}.weight_places"], 4, columns // 4).long()
+        places = torch.stack([nibbles & 3, nibbles >> 2], dim=2)
+        values.view(rows, -1, 4).scatter_(2, places, stored.view(rows, -1, 2))
+        kept = torch.zeros_like(values, dtype=torch.bool).view(rows, -1, 4).scatter_(2, places, True).flatten(1)
+        return PrunedTensor(values, kept, args)
+    kept = _split(tensors[f"{name}.weight_bitmask"], 1, columns).bool()
+    if int(kept.sum()) != stored.numel():
+        raise CompressError(f"{name} marks {int(kept.sum())} weights and stores {stored.numel()}", "it is damaged")
+    values[kept] = stored
+    return PrunedTensor(values, kept, args)
+
+
+def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
+    """What config.json says, None where all is dense. Other loaders refuse the method rather than miss the weights."""
+    groups: dict[PruneArgs, list[str]] = {}
+    for name, args in pruned.items():
+        if args.storage != "dense":
+            groups.setdefault(args, []).append(name)
+    if not groups:
+        return None
+    described = [{"targets": names, "weights": asdict(args)} for args, names in groups.items()]
+    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
+
+
+def wrote(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` speaks of this layout."""
+    return config.get("format") == NAME
+
+
+def read_config(config: Mapping[str, Any]) -> dict[str, PruneArgs]:
+    """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
+    return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
+
+
+def _join(fields: Tensor, bits: int) -> Tensor:
+    """Pack `fields` uint8 `[rows, n]`, each below `2**bits`, into bytes `[rows, ceil(n * bits / 8)]`, the first lowest."""
+    per_byte = 8 // bits
+    padded = torch.nn.functional.pad(fields, (0, -fields.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
+    return (padded << shifts).sum(2, dtype=torch.uint8)
+
+
+def _split(packed: Tensor, bits: int, count: int) -> Tensor:
+    """The inverse of `_join`: uint8 `[rows, count]`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    return (packed.unsqueeze(2) >> shifts & 2**bits - 1).flatten(1)[:, :count]

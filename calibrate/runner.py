@@ -151,10 +151,10 @@ class Runner:
     @contextmanager
     def hollow(self) -> Iterator[PreTrainedModel]:
         """The model with its weights outside the blocks in memory, and blocks that hand the hidden states on."""
-        as_tuple = self._returns_tuple()
         modules = list(outside(self.model, self.blocks))
         for name, module in modules:
             materialise(module, name, self.source, self.names, self.device)
+        as_tuple = self._returns_tuple()
         for block in self.blocks:
             block.forward = lambda hidden_states, *args, **kwargs: (hidden_states,) if as_tuple else hidden_states
         try:

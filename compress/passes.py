@@ -108,8 +108,8 @@ class Block:
 class Method:
     """A registered method: its name, the type of its options, and what it does.
 
-    Methods that quantize or prune have a `scheme` among their options. Transforms have none: they rewrite a block's weights for the
-    pass behind them, and say in `scheme` which one `--method` alone stands for. `apply_outside` rewrites weights
+    Methods that quantize or prune have a `scheme` among their options. Transforms have none: they rewrite a block's weights
+    for the pass behind them; `scheme` here is the one that `--method` alone stands for. `apply_outside` rewrites weights
     outside the blocks, for transforms of the whole model.
     """
 

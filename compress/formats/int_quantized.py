@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs, Scheme, WeightArgs
+from ..scheme import QuantArgs, WeightArgs
 from ..tensor import CompressedTensor, PrunedTensor
 from . import pack_quantized
 from .shards import NAMES, TensorSpec
 
+NAME = "int-quantized"
 OFFSET = 128  # of the unsigned codes in memory
 
 
@@ -28,16 +29,15 @@ class IntQuantized:
     """The format for layers whose inputs are quantized by `inputs`."""
 
     inputs: QuantArgs
-    NAME: str = "int-quantized"
 
     def supports(self, args: WeightArgs) -> str | None:
         """Why the format cannot hold a weight compressed by `args`, or None where it can."""
         if not isinstance(args, QuantArgs):
-            return f"{self.NAME} holds no pruned weights"
+            return f"{NAME} holds no pruned weights"
         if args.bits != 8 or self.inputs.bits != 8:
-            return f"{self.NAME} is W8A8, not W{args.bits}A{self.inputs.bits}"
+            return f"{NAME} is W8A8, not W{args.bits}A{self.inputs.bits}"
         if args.strategy not in ("channel", "tensor") or not args.symmetric:
-            return f"{self.NAME} stores symmetric weights with a scale per row"
+            return f"{NAME} stores symmetric weights with a scale per row"
         return None
 
     def spec(self, name: str, args: WeightArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
@@ -72,9 +72,9 @@ class IntQuantized:
     def quantization_config(self, compressed: Mapping[str, WeightArgs], ignored: Iterable[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
         quantized = {name: args for name, args in compressed.items() if isinstance(args, QuantArgs)}
-        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored) | {"format": self.NAME}
+        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored) | {"format": NAME}
         for group in config["config_groups"].values():
-            group["format"] = self.NAME
+            group["format"] = NAME
             group["input_activations"] = {
                 "num_bits": self.inputs.bits,
                 "type": "int",
@@ -86,18 +86,36 @@ class IntQuantized:
         return config
 
 
-def read_inputs(config: Mapping[str, Any], static_dtype: torch.dtype) -> QuantArgs:
-    """How the inputs are quantized by a `quantization_config`. Raises `ValueError` for kinds that lmpress does not serve."""
-    kinds = [group["input_activations"] for group in config["config_groups"].values()]
-    first = kinds[0]
-    if any(kind != first for kind in kinds) or not first or first["type"] != "int" or not first["symmetric"]:
-        raise ValueError("its inputs are not all quantized alike to symmetric integers")
-    args = QuantArgs(
-        bits=first["num_bits"],
-        strategy=first["strategy"],
+def read_config(
+    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype], static: torch.dtype
+) -> tuple[IntQuantized, dict[str, QuantArgs]]:
+    """How inputs are quantized, and the arguments of every layer in `layers`, by a checkpoint's `quantization_config`.
+
+    `scale_dtypes` holds the stored dtype of each layer's scales, `static` that of static input scales. Raises `ValueError`
+    for kinds that lmpress does not serve.
+    """
+    groups = list(config["config_groups"].values())
+    kinds = [group["input_activations"] for group in groups]
+    if not kinds[0] or any(kind != kinds[0] for kind in kinds) or config.get("kv_cache_scheme"):
+        raise ValueError("its layers' inputs are not all quantized alike, or its cache is quantized too")
+    inputs = _integer_args(kinds[0], static, dynamic=bool(kinds[0]["dynamic"]))
+    found = {}
+    for name in layers:
+        weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
+        if weights is None:
+            raise ValueError(f"{name} belongs to no group of its layers")
+        found[name] = _integer_args(weights, scale_dtypes[name])
+    return IntQuantized(inputs), found
+
+
+def _integer_args(kind: Mapping[str, Any], scale_dtype: torch.dtype, dynamic: bool = False) -> QuantArgs:
+    if kind["type"] != "int" or not kind["symmetric"]:
+        raise ValueError("only symmetric integers are served")
+    return QuantArgs(
+        bits=kind["num_bits"],
+        strategy=kind["strategy"],
         group_size=None,
         formula="signed",
-        scale_dtype=str(static_dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        dynamic=first["dynamic"],
+        scale_dtype=str(scale_dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        dynamic=dynamic,
     )
-    return Scheme(inputs=args).inputs or args

@@ -15,10 +15,9 @@ from ...kernels.linear import replace_linear
 from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
 from ..tensor import CompressedTensor, PrunedTensor
+from . import int_quantized, sparse
 from . import pack_quantized as packed
-from . import sparse
 from .choice import Format, format_for
-from .int_quantized import IntQuantized, read_inputs
 
 PACKED, WEIGHT = ".weight_packed", ".weight"
 UNRELATED = "the checkpoint and its config do not belong together"
@@ -72,13 +71,10 @@ def _arguments(source: Source) -> tuple[Format, Mapping[str, WeightArgs]]:
     try:
         if sparse.wrote(config):
             return format_for(None), sparse.read_config(config)
-        arguments = packed.read_config(config, layers, scales)
-        if config["format"] != IntQuantized.NAME:
-            return format_for(None), arguments
-        scale = next(
-            (t.spec.torch_dtype for n, t in source.tensors.items() if n.endswith(".input_scale")), torch.float16
-        )
-        return IntQuantized(read_inputs(config, scale)), arguments
+        if config.get("format") == int_quantized.NAME:
+            static = (t.spec.torch_dtype for n, t in source.tensors.items() if n.endswith(".input_scale"))
+            return int_quantized.read_config(config, layers, scales, next(static, torch.float16))
+        return format_for(None), packed.read_config(config, layers, scales)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UsageError(
             f"{source.path} is quantized in a way that lmpress does not read ({error})",

@@ -3,12 +3,11 @@
 from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
-from ..formats import pack_quantized
-from ..formats.int_quantized import IntQuantized
+from ..formats import int_quantized, pack_quantized
 from ..plan import Plan
 from ..scheme import PruneArgs
 
-NAMES = {True: pack_quantized.NAME, False: IntQuantized.NAME}
+NAMES = {True: pack_quantized.NAME, False: int_quantized.NAME}
 
 TEMPLATE = """\
 ---

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.discovery import find_linears, set_weight, weight_of
-from ..calibrate.probe import Probe
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner, Statistics
 from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
+from ..calibrate.wiring.probe import Probe
 from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs, scale_of
 from .passes import Block, Linear, Surroundings

@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...calibrate.discovery import set_weight, weight_of
-from ...calibrate.probe import Feed, find_feeds, score_makers
+from ...calibrate.wiring.feeds import Feed, find_feeds, score_makers
 from ..errors import UsageError
 from ..grid import encode, fit_groups
 from ..passes import Block, Linear

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from ...calibrate.probe import Feed
 from ...calibrate.runner import Call
+from ...calibrate.wiring.feeds import Feed
 from ..passes import Block
 
 Batch = tuple[Call, Tensor, Tensor | None]  # how the block is called, hidden states [rows, length, width], token mask
@@ -65,13 +65,15 @@ def record(block: Block, name: str, reader: str, limit: int) -> Recording:
     return Recording(module, calls, torch.cat(inputs), outputs)
 
 
-def inspected(block: nn.Module, feed: Feed) -> str:
+def inspected(block: nn.Module, feed: Feed, with_source: bool = False) -> str:
     """The module whose output judges a choice for `feed`: the smallest one that holds all consumers.
 
     A single linear behind another linear is judged by itself; behind a norm by its parent (attention for a fused
     projection), unless that is the whole block.
+    `with_source` asks for a module that holds the source as well.
     """
-    paths = [consumer.module.split(".") for consumer in feed.consumers]
+    names = [consumer.module for consumer in feed.consumers] + [feed.source] * with_source
+    paths = [name.split(".") for name in names]
     if len({tuple(path) for path in paths}) == 1:
         name = feed.consumers[0].module
         parent = name.rpartition(".")[0]

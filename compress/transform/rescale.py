@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from ...calibrate.discovery import weight_of
-from ...calibrate.probe import Consumer, Feed
 from ...calibrate.runner import Call
+from ...calibrate.wiring.feeds import Consumer, Feed
 
 TOLERANCE = 1e-4  # I6: of the largest output value, in float32
 

@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.discovery import find_blocks, find_linears, weight_of
-from ...calibrate.probe import Feed, find_feeds, is_norm
 from ...calibrate.runner import Call
 from ...calibrate.skeleton import outside
+from ...calibrate.wiring.feeds import Feed, find_feeds
+from ...calibrate.wiring.trial import is_norm
 from ..errors import CompressError
 from ..passes import Block
 from .hadamard import random_rotation

@@ -15,7 +15,7 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor, nn
 
 from ...calibrate.discovery import set_weight, weight_of
-from ...calibrate.probe import Feed, find_feeds
+from ...calibrate.wiring.feeds import Feed, find_feeds
 from ..activations import fake_quantize, scale_of
 from ..errors import UsageError
 from ..passes import Block, Linear
@@ -36,13 +36,14 @@ class SmoothQuant:
     alpha          how much of the activations' range moves into the weights, 0 to 1; `search`: the best of 0, 0.05, ... 1
                    for every group of linears, by the inspected module's output under the recipe's quantization
     percentile     of |x| that stands for its maximum; below 100, taken over `search_tokens`
-    linears        smooth the inputs that come from linears too (values to output projection, up to down projection)
+    linears        smooth the inputs that come from linears too (values to output projection, up to down projection); the
+                   published method leaves them alone, and with them any outliers there
     search_tokens  calibration tokens that the search and the percentile see
     """
 
     alpha: float | Literal["search"] = 0.5
     percentile: float = 100.0
-    linears: bool = False
+    linears: bool = True
     search_tokens: int = 8192
     needs: ClassVar[frozenset[str]] = frozenset({"samples"})
     true_sequential: ClassVar[bool] = False
@@ -88,14 +89,32 @@ def alpha_losses(
     block: Block, feed: Feed, linears: dict[str, Linear], activations: Tensor, weights: Tensor, limit: int
 ) -> dict[float, float]:
     """Mean squared change of the inspected module's output for every candidate alpha, weights and inputs quantized."""
-    recording = record(block, inspected(block.module, feed), feed.consumers[0].module, limit)
+    source = block.local().get(feed.source)  # a linear's rows are divided: how it rounds then counts too
+    judge = inspected(block.module, feed, with_source=source is not None)
+    recording = record(block, judge, feed.consumers[0].module, limit)
     losses = {}
     for alpha in CANDIDATES:
-        scale = spread(factors(activations, weights, alpha), feed.channels)
-        largest = (recording.inputs / scale).abs().amax()
-        with _quantized(block.module, linears, scale, largest):
+        scale = factors(activations, weights, alpha)
+        columns = spread(scale, feed.channels)
+        largest = (recording.inputs / columns).abs().amax()
+        with _quantized(block.module, linears, columns, largest), _divided(block.module, feed.source, source, scale):
             losses[alpha] = recording.loss()
     return losses
+
+
+@contextmanager
+def _divided(block: nn.Module, name: str, linear: Linear | None, scale: Tensor) -> Iterator[None]:
+    """Inside the `with` a feeding linear has the weight `s Q(W / s)` (rows)."""
+    if linear is None:
+        yield
+        return
+    module, rows = block.get_submodule(name), scale.unsqueeze(1)
+    saved = weight_of(module).clone()
+    set_weight(module, round_to_nearest(saved / rows, linear.grid).dequantize() * rows)
+    try:
+        yield
+    finally:
+        set_weight(module, saved)
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmpress.calibrate.discovery import set_weight, weight_of
-from lmpress.calibrate.probe import find_feeds
+from lmpress.calibrate.wiring.feeds import find_feeds
 from lmpress.compress.errors import UsageError
 from lmpress.compress.grid import Grid
 from lmpress.compress.quantize.rtn import round_to_nearest

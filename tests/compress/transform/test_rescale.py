@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from lmpress.calibrate.discovery import find_blocks
-from lmpress.calibrate.probe import Consumer, find_feeds
+from lmpress.calibrate.wiring.feeds import Consumer, find_feeds
 from lmpress.compress.transform.rescale import TOLERANCE, Rescale, fold, fold_checked, gather, spread
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmpress.calibrate.discovery import set_weight, weight_of
-from lmpress.calibrate.probe import find_feeds
+from lmpress.calibrate.wiring.feeds import find_feeds
 from lmpress.compress.activations import fake_quantize, scale_of
 from lmpress.compress.errors import UsageError
 from lmpress.compress.quantize.rtn import round_to_nearest
@@ -46,7 +46,7 @@ def test_shared_groups_follow_the_formula(make_model, prepare, alpha):
     w = torch.cat(list(before.values())).abs().max(0).values
     expected = x**alpha / w ** (1 - alpha)
     gain = norm.weight.double()
-    apply(SmoothQuant(alpha=alpha), block)
+    apply(SmoothQuant(alpha=alpha, linears=False), block)
     torch.testing.assert_close(gain / norm.weight.double(), expected, rtol=1e-5, atol=0)
     for name in names:
         torch.testing.assert_close(
@@ -59,21 +59,21 @@ def test_smoothing_alone_preserves_the_block(architecture, prepare, output):
     _, model = architecture
     block = prepare(model, LEVELS["O1"], index=1, outliers=(5,))
     expected = output(block)
-    apply(SmoothQuant(linears=True), block)
+    apply(SmoothQuant(), block)
     assert (output(block) - expected).abs().max() <= 1e-4 * expected.abs().max()
     assert not any("smoothquant_unfolded" in linear.figures for linear in block.linears)
 
 
 @torch.no_grad()
-def test_output_and_down_projections_are_smoothed_only_on_demand(make_model, prepare):
+def test_output_and_down_projections_can_be_left_alone(make_model, prepare):
     def smoothed(**options):
         block = prepare(make_model("llama"), LEVELS["O1"])
         apply(SmoothQuant(**options), block)
         return {name for name, linear in block.local().items() if "smoothquant_alpha" in linear.figures}
 
     attention, mlp = {"self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}, {"mlp.gate_proj", "mlp.up_proj"}
-    assert smoothed() == attention | mlp
-    assert smoothed(linears=True) == attention | mlp | {"self_attn.o_proj", "mlp.down_proj"}
+    assert smoothed(linears=False) == attention | mlp
+    assert smoothed() == attention | mlp | {"self_attn.o_proj", "mlp.down_proj"}
 
 
 @torch.no_grad()
@@ -126,6 +126,20 @@ def test_the_search_is_u_shaped_and_never_worse_than_one_half(make_model, prepar
     figures = block.local()[names[0]].figures
     assert figures["smoothquant_alpha"] == best
     assert figures["smoothquant_loss"] == losses[best] <= figures["smoothquant_half_loss"] == losses[0.5]
+
+
+@torch.no_grad()
+def test_the_search_counts_how_the_feeding_linear_rounds(make_model, prepare, output):
+    """Rows of one matrix share a scale: dividing some of them by a lot coarsens the others."""
+
+    def error(**options):
+        block = prepare(make_model("llama"), LEVELS["O1"])
+        with torch.no_grad():
+            block.module.mlp.up_proj.weight[3] *= 40
+            block.module.mlp.down_proj.weight[:, 3] /= 40
+        return quantized_error(block, output, SmoothQuant(**options))
+
+    assert error(alpha="search") < error(alpha=0.5, linears=False)
 
 
 @torch.no_grad()

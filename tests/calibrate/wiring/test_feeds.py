@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from lmpress.calibrate.probe import find_feeds, score_makers
+from lmpress.calibrate.wiring.feeds import find_feeds, score_makers
 
 GLU = {"post_attention_layernorm": "gate_proj up_proj", "up_proj": "down_proj"}
 LLAMA = {"input_layernorm": "q_proj k_proj v_proj", "v_proj": "o_proj", **GLU}

@@ -11,28 +11,19 @@ queries and keys have no say there, and a fused projection shows its value rows 
 
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import combinations
-from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from .discovery import find_linears
-from .rows import Rows
-from .runner import Call, Runner
-from .source import Source
+from ..discovery import find_linears
+from ..runner import Call
+from .trial import LEAK, Trial, difference, first_argument, is_norm, same, scaled_input, scaled_output
 
-ROWS, LENGTH = (
-    16,
-    4,
-)  # of the rows that experiments run on: first tokens are the samples, a few more make attention matter
-LEAK = 1e-5  # of the largest output: a difference above it is somebody else's
 SCREENING = 6  # runs after which a pair that has shown no exact factor is given up
 CHANCE = 8  # bits of evidence beyond those that name a row: agreement by chance is 1 in 2**CHANCE
 Kind = Literal["norm", "offset-norm", "linear"]
@@ -64,36 +55,13 @@ class Feed:
     size: int
 
 
-class Probe:
-    """Tiny rows of random tokens, and how the model calls each of its blocks on them."""
-
-    def __init__(self, model: PreTrainedModel, source: Source, scratch: Path, device: str = "cpu") -> None:
-        generator = torch.Generator().manual_seed(0)
-        ids = torch.randint(model.config.get_text_config().vocab_size, (ROWS, LENGTH), generator=generator)
-        self._ids = ids
-        self._runner = Runner(model, source, Rows(ids, "random tokens", ids.numel()), scratch, device)
-        self._runner.capture()
-
-    @contextmanager
-    def outside(self) -> Iterator[tuple[PreTrainedModel, Tensor]]:
-        """The model around its blocks, which hand the hidden states on, and the tiny rows for it."""
-        with self._runner.hollow() as model:
-            yield model, self._ids.to(self._runner.device)
-
-    def experiment(self, index: int) -> tuple[Call, Tensor]:
-        """The call of block `index` and random hidden states `[ROWS, LENGTH, width]` for it."""
-        (call, hidden, _), *_ = self._runner.samples(index)
-        generator = torch.Generator().manual_seed(index)
-        return call, torch.randn(hidden.shape, generator=generator).to(hidden)
-
-
 @torch.no_grad()
 def find_feeds(block: nn.Module, call: Call, hidden: Tensor) -> list[Feed]:
     """Every feed of the materialised `block`, in the order in which the sources run.
 
     `call` is how the model calls the block on rows like `hidden` `[rows, length, width]`, length at least 2.
     """
-    trial = _Trial(block, call, hidden)
+    trial = Trial(block, call, hidden)
     feeds = []
     for name in trial.order:
         module = block.get_submodule(name)
@@ -109,7 +77,7 @@ def score_makers(block: nn.Module, call: Call, hidden: Tensor, feeds: list[Feed]
 
     Such rows do not matter to a row's first token and do matter to later ones.
     """
-    trial = _Trial(block, call, hidden)
+    trial = Trial(block, call, hidden)
     found = set()
     for name, module in find_linears(block).items():
         if name not in trial.inputs or not trial.sees_all_tokens(name):
@@ -118,89 +86,15 @@ def score_makers(block: nn.Module, call: Call, hidden: Tensor, feeds: list[Feed]
         for feed in feeds:
             if feed.source == name:
                 factor[feed.channels[feed.channels >= 0]] = 1.0
-        with _scaled_output(module, factor.to(hidden)):
+        with scaled_output(module, factor.to(hidden)):
             output = trial.run()
-        first = _difference(output[:, :1], trial.output[:, :1])
-        if first < LEAK < _difference(output[:, 1:], trial.output[:, 1:]):
+        first = difference(output[:, :1], trial.output[:, :1])
+        if first < LEAK < difference(output[:, 1:], trial.output[:, 1:]):
             found.add(name)
     return found
 
 
-class _Trial:
-    """The block run once as it is: what its parameterised modules read and give, in what order, and its output."""
-
-    def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
-        self.block, self._call, self._hidden = block, call, hidden
-        self.order: list[str] = []
-        self.inputs: dict[str, Tensor] = {}
-        self.outputs: dict[str, Tensor] = {}
-        self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.readers = {n: m for n, m in block.named_modules() if n and any(True for _ in m.parameters(recurse=False))}
-        runs: dict[str, int] = {}
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: object) -> None:
-                runs[name] = runs.get(name, 0) + 1
-                first = args[0] if args else next(iter(kwargs.values()), None)
-                if isinstance(first, Tensor):
-                    self.inputs[name], self.calls[name] = first.clone(), (args, kwargs)
-                if isinstance(output, Tensor) and (is_norm(module) or isinstance(module, nn.Linear | Conv1D)):
-                    self.outputs[name] = output.clone()
-                    self.order.append(name)
-
-            return hook
-
-        with ExitStack() as stack:
-            for name, module in self.readers.items():
-                stack.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
-            self.output = self.run()
-        self.called = set(runs)
-        for name in [
-            name for name, count in runs.items() if count > 1
-        ]:  # what one of several calls shows is not the rule
-            self.inputs.pop(name, None)
-            self.outputs.pop(name, None)
-        self.order = [name for name in self.order if name in self.inputs and name in self.outputs]
-
-    def run(self) -> Tensor:
-        return self._call.replay(self.block, self._hidden)
-
-    def sees_all_tokens(self, name: str) -> bool:
-        """Whether the module reads every token, in order as far as its shape tells: experts behind a router do not."""
-        x = self.inputs[name]
-        return x.numel() // x.shape[-1] == self._hidden.shape[0] * self._hidden.shape[1]
-
-    def first_tokens(self, x: Tensor) -> Tensor:
-        """`[rows, width]` of a module's input, which may come flattened to `[rows * length, width]`."""
-        rows, length, _ = self._hidden.shape
-        return x.reshape(rows, length, -1)[:, 0]
-
-    def seen(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What the modules `names` read in a run under the hooks that are in place."""
-        found: dict[str, Tensor] = {}
-
-        def note(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                found[name] = args[0] if args else next(iter(kwargs.values()))
-
-            return hook
-
-        with ExitStack() as stack:
-            for name in names:
-                handle = self.readers[name].register_forward_pre_hook(note(name), with_kwargs=True)
-                stack.callback(handle.remove)
-            self.run()
-        return found
-
-
-def is_norm(module: nn.Module) -> bool:
-    """Whether the parameters of its own are vectors of one length: a weight per channel, perhaps a bias."""
-    own = dict(module.named_parameters(recurse=False))
-    shapes = {p.shape for p in own.values()}
-    return "weight" in own and own.keys() <= {"weight", "bias"} and len(shapes) == 1 and own["weight"].ndim == 1
-
-
-def _norm_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
+def _norm_feed(trial: Trial, name: str, module: nn.Module) -> Feed | None:
     output = trial.outputs[name]
     factor = _powers(output.shape[-1], seed=0).to(output)
     kind = _norm_kind(trial, name, module, factor)
@@ -217,7 +111,7 @@ def _norm_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
     return Feed(name, kind, tuple(consumers), torch.arange(len(factor)), len(factor)) if consumers else None
 
 
-def _readers(trial: _Trial, name: str, factor: Tensor) -> list[str]:
+def _readers(trial: Trial, name: str, factor: Tensor) -> list[str]:
     """The modules that read the norm's output: those who see its factors exactly.
 
     A router that sees them sends tokens elsewhere, so they are undone at the doors of the readers known so far, and the
@@ -227,9 +121,9 @@ def _readers(trial: _Trial, name: str, factor: Tensor) -> list[str]:
     readers: list[str] = []
     while True:
         with ExitStack() as stack:
-            stack.enter_context(_scaled_output(trial.readers[name], factor))
+            stack.enter_context(scaled_output(trial.readers[name], factor))
             for reader in readers:
-                stack.enter_context(_scaled_input(trial.readers[reader], 1 / factor))
+                stack.enter_context(scaled_input(trial.readers[reader], 1 / factor))
             seen = trial.seen([n for n in candidates if n not in readers])
         new = [n for n, x in seen.items() if x.shape == candidates[n].shape and torch.equal(x, candidates[n] * factor)]
         if not new:
@@ -237,7 +131,7 @@ def _readers(trial: _Trial, name: str, factor: Tensor) -> list[str]:
         readers += new
 
 
-def _idle_twins(trial: _Trial, consumers: list[Consumer]) -> list[Consumer]:
+def _idle_twins(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
     """The same parameters of modules that got no token in the experiment, but stand in a row with a consumer: idle experts."""
     found = []
     shapes = {(re.sub(r"\d+", "#", c.module), c.parameter, c.axis) for c in consumers}
@@ -248,7 +142,7 @@ def _idle_twins(trial: _Trial, consumers: list[Consumer]) -> list[Consumer]:
     return sorted(found, key=lambda c: c.module)
 
 
-def _norm_kind(trial: _Trial, name: str, module: nn.Module, factor: Tensor) -> Kind | None:
+def _norm_kind(trial: Trial, name: str, module: nn.Module, factor: Tensor) -> Kind | None:
     """Which way of scaling the weight scales the output, told by the module's behaviour."""
     args, kwargs = trial.calls[name]
     wanted = trial.outputs[name] * factor
@@ -257,18 +151,18 @@ def _norm_kind(trial: _Trial, name: str, module: nn.Module, factor: Tensor) -> K
     forms: dict[Kind, Tensor] = {"norm": weight * factor, "offset-norm": (1 + weight) * factor - 1}
     for kind, changed in forms.items():
         swaps = {"weight": changed} | ({"bias": bias * factor} if isinstance(bias, Tensor) else {})
-        if _difference(torch.func.functional_call(module, swaps, args, kwargs), wanted) < LEAK:
+        if difference(torch.func.functional_call(module, swaps, args, kwargs), wanted) < LEAK:
             return kind
     return None
 
 
-def _consumed_by(trial: _Trial, name: str, factor: Tensor) -> list[Consumer] | None:
+def _consumed_by(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | None:
     """The parameters of a reader that make up for its input's factor; None where none do."""
     module = trial.readers[name]
     if isinstance(module, nn.Linear | Conv1D):
         return [Consumer(name, "weight", 0 if isinstance(module, Conv1D) else 1)]
     args, kwargs = trial.calls[name]
-    scaled = _first_argument(args, kwargs, lambda x: x * factor)
+    scaled = first_argument(args, kwargs, lambda x: x * factor)
     own = dict(module.named_parameters(recurse=False))
     places = [(n, axis) for n, p in own.items() if p.ndim > 1 for axis in (p.ndim - 1, p.ndim - 2)]
     places = [(n, axis) for n, axis in places if own[n].shape[axis] == len(factor)]
@@ -276,12 +170,12 @@ def _consumed_by(trial: _Trial, name: str, factor: Tensor) -> list[Consumer] | N
     for count in range(1, len(places) + 1):
         for chosen in combinations(places, count):
             undone = {n: own[n] / factor.reshape([-1] + [1] * (own[n].ndim - 1 - axis)) for n, axis in chosen}
-            if _same(torch.func.functional_call(module, undone, *scaled), reference):
+            if same(torch.func.functional_call(module, undone, *scaled), reference):
                 return [Consumer(name, n, axis) for n, axis in chosen]
     return None
 
 
-def _linear_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
+def _linear_feed(trial: Trial, name: str, module: nn.Module) -> Feed | None:
     """Which row of the linear stands behind each input channel of which other linear.
 
     Every row gets a random codeword; run by run, rows are doubled where their codeword says so. A channel that was doubled
@@ -297,7 +191,7 @@ def _linear_feed(trial: _Trial, name: str, module: nn.Module) -> Feed | None:
     evidence: dict[str, list[Tensor]] = {n: [] for n in before}  # [code] of [width]: 1 or 0 doubled or not, -1 neither
     found: dict[str, Tensor] = {}
     for count, code in enumerate(codes, start=1):
-        with _scaled_output(module, torch.where(code, 2.0, 1.0).to(trial.output)):
+        with scaled_output(module, torch.where(code, 2.0, 1.0).to(trial.output)):
             seen = trial.seen(evidence)
         for n, x in seen.items():
             evidence[n].append(_doubled(trial.first_tokens(x), before[n]))
@@ -344,68 +238,19 @@ def _decode(evidence: Tensor, codes: Tensor, certain: int, before: Tensor) -> Te
     return torch.where(known, fits.float().argmax(1), -1)
 
 
-def _exclusive(trial: _Trial, feed: Feed) -> bool:
+def _exclusive(trial: Trial, feed: Feed) -> bool:
     """Whether factors at the source, undone at the consumers' inputs, leave the block's output alone."""
     factor = torch.ones(feed.size)
     used = feed.channels[feed.channels >= 0].unique()
     factor[used] = _powers(len(used), seed=2)
     undo = 1 / torch.where(feed.channels >= 0, factor[feed.channels], 1.0)
     with ExitStack() as stack:
-        stack.enter_context(_scaled_output(trial.readers[feed.source], factor.to(trial.output)))
+        stack.enter_context(scaled_output(trial.readers[feed.source], factor.to(trial.output)))
         for name in dict.fromkeys(consumer.module for consumer in feed.consumers):
-            stack.enter_context(_scaled_input(trial.readers[name], undo.to(trial.output)))
-        return _difference(trial.run(), trial.output) < LEAK
+            stack.enter_context(scaled_input(trial.readers[name], undo.to(trial.output)))
+        return difference(trial.run(), trial.output) < LEAK
 
 
 def _powers(size: int, seed: int) -> Tensor:
     """Random factors 1/2, 1 and 2."""
     return 2.0 ** torch.randint(-1, 2, (size,), generator=torch.Generator().manual_seed(seed))
-
-
-@contextmanager
-def _scaled_output(module: nn.Module, factor: Tensor) -> Iterator[None]:
-    def scale(module: nn.Module, args: object, output: Tensor) -> Tensor:
-        return output * factor
-
-    handle = module.register_forward_hook(scale)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-@contextmanager
-def _scaled_input(module: nn.Module, factor: Tensor) -> Iterator[None]:
-    def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _first_argument(args, kwargs, lambda x: x * factor)
-
-    handle = module.register_forward_pre_hook(scale, with_kwargs=True)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _first_argument(
-    args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (change(args[0]), *args[1:]), kwargs
-    name = next(iter(kwargs))
-    return args, kwargs | {name: change(kwargs[name])}
-
-
-def _difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference relative to the largest value of `b`; infinite where shapes differ."""
-    if a.shape != b.shape:
-        return math.inf
-    scale = float(b.abs().max())
-    return float((a - b).abs().max()) / scale if scale else float((a != b).any())
-
-
-def _same(a: object, b: object) -> bool:
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return _difference(a.float(), b.float()) < LEAK
-    if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
-    return a == b

@@ -82,20 +82,16 @@ class Output:
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn, awq, smoothquant, rotate.")] = "gptq",
-    bits: Annotated[
-        int | None, typer.Option(help="Bits a weight, 2 to 8. Default: 4; smoothquant: 8.", show_default=False)
-    ] = None,
+    method: Annotated[str, typer.Option(help="gptq, spqr, obq, rtn, awq, smoothquant or rotate.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Weights that share a scale; -1: one scale an output row. Default: 128; smoothquant: -1.",
-            show_default=False,
-        ),
+        typer.Option(help="Weights that share a scale; -1: an output row. Default: the method's, mostly 128."),
     ] = None,
-    asymmetric: Annotated[
-        bool, typer.Option("--asymmetric", help="A zero point for every group too (always with awq).")
-    ] = False,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
+    quality: Annotated[
+        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+    ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
@@ -130,6 +126,7 @@ def quantize(
                 bits=bits,
                 group_size=group_size,
                 symmetric=False if asymmetric else None,
+                quality=quality,
                 calib=calib,
                 samples=samples,
                 seq_len=seq_len,

@@ -115,12 +115,21 @@ class Runner:
                     continue
                 raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
 
+    def groups(self, index: int, wanted: set[str]) -> list[list[str]]:
+        """The linears `wanted` of the loaded block `index` by common input, in order of use: one batch tells."""
+        return self.collect(index, wanted, batches=1).groups
+
     @torch.no_grad()
-    def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
-        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`."""
+    def collect(
+        self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32, batches: int | None = None
+    ) -> Statistics:
+        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
+
+        All batches take part, or the first `batches`.
+        """
         statistics, sharing = Statistics(), {}
         linears = {name: m for name, m in find_linears(self.blocks[index]).items() if name in wanted}
-        for i, call in enumerate(self._calls[index]):
+        for i, call in enumerate(self._calls[index][:batches]):
             mask = None if self._masks is None else self._masks[i].to(self.device)
             gatherer = _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)
             with _observing(linears, gatherer), landings(linears if self._original else {}) as landed:
@@ -271,12 +280,12 @@ class _Gatherer:
             here, there = landed[name], intended.get(name)
             if there is None or inputs.ndim != 3:  # tokens routed to experts have no counterpart to compare with
                 continue
-            known = self._statistics.drifts.get(name)
-            if known is None:
+            if name not in self._statistics.drifts:
                 rows, columns = weight_of(linears[name]).shape
-                known = Drift(rows, columns, self._dtype, inputs.device)
-                self._statistics.drifts[name] = known
-            known.update(self._tokens(name, there - here), self._tokens(name, inputs), self._sequences)
+                self._statistics.drifts[name] = Drift(rows, columns, self._dtype, inputs.device)
+            self._statistics.drifts[name].update(
+                self._tokens(name, there - here), self._tokens(name, inputs), self._sequences
+            )
 
     def _join(self, name: str, inputs: Tensor) -> str:
         leader = next((self._leaders[other] for tensor, other in self._seen if tensor is inputs), name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import CompressedTensor, PrunedTensor
+from .tensor import Compressed, CompressedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -40,7 +40,7 @@ def fake_quantize(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Te
 
 
 @contextmanager
-def quantized_inputs(block: nn.Module, compressed: Mapping[str, CompressedTensor | PrunedTensor]) -> Iterator[None]:
+def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed]) -> Iterator[None]:
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
     with ExitStack() as hooks:
         for name, tensor in compressed.items():

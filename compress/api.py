@@ -13,6 +13,8 @@ from .pipeline import RunReport
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Pruning, Scheme, group_strategy
 
+GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
+
 
 def quantize(
     model: str | Path,
@@ -22,6 +24,7 @@ def quantize(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -34,18 +37,20 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128, for `awq`
-    asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means) and 8-bit
-    inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of layers
-    that stay dense; `options` are those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`,
-    `scale_dtype`), and `level` (O1, O2, O3: SmoothQuant's). `out` is by default `MODEL-<method>-w<bits>` beside the model.
-    Raises `UsageError` before anything is written, `CompressError` later.
+    Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
+    for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
+    and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
+    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which `options`
+    go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`),
+    and `level` (O1, O2, O3: SmoothQuant's). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises
+    `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        quality=quality,
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -118,6 +123,7 @@ def quantization_recipe(
     bits: int | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -127,13 +133,14 @@ def quantization_recipe(
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
     known = passes.method(method)
-    level, others = _split(options or {}, ("level",))
-    grid, rest = _split(others, ("observer", "formula", "scale_dtype"))
+    preset = dict(known.preset(quality))
+    size = preset.pop("group_size", None) if group_size is None else group_size
+    level, others = _split({**preset, **(options or {})}, ("level",))
+    grid, rest = _split(others, GRID_OPTIONS)
     usual = _level(level["level"]) if level else known.scheme
-    given: dict[str, Any] = {"bits": bits, "symmetric": symmetric}
-    if group_size is not None:
-        given["strategy"], given["group_size"] = group_strategy(group_size)
-    asked = {name: value for name, value in given.items() if value is not None or name == "group_size"}
+    asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
+    if size is not None:
+        asked["strategy"], asked["group_size"] = group_strategy(size)
     scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     return schema.build(

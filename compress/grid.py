@@ -97,6 +97,8 @@ def parameters(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tens
     steps = {"gptq": args.maxq, "signed": args.maxq - 1, "ds": args.maxq + 1, "awq": args.maxq, "spqr": args.maxq}
     if args.formula == "awq":
         spread = spread.clamp(min=1e-5)
+    if args.formula == "spqr":  # a constant is represented exactly, by the code 0
+        spread = torch.where(spread > 0, spread, low.abs() * args.maxq)
     scale = stored(spread / steps[args.formula], args)
     return scale, _zero(low, scale, args)
 

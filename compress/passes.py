@@ -1,7 +1,7 @@
 """The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
 
 The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a `CompressedTensor` or `PrunedTensor` and its figures in each.
+and statistics of `block.linears` and leaves a compressed tensor and its figures in each.
 """
 
 import difflib
@@ -19,7 +19,7 @@ from ..calibrate.hessian import Hessian
 from ..calibrate.runner import Call
 from .errors import UsageError
 from .scheme import Pruning, QuantArgs, Scheme, WeightArgs
-from .tensor import CompressedTensor, PrunedTensor
+from .tensor import Compressed
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
@@ -29,6 +29,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "smoothquant": ("transform.smoothquant", "SmoothQuant"),
     "rotate": ("transform.rotate", "Rotate"),
     "obq": ("quantize.obq", "OBQ"),
+    "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),
     "wanda": ("prune.wanda", "Wanda"),
     "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
@@ -36,6 +37,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "obd": ("prune.obd", "OBD"),
     "obs": ("prune.obs", "OBS"),
 }
+
+QUALITIES = ("fast", "balanced", "best")
 
 
 class PassConfig(Protocol):
@@ -62,12 +65,12 @@ class Linear:
     args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
-    result: CompressedTensor | PrunedTensor | None = None
+    result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
     inputs: QuantArgs | None = None  # of the activations that it reads
 
     @property
-    def grid(self) -> QuantArgs:
+    def grid_args(self) -> QuantArgs:
         """`args` of a weight that will be quantized. Raises `UsageError` where it will be pruned."""
         if not isinstance(self.args, QuantArgs):
             raise UsageError(f"{self.name} will be pruned", "this transform prepares weights for quantization only")
@@ -118,6 +121,7 @@ class Method:
     apply: Callable[[Any, Block], None]
     scheme: Scheme
     apply_outside: Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None = None
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self) -> list[str]:
         """The names of the method's options."""
@@ -127,6 +131,12 @@ class Method:
     def compresses(self) -> bool:
         """Whether the method leaves compressed weights."""
         return "scheme" in self.options()
+
+    def preset(self, quality: str) -> Mapping[str, Any]:
+        """The options that a quality stands for: none where the method has only one. Raises `UsageError`."""
+        if quality not in QUALITIES:
+            raise UsageError(f"unknown quality {quality!r}", f"use one of: {', '.join(QUALITIES)}")
+        return self.presets.get(quality, {})
 
 
 def method(name: str) -> Method:
@@ -143,4 +153,5 @@ def method(name: str) -> Method:
         module.apply,
         getattr(module, "SCHEME", Scheme()),
         getattr(module, "apply_outside", None),
+        getattr(module, "PRESETS", {}),
     )

@@ -28,7 +28,7 @@ from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import CompressedTensor, PrunedTensor
+from .tensor import Compressed, CompressedTensor
 from .transform.recording import inputs_seen
 from .workspace import Workspace, check_target
 
@@ -230,9 +230,7 @@ def _dense(block: Block, planned: Plan) -> dict[str, Tensor]:
     return {n: p.detach().to(planned.tensors[n].torch_dtype) for n, p in named.items() if n in planned.copied}
 
 
-def _restore(
-    skeleton: PreTrainedModel, compressed: dict[str, CompressedTensor | PrunedTensor], dense: dict[str, Tensor]
-) -> None:
+def _restore(skeleton: PreTrainedModel, compressed: dict[str, Compressed], dense: dict[str, Tensor]) -> None:
     """Put a finished block's stored weights back into the loaded module."""
     for name, tensor in compressed.items():
         set_weight(skeleton.get_submodule(name), tensor.dequantize())
@@ -242,7 +240,7 @@ def _restore(
             parameters[name].copy_(tensor)
 
 
-def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, CompressedTensor | PrunedTensor]:
+def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
     """The results of the block's linears by full name, told how their inputs are quantized; static scales are calibrated
     on what they read now."""
     largest: dict[str, Tensor] = {}
@@ -270,13 +268,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, statistics, tell)
-    for position, names in enumerate(statistics.groups):
-        if position:  # the statistics of the first group are those just gathered
-            statistics = runner.collect(index, set(names))
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+    for names in runner.groups(index, set(local)):
+        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 

@@ -17,9 +17,9 @@ from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import shards
-from .formats.choice import Format, format_for
+from .formats import shards, sparse
 from .formats.shards import TensorSpec
+from .formats.storage import format_of
 from .scheme import PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
 
 
@@ -38,10 +38,7 @@ class LayerPlan:
     def stored_as(self, storage: Storage) -> int:
         """Bytes of the pruned layer in another storage."""
         assert isinstance(self.args, PruneArgs)
-        return sum(
-            s.nbytes
-            for s in format_for(None).spec(self.name, replace(self.args, storage=storage), *self.shape).values()
-        )
+        return sum(s.nbytes for s in sparse.spec(self.name, replace(self.args, storage=storage), *self.shape).values())
 
 
 @dataclass(frozen=True)
@@ -66,11 +63,6 @@ class Plan:
     bytes_after: int
     inputs: QuantArgs | None = None
     untied: str | None = None
-
-    @property
-    def format(self) -> Format:
-        """The format of the quantized layers."""
-        return format_for(self.inputs)
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -119,14 +111,14 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
-    packed = format_for(_inputs(recipe))
-    layers = tuple(_plan_layers(prefix, blocks, recipe, source, names, packed))
+    inputs = _inputs(recipe)
+    layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
     tensors: dict[str, TensorSpec] = {}
     for layer in layers:
         if layer.args is not None:
-            tensors |= packed.spec(layer.name, layer.args, *layer.shape)
+            tensors |= format_of(layer.args, inputs).spec(layer.name, layer.args, *layer.shape)
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
@@ -145,7 +137,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         prefix=prefix,
         bytes_before=source.nbytes,
         bytes_after=shards.nbytes(tensors),
-        inputs=_inputs(recipe),
+        inputs=inputs,
         untied=untied,
     )
 
@@ -161,19 +153,17 @@ def _untied(model: PreTrainedModel, names: Names) -> str | None:
 
 
 def _plan_layers(
-    prefix: str, blocks: nn.ModuleList, recipe: Recipe, source: Source, names: Names, packed: Format
+    prefix: str, blocks: nn.ModuleList, recipe: Recipe, source: Source, names: Names
 ) -> Iterator[LayerPlan]:
     for index, block in enumerate(blocks):
         for local, module in find_linears(block).items():
             name = f"{prefix}.{index}.{local}"
             found = names.find(f"{name}.weight")
             stored = torch.float32 if found is None else source.tensors[found].spec.torch_dtype
-            yield _plan_layer(name, index, module, stored, recipe, packed)
+            yield _plan_layer(name, index, module, stored, recipe)
 
 
-def _plan_layer(
-    name: str, block: int, module: nn.Module, stored: torch.dtype, recipe: Recipe, packed: Format
-) -> LayerPlan:
+def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, recipe: Recipe) -> LayerPlan:
     rows, columns = weight_of(module).shape
     kind = type(module).__name__
     asked = recipe.weights(name)
@@ -187,10 +177,11 @@ def _plan_layer(
         note = (
             None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
         )
-    reason = packed.supports(args)
+    storing = format_of(args, _inputs(recipe))
+    reason = storing.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
+    nbytes = sum(spec.nbytes for spec in storing.spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 

@@ -20,11 +20,12 @@ from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
 from .formats import shards
+from .formats.storage import Format, format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .scheme import PruneArgs
-from .tensor import CompressedTensor, PrunedTensor
+from .scheme import PruneArgs, WeightArgs
+from .tensor import Compressed
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
 Figures = dict[str, float | int | str]
@@ -75,7 +76,7 @@ class Workspace:
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             assert linear.result is not None
-            tensors |= self.plan.format.pack(linear.name, linear.result)
+            tensors |= self._format(linear.args).pack(linear.name, linear.result)
         prefix = f"{self.plan.prefix}.{index}."
         taken = {o: stored for o, stored in self.plan.copied.items() if o.startswith(prefix)}
         tensors |= {o: rewritten[o] if o in rewritten else self.source.read(stored) for o, stored in taken.items()}
@@ -89,11 +90,12 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         shards.write(self._part(OUTSIDE), tensors)
 
-    def compressed(self, index: int) -> dict[str, CompressedTensor | PrunedTensor]:
+    def compressed(self, index: int) -> dict[str, Compressed]:
         """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
-        return {name: self.plan.format.unpack(name, tensors, self.plan.quantized[name]) for name in names}
+        args = self.plan.quantized
+        return {name: self._format(args[name]).unpack(name, tensors, args[name]) for name in names}
 
     def dense(self, index: int) -> dict[str, Tensor]:
         """The other tensors of the finished block `index`."""
@@ -120,7 +122,8 @@ class Workspace:
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        quantization = self.plan.format.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        used = self._format(next(iter(self.plan.quantized.values())))
+        quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         if self.plan.untied is not None:
             config["tie_word_embeddings"] = False
@@ -129,6 +132,9 @@ class Workspace:
         (complete / "recipe.yaml").write_text(dump(self.recipe))
         (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
+
+    def _format(self, args: WeightArgs) -> Format:
+        return format_of(args, self.plan.inputs)
 
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"

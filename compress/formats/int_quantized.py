@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..scheme import QuantArgs, WeightArgs
-from ..tensor import CompressedTensor, PrunedTensor
+from ..tensor import Compressed, CompressedTensor
 from . import pack_quantized
 from .shards import NAMES, TensorSpec
 
@@ -51,7 +51,7 @@ class IntQuantized:
             tensors[f"{name}.input_scale"] = TensorSpec(NAMES[self.inputs.torch_scale_dtype], (1,))
         return tensors
 
-    def pack(self, name: str, tensor: CompressedTensor | PrunedTensor) -> dict[str, Tensor]:
+    def pack(self, name: str, tensor: Compressed) -> dict[str, Tensor]:
         """The tensors of one quantized weight and, where it is static, the scale of its inputs."""
         assert isinstance(tensor, CompressedTensor)
         packed = {
@@ -86,26 +86,33 @@ class IntQuantized:
         return config
 
 
-def read_config(
-    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype], static: torch.dtype
-) -> tuple[IntQuantized, dict[str, QuantArgs]]:
-    """How inputs are quantized, and the arguments of every layer in `layers`, by a checkpoint's `quantization_config`.
+def wrote(config: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint's `quantization_config` speaks of this format."""
+    return config.get("quant_method") == "compressed-tensors" and config.get("format") == NAME
 
-    `scale_dtypes` holds the stored dtype of each layer's scales, `static` that of static input scales. Raises `ValueError`
-    for kinds that lmpress does not serve.
-    """
-    groups = list(config["config_groups"].values())
-    kinds = [group["input_activations"] for group in groups]
+
+def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> QuantArgs:
+    """How the layers' inputs are quantized. Raises `ValueError` for kinds that lmpress does not serve."""
+    kinds = [group["input_activations"] for group in config["config_groups"].values()]
     if not kinds[0] or any(kind != kinds[0] for kind in kinds) or config.get("kv_cache_scheme"):
         raise ValueError("its layers' inputs are not all quantized alike, or its cache is quantized too")
-    inputs = _integer_args(kinds[0], static, dynamic=bool(kinds[0]["dynamic"]))
+    static = next((spec.torch_dtype for name, spec in stored.items() if name.endswith(".input_scale")), torch.float16)
+    return _integer_args(kinds[0], static, dynamic=bool(kinds[0]["dynamic"]))
+
+
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
+    """The weight arguments of every int8 layer among the `stored` tensors. Raises `ValueError` as `read_inputs` does."""
     found = {}
-    for name in layers:
+    for name in [
+        n.removesuffix(".weight") for n, spec in stored.items() if n.endswith(".weight") and spec.dtype == "I8"
+    ]:
+        groups = config["config_groups"].values()
         weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
         if weights is None:
             raise ValueError(f"{name} belongs to no group of its layers")
-        found[name] = _integer_args(weights, scale_dtypes[name])
-    return IntQuantized(inputs), found
+        scale = stored.get(f"{name}.weight_scale")
+        found[name] = _integer_args(weights, torch.float16 if scale is None else scale.torch_dtype)
+    return found
 
 
 def _integer_args(kind: Mapping[str, Any], scale_dtype: torch.dtype, dynamic: bool = False) -> QuantArgs:

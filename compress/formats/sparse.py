@@ -54,7 +54,7 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
         return {f"{name}.weight": tensor.values.T.contiguous() if tensor.args.transposed else tensor.values}
     shape = {f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64)}
     if tensor.args.storage == "2:4":
-        rows, columns = tensor.shape
+        rows = len(tensor.kept)
         places = tensor.kept.view(rows, -1, 4).byte().argsort(dim=2, descending=True, stable=True)[..., :2]
         values = tensor.values.view(rows, -1, 4).gather(2, places).flatten(1)
         nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
@@ -101,7 +101,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
     return config.get("format") == NAME
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, PruneArgs]:
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, PruneArgs]:
     """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
     return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
 

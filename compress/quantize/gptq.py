@@ -84,14 +84,16 @@ def apply(config: GPTQ, block: Block) -> None:
     """Quantize every linear of the block; linears with a common input and order share one factorisation."""
     prepared: dict[int, Prepared] = {}
     for linear in block.linears:
-        assert linear.hessian is not None
+        assert linear.hessian is not None and isinstance(linear.args, QuantArgs)
         key = id(linear.hessian)
         if key not in prepared:
-            prepared = {key: prepare(linear.hessian.matrix(), linear.args, config)}  # one at a time: factors are large
+            prepared = {
+                key: prepare(linear.hessian.matrix(), linear.grid_args, config)
+            }  # one at a time: factors are large
         target = linear.weight
         if config.drift and linear.drift is not None:
             target = corrected(linear.weight, linear.drift.matrix(), prepared[key], config.drift)
-        solution = solve(target, prepared[key], linear.args, config)
+        solution = solve(target, prepared[key], linear.grid_args, config)
         linear.result = solution.tensor
         linear.figures |= {
             "damping": prepared[key].factor.damping,
@@ -169,11 +171,11 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> 
     projection = GridProjection(alive, order, args, config.groups == "dynamic", importance)
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    tensor = projection.result()
+    codes, grid = projection.result()
     if config.refine:
-        tensor, fallen = refine(alive, prepared.damped(), tensor, config.refine)
+        codes, grid, fallen = refine(alive, prepared.damped(), codes, grid, config.refine)
         loss -= fallen
-    return Solution(tensor, loss, errors)
+    return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
 
 
 class GridProjection:
@@ -205,9 +207,8 @@ class GridProjection:
         self._codes[index] = codes
         return codes.sub_(zero).mul_(scale)
 
-    def result(self) -> CompressedTensor:
-        """The codes in natural order and their grid."""
+    def result(self) -> tuple[Tensor, Grid]:
+        """The codes in natural order, uint8 `[out, in]`, and their grid."""
         codes = torch.empty_like(self._codes)
         codes[self._order] = self._codes
-        grid = Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)
-        return CompressedTensor.from_grid(codes.T.contiguous(), grid)
+        return codes.T.contiguous(), Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)

@@ -5,9 +5,7 @@ from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
 from ..formats import int_quantized, pack_quantized
 from ..plan import Plan
-from ..scheme import PruneArgs
-
-NAMES = {True: pack_quantized.NAME, False: int_quantized.NAME}
+from ..scheme import PruneArgs, QuantArgs
 
 TEMPLATE = """\
 ---
@@ -46,6 +44,9 @@ SYMMETRIC = """\
 ASYMMETRIC = """\
 Asymmetric weights: transformers loads them with compressed-tensors 0.15 to 0.17, and with 0.18 to 0.20 only by
 `quantization_config=CompressedTensorsConfig(dequantize=True)`: those versions refuse packed zero points otherwise.
+"""
+SPQR = """\
+SpQR has a format of its own here: no other runtime serves it.
 """
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
@@ -96,19 +97,30 @@ def _weights(plan: Plan) -> str:
 
 
 def _tags(plan: Plan) -> str:
-    pruned = isinstance(next(iter(plan.quantized.values())), PruneArgs)
-    return "pruned, lmpress" if pruned else "quantized, compressed-tensors, lmpress"
+    if isinstance(next(iter(plan.quantized.values())), PruneArgs):
+        return "pruned, lmpress"
+    return "quantized, spqr, lmpress" if _two_level(plan) else "quantized, compressed-tensors, lmpress"
 
 
 def _format(plan: Plan) -> str:
+    if _two_level(plan):
+        return "SpQR tiles of lmpress"
     args = next(iter(plan.quantized.values()))
-    return f"`{args.storage}`" if isinstance(args, PruneArgs) else f"compressed-tensors `{NAMES[plan.inputs is None]}`"
+    if isinstance(args, PruneArgs):
+        return f"`{args.storage}`"
+    return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
+
+
+def _two_level(plan: Plan) -> bool:
+    return any(isinstance(args, QuantArgs) and args.scale_dtype == "bilevel" for args in plan.quantized.values())
 
 
 def _loading(plan: Plan) -> str:
     pruned = [a for a in plan.quantized.values() if isinstance(a, PruneArgs)]
     if pruned:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
+    if _two_level(plan):
+        return SPQR
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     args = [a for a in plan.quantized.values() if not isinstance(a, PruneArgs)]

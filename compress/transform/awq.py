@@ -125,7 +125,7 @@ def _weight_share(block: nn.Module, linears: dict[str, Linear]) -> Tensor:
     total, rows = 0.0, 0
     for name, linear in linears.items():
         weight = weight_of(block.get_submodule(name)).abs()
-        groups = weight.unflatten(1, (-1, linear.grid.columns_per_scale(weight.shape[1])))
+        groups = weight.unflatten(1, (-1, linear.grid_args.columns_per_scale(weight.shape[1])))
         total = total + (groups / groups.amax(-1, keepdim=True).clamp(min=1e-12)).flatten(1).sum(0)
         rows += weight.shape[0]
     assert isinstance(total, Tensor)
@@ -135,7 +135,7 @@ def _weight_share(block: nn.Module, linears: dict[str, Linear]) -> Tensor:
 @contextmanager
 def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Iterator[None]:
     """The linears' weights are `Q(W * s) / s` inside the `with`."""
-    modules = {block.get_submodule(name): linear.grid for name, linear in linears.items()}
+    modules = {block.get_submodule(name): linear.grid_args for name, linear in linears.items()}
     saved = {module: weight_of(module).clone() for module in modules}
     for module, args in modules.items():
         set_weight(module, round_to_nearest(saved[module] * scale, quick(args)).dequantize() / scale)
@@ -156,12 +156,12 @@ def _clip_block(block: Block, untouched: set[str], limit: int) -> None:
     linears = {
         name: linear
         for name, linear in block.local().items()
-        if name not in untouched and linear.grid.strategy != "tensor"
+        if name not in untouched and linear.grid_args.strategy != "tensor"
     }
     for name, products in _group_products(block, linears, limit).items():
         module = block.module.get_submodule(name)
         weight = weight_of(module)
-        limits = clip_limits(weight, products, linears[name].grid)
+        limits = clip_limits(weight, products, linears[name].grid_args)
         groups = weight.unflatten(1, (limits.shape[1], -1))
         linears[name].figures["awq_clipped_share"] = float((groups.abs() > limits.unsqueeze(-1)).float().mean())
         bounds = limits.unsqueeze(-1)
@@ -174,7 +174,7 @@ def _group_products(block: Block, linears: dict[str, Linear], limit: int) -> dic
     products: dict[str, Tensor] = {}
     for batch in inputs_seen(block.module, block.around.samples(), list(linears), limit):
         for name, x in batch.items():
-            groups = x.float().unflatten(1, (-1, linears[name].grid.columns_per_scale(x.shape[1]))).transpose(0, 1)
+            groups = x.float().unflatten(1, (-1, linears[name].grid_args.columns_per_scale(x.shape[1]))).transpose(0, 1)
             product = groups.transpose(1, 2) @ groups
             products[name] = products[name] + product if name in products else product
     return products

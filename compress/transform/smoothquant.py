@@ -110,7 +110,7 @@ def _divided(block: nn.Module, name: str, linear: Linear | None, scale: Tensor) 
         return
     module, rows = block.get_submodule(name), scale.unsqueeze(1)
     saved = weight_of(module).clone()
-    set_weight(module, round_to_nearest(saved / rows, linear.grid).dequantize() * rows)
+    set_weight(module, round_to_nearest(saved / rows, linear.grid_args).dequantize() * rows)
     try:
         yield
     finally:
@@ -134,7 +134,7 @@ def _quantized(block: nn.Module, linears: dict[str, Linear], scale: Tensor, larg
 
     with ExitStack() as stack:
         for module, linear in modules.items():
-            set_weight(module, round_to_nearest(saved[module] * scale, linear.grid).dequantize())
+            set_weight(module, round_to_nearest(saved[module] * scale, linear.grid_args).dequantize())
             stack.callback(set_weight, module, saved[module])
             stack.callback(module.register_forward_pre_hook(rounder(linear)).remove)
         yield

@@ -57,16 +57,13 @@ Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, spqr, rtn.")] = "gptq",
-    bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 4,
+    method: Annotated[str, typer.Option(help="gptq, spqr, obq, rtn, awq, smoothquant or rotate.")] = "gptq",
+    bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
     group_size: Annotated[
         int | None,
-        typer.Option(
-            help="Weights that share a scale; -1: one scale an output row. Default: the method's own, mostly 128.",
-            show_default=False,
-        ),
+        typer.Option(help="Weights that share a scale; -1: an output row. Default: the method's, mostly 128."),
     ] = None,
-    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for every group too.")] = False,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
     quality: Annotated[
         str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
     ] = "balanced",
@@ -104,7 +101,7 @@ def quantize(
                 method=method,
                 bits=bits,
                 group_size=group_size,
-                symmetric=not asymmetric,
+                symmetric=False if asymmetric else None,
                 quality=quality,
                 calib=calib,
                 samples=samples,

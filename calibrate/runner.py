@@ -146,6 +146,41 @@ class Runner:
             statistics.groups.append([name])
         return statistics
 
+    def retake(self, index: int) -> None:
+        """Take block `index` as it stands for the original from here on: a transform has rewritten it to the same function."""
+        if self._original is not None:
+            self._original = deepcopy(self.blocks[index])
+
+    def turn(self, matrix: Tensor) -> None:
+        """Multiply the stored hidden states by `matrix` from the right: a transform has turned the whole model's."""
+        for store in (self._hidden, self._reference):
+            for i in range(0 if store is None else len(store)):
+                assert store is not None
+                store[i] = (store[i].double() @ matrix.cpu()).float()
+
+    @contextmanager
+    def hollow(self) -> Iterator[PreTrainedModel]:
+        """The model with its weights outside the blocks in memory, and blocks that hand the hidden states on."""
+        modules = list(outside(self.model, self.blocks))
+        for name, module in modules:
+            materialise(module, name, self.source, self.names, self.device)
+        as_tuple = self._returns_tuple()
+        for block in self.blocks:
+            block.forward = lambda hidden_states, *args, **kwargs: (hidden_states,) if as_tuple else hidden_states
+        try:
+            yield self.model
+        finally:
+            for block in self.blocks:
+                del block.forward
+            for _, module in modules:
+                release(module)
+
+    def samples(self, index: int) -> Iterator[tuple[Call, Tensor, Tensor | None]]:
+        """Batch by batch: how block `index` is called, its stored hidden states, and the mask of real tokens or None."""
+        for i, call in enumerate(self._calls[index]):
+            mask = None if self._masks is None else self._masks[i].to(self.device)
+            yield call, self._hidden[i].to(self.device), mask
+
     @torch.no_grad()
     def forward(self, index: int) -> None:
         """Replace the stored hidden states by the output of the loaded block `index`."""

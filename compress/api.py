@@ -1,6 +1,7 @@
 """The Python API: the command line's words as arguments."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from . import passes, pipeline
 from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
-from .scheme import PruneArgs, WeightArgs, group_strategy
+from .scheme import LEVELS, Pruning, Scheme, group_strategy
 
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
 
@@ -20,9 +21,9 @@ def quantize(
     out: str | Path | None = None,
     *,
     method: str = "gptq",
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -37,10 +38,12 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    `group_size` is by default the method's own (128; 32 for SpQR), -1 means one scale per output row; `keep` are patterns
-    of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which
-    `options` go: those of the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`,
-    `scale_dtype`, `outliers`). `target` names the runtimes that must be able to serve the result (see
+    Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
+    for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
+    and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
+    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which `options`
+    go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`),
+    and `level` (O1, O2, O3: SmoothQuant's). `target` names the runtimes that must be able to serve the result (see
     `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything
     is written, `CompressError` later.
     """
@@ -120,9 +123,9 @@ def run(
 def quantization_recipe(
     *,
     method: str = "gptq",
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int | None = None,
-    symmetric: bool = True,
+    symmetric: bool | None = None,
     quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -132,14 +135,20 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
-    preset = dict(passes.method(method).preset(quality))
-    own_size = preset.pop("group_size", 128)
-    strategy, size = group_strategy(own_size if group_size is None else group_size)
-    grid, rest = _split({**preset, **(options or {})}, GRID_OPTIONS)
-    weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
+    known = passes.method(method)
+    preset = dict(known.preset(quality))
+    size = preset.pop("group_size", None) if group_size is None else group_size
+    level, others = _split({**preset, **(options or {})}, ("level",))
+    grid, rest = _split(others, GRID_OPTIONS)
+    usual = _level(level["level"]) if level else known.scheme
+    asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
+    if size is not None:
+        asked["strategy"], asked["group_size"] = group_strategy(size)
+    scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
+    quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     return schema.build(
         {
-            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
+            "passes": [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer],
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
@@ -180,15 +189,23 @@ def pruning_recipe(
 def default_out(model: str | Path, recipe: Recipe) -> Path:
     """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory."""
     path = Path(model)
-    methods = "-".join(entry.method for entry in recipe.passes)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme.weights)}"
+    names = [entry.method for entry in recipe.passes]
+    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
-def _amount(args: WeightArgs) -> str:
-    if isinstance(args, PruneArgs):
+def _amount(scheme: Scheme | Pruning) -> str:
+    if isinstance(scheme, Pruning):
+        args = scheme.weights
         return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
-    return f"w{args.bits}"
+    return f"w{scheme.weights.bits}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
+
+
+def _level(name: str) -> Scheme:
+    if name not in LEVELS:
+        raise UsageError(f"unknown level {name!r}", f"use one of: {', '.join(LEVELS)}")
+    return LEVELS[name]
 
 
 def _split(options: Mapping[str, Any], of_weights: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:

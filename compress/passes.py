@@ -5,15 +5,18 @@ and statistics of `block.linears` and leaves a compressed tensor and its figures
 """
 
 import difflib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
 
+import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
+from ..calibrate.runner import Call
 from .errors import UsageError
 from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
 from .tensor import Compressed
@@ -22,6 +25,9 @@ from .tensor import Compressed
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "awq": ("transform.awq", "AWQ"),
+    "smoothquant": ("transform.smoothquant", "SmoothQuant"),
+    "rotate": ("transform.rotate", "Rotate"),
     "obq": ("quantize.obq", "OBQ"),
     "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),
@@ -41,7 +47,7 @@ class PassConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
+    def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial"}
 
     @property
     def scheme(self) -> Scheme | Pruning: ...
@@ -61,6 +67,7 @@ class Linear:
     drift: Drift | None = None
     result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
+    inputs: QuantArgs | None = None  # of the activations that it reads
 
     @property
     def grid_args(self) -> QuantArgs:
@@ -77,6 +84,22 @@ class Linear:
         raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
 
 
+@dataclass(frozen=True)
+class Surroundings:
+    """What a transform of a block works with.
+
+    samples    gives the calibration batches anew: how the block is called, hidden states `[rows, length, width]`, token mask
+    trial      a call of the block on tiny random rows, and hidden states for it
+    dtypes     in what dtype the checkpoint stores a tensor of the block, by its name inside the block
+    head_size  width of an attention head
+    """
+
+    samples: Callable[[], Iterator[tuple[Call, Tensor, Tensor | None]]]
+    trial: tuple[Call, Tensor]
+    dtypes: Mapping[str, torch.dtype]
+    head_size: int
+
+
 @dataclass
 class Block:
     """One decoder block: its module (weights in place) and the linears of this stage."""
@@ -84,20 +107,37 @@ class Block:
     name: str
     module: nn.Module
     linears: list[Linear]
+    around: Surroundings | None = None
+
+    def local(self) -> dict[str, Linear]:
+        """The linears by their names inside the block."""
+        return {linear.name.removeprefix(f"{self.name}."): linear for linear in self.linears}
 
 
 @dataclass(frozen=True)
 class Method:
-    """A registered method: its name, the type of its options, and what it does."""
+    """A registered method: its name, the type of its options, and what it does.
+
+    Methods that quantize or prune have a `scheme` among their options. Transforms have none: they rewrite a block's weights
+    for the pass behind them; `scheme` here is the one that `--method` alone stands for. `apply_outside` rewrites weights
+    outside the blocks, for transforms of the whole model.
+    """
 
     name: str
     config: type[Any]
     apply: Callable[[Any, Block], None]
+    scheme: Scheme
+    apply_outside: Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self) -> list[str]:
         """The names of the method's options."""
         return [f.name for f in fields(self.config)]
+
+    @property
+    def compresses(self) -> bool:
+        """Whether the method leaves compressed weights."""
+        return "scheme" in self.options()
 
     def preset(self, quality: str) -> Mapping[str, Any]:
         """The options that a quality stands for: none where the method has only one. Raises `UsageError`."""
@@ -114,4 +154,11 @@ def method(name: str) -> Method:
         raise UsageError(f"unknown method {name!r}", hint)
     path, config = METHODS[name]
     module = import_module(f".{path}", __package__)
-    return Method(name, getattr(module, config), module.apply, getattr(module, "PRESETS", {}))
+    return Method(
+        name,
+        getattr(module, config),
+        module.apply,
+        getattr(module, "SCHEME", Scheme()),
+        getattr(module, "apply_outside", None),
+        getattr(module, "PRESETS", {}),
+    )

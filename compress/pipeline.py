@@ -13,7 +13,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.discovery import find_linears, set_weight, weight_of
@@ -21,12 +22,16 @@ from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokeni
 from ..calibrate.runner import Runner, Statistics
 from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
+from ..calibrate.wiring.probe import Probe
 from ..recipes.schema import PassSpec, Recipe
+from .activations import quantized_inputs, scale_of
 from .formats.targets import check as check_targets
-from .passes import Block, Linear
+from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
+from .tensor import Compressed, CompressedTensor
+from .transform.recording import inputs_seen
 from .workspace import Workspace, check_target
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -100,7 +105,8 @@ def run(
     check_target(out, overwrite)
     check_targets(planned.layers, targets)
     observer(Event("plan", blocks=planned.blocks))
-    rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
+    calibrated = _needs(recipe) - {"trial"} or (planned.inputs is not None and not planned.inputs.dynamic)
+    rows = _rows(source, context_length(skeleton.config), recipe, observer) if calibrated else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
         observer(Event("assemble", planned.blocks, planned.blocks))
@@ -148,6 +154,10 @@ def _walk(
     if rows is not None:
         observer(Event("capture", blocks=planned.blocks))
         runner.capture()
+    probe = None
+    if _needs(recipe) & {"samples", "trial"}:
+        probe = Probe(skeleton, source, workspace.scratch / "probe", device)
+        _transform_outside(recipe, probe, planned, runner, workspace)
     for index in range(planned.blocks):
 
         def tell(phase: str, layer: str | None = None, index: int = index, **figures: float | int | str) -> None:
@@ -158,17 +168,25 @@ def _walk(
         tell("load")
         module = runner.load(index)
         if workspace.has(index):
-            for name, weight in workspace.weights(index).items():
-                set_weight(skeleton.get_submodule(name), weight)
+            compressed = workspace.compressed(index)
+            _restore(skeleton, compressed, workspace.dense(index))
         else:
             block = Block(runner.block_name(index), module, _linears(runner.block_name(index), module, planned))
+            block.around = None if probe is None else _surroundings(index, runner, probe, planned)
             for entry in recipe.passes:
                 _apply(entry, block, runner, index, tell)
+                if not entry.registered.compresses:
+                    _settle(block, planned)
+                    runner.retake(index)
+            compressed = _with_input_scales(block, runner, index)
             tell("write")
-            workspace.write(index, block.linears)
+            workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
         if rows is not None and index + 1 < planned.blocks:
             tell("forward")
-            runner.forward(index)
+            with quantized_inputs(
+                module, {_local(name, runner.block_name(index)): t for name, t in compressed.items()}
+            ):
+                runner.forward(index)
         runner.unload(index)
         tell("block")
 
@@ -176,7 +194,83 @@ def _walk(
 def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
     args = planned.quantized
     found = {f"{block}.{name}": linear for name, linear in find_linears(module).items()}
-    return [Linear(name, weight_of(linear).detach(), args[name]) for name, linear in found.items() if name in args]
+    return [
+        Linear(name, weight_of(linear).detach(), args[name], inputs=planned.inputs)
+        for name, linear in found.items()
+        if name in args
+    ]
+
+
+def _local(name: str, block: str) -> str:
+    return name.removeprefix(f"{block}.")
+
+
+def _surroundings(index: int, runner: Runner, probe: Probe, planned: Plan) -> Surroundings:
+    prefix = f"{runner.block_name(index)}."
+    config = runner.model.config.get_text_config()
+    return Surroundings(
+        samples=lambda: runner.samples(index),
+        trial=probe.experiment(index),
+        dtypes={n.removeprefix(prefix): s.torch_dtype for n, s in planned.tensors.items() if n.startswith(prefix)},
+        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+    )
+
+
+def _transform_outside(recipe: Recipe, probe: Probe, planned: Plan, runner: Runner, workspace: Workspace) -> None:
+    """Let a transform of the whole model rewrite what lies outside the blocks, and turn the recorded stream."""
+    for entry in recipe.passes:
+        if entry.registered.apply_outside is not None:
+            with probe.outside() as (model, ids):
+                matrix, names = entry.registered.apply_outside(entry.config, model, ids)
+                dtypes = {name: planned.tensors[name].torch_dtype for name in names}
+                workspace.write_outside({name: model.get_parameter(name).to(dtypes[name]) for name in names})
+            runner.turn(matrix)
+
+
+def _settle(block: Block, planned: Plan) -> None:
+    """Round what a transform left in the tensors that stay dense to their stored dtype: what is evaluated is what is served."""
+    with torch.no_grad():
+        for name, tensor in _dense(block, planned).items():
+            parameter = block.module.get_parameter(_local(name, block.name))
+            parameter.copy_(tensor)
+
+
+def _dense(block: Block, planned: Plan) -> dict[str, Tensor]:
+    """The parameters of the block that stay dense, in their stored dtype, by their names in the output."""
+    named = {f"{block.name}.{name}": parameter for name, parameter in block.module.named_parameters()}
+    return {n: p.detach().to(planned.tensors[n].torch_dtype) for n, p in named.items() if n in planned.copied}
+
+
+def _restore(skeleton: PreTrainedModel, compressed: dict[str, Compressed], dense: dict[str, Tensor]) -> None:
+    """Put a finished block's stored weights back into the loaded module."""
+    for name, tensor in compressed.items():
+        set_weight(skeleton.get_submodule(name), tensor.dequantize())
+    parameters = dict(skeleton.named_parameters())
+    for name, tensor in dense.items():
+        if name in parameters:
+            parameters[name].copy_(tensor)
+
+
+def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
+    """The results of the block's linears by full name, told how their inputs are quantized; static scales are calibrated
+    on what they read now."""
+    largest: dict[str, Tensor] = {}
+    static = [name for name, linear in block.local().items() if linear.inputs and not linear.inputs.dynamic]
+    for batch in inputs_seen(block.module, runner.samples(index), static) if static else ():
+        for name, x in batch.items():
+            largest[name] = torch.maximum(largest.get(name, torch.zeros((), device=x.device)), x.abs().amax())
+    widest = max(largest.values(), default=torch.zeros(()))  # for experts that no token reached
+    for name, linear in block.local().items():
+        if isinstance(linear.result, CompressedTensor) and linear.inputs is not None:
+            scale = None
+            if name in static:
+                scale = (
+                    scale_of(largest.get(name, widest).float(), linear.inputs)
+                    .to(linear.inputs.torch_scale_dtype)
+                    .reshape(1)
+                )
+            linear.result = replace(linear.result, inputs=linear.inputs, input_scale=scale)
+    return {linear.name: linear.result for linear in block.linears if linear.result is not None}
 
 
 def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell) -> None:

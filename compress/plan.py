@@ -20,7 +20,7 @@ from .errors import UsageError
 from .formats import shards, sparse
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
-from .scheme import PruneArgs, QuantArgs, Storage, WeightArgs
+from .scheme import PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,9 @@ class LayerPlan:
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense, `untouched` parameters
-    of the blocks that no linear layer holds (experts in one tensor). `tensors` are the specs of all output tensors by
+    `heads` are the linear layers outside the blocks, which stay dense, `untied` is the tied one that gets a weight of its own;
+    `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
+    layers' inputs are quantized. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
@@ -60,6 +61,8 @@ class Plan:
     prefix: str
     bytes_before: int
     bytes_after: int
+    inputs: QuantArgs | None = None
+    untied: str | None = None
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -108,16 +111,22 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
+    inputs = _inputs(recipe)
     layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
     tensors: dict[str, TensorSpec] = {}
     for layer in layers:
         if layer.args is not None:
-            tensors |= format_of(layer.args).spec(layer.name, layer.args, *layer.shape)
+            tensors |= format_of(layer.args, inputs).spec(layer.name, layer.args, *layer.shape)
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
+    untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
+    if untied is not None:
+        stored = names.find(f"{untied}.weight")
+        assert stored is not None
+        tensors[f"{untied}.weight"] = source.tensors[stored].spec
     return Plan(
         layers=layers,
         heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
@@ -128,7 +137,19 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         prefix=prefix,
         bytes_before=source.nbytes,
         bytes_after=shards.nbytes(tensors),
+        inputs=inputs,
+        untied=untied,
     )
+
+
+def _inputs(recipe: Recipe) -> QuantArgs | None:
+    return recipe.scheme.inputs if isinstance(recipe.scheme, Scheme) else None
+
+
+def _untied(model: PreTrainedModel, names: Names) -> str | None:
+    """The head, where it shares its weight with the embedding."""
+    head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
+    return head if head is not None and names.ties(f"{head}.weight") else None
 
 
 def _plan_layers(
@@ -156,10 +177,11 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         note = (
             None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
         )
-    reason = format_of(args).supports(args)
+    storing = format_of(args, _inputs(recipe))
+    reason = storing.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    nbytes = sum(spec.nbytes for spec in format_of(args).spec(name, args, rows, columns).values())
+    nbytes = sum(spec.nbytes for spec in storing.spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 

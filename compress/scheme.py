@@ -36,7 +36,8 @@ class QuantArgs:
     `strategy` says which values share a scale: the whole tensor, an output row (`channel`), `group_size` neighbouring
     input columns of a row (`group`), or a row of activations (`token`). `formula` picks the published definition of
     scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how the scale is stored: as a float, or
-    quantized itself (`bilevel`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual.
+    quantized itself (`bilevel`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual. `dynamic`
+    ranges are found anew at every call: activations only.
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -48,6 +49,7 @@ class QuantArgs:
     formula: Formula = "gptq"
     observer: Observer = "minmax"
     scale_dtype: ScaleDtype = "float16"
+    dynamic: bool = False
     outliers: float = 0.0
 
     def __post_init__(self) -> None:
@@ -121,9 +123,43 @@ def group_strategy(group_size: int) -> tuple[Strategy, int | None]:
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Scheme:
-    """How a linear layer is quantized: its weights, and (later cells of the taxonomy) its inputs."""
+    """How a linear layer is quantized: its weights, and its input activations (None: they stay as they are).
+
+    Raises `UsageError` for cells of the taxonomy that make no sense.
+    """
 
     weights: QuantArgs = QuantArgs()
+    inputs: QuantArgs | None = None
+
+    def __post_init__(self) -> None:
+        if self.weights.dynamic or self.weights.strategy == "token":
+            raise UsageError("weights do not change from call to call", "give them static scales")
+        if self.inputs is None:
+            return
+        if self.inputs.strategy not in ("token", "tensor"):
+            raise UsageError(f"inputs cannot have scales per {self.inputs.strategy}", "use strategy token or tensor")
+        if self.inputs.strategy == "token" and not self.inputs.dynamic:
+            raise UsageError("tokens are not known in advance", "use dynamic: true, or strategy tensor")
+        if self.inputs.formula != "signed":
+            raise UsageError(f"inputs have no {self.inputs.formula!r} grid", "use formula signed: symmetric")
+
+
+def inputs_per(strategy: Strategy, dynamic: bool, bits: int = 8) -> QuantArgs:
+    """The usual arguments of quantized inputs: symmetric integers, a scale per token or per tensor."""
+    return QuantArgs(bits=bits, strategy=strategy, group_size=None, formula="signed", dynamic=dynamic)
+
+
+def signed_weights(strategy: Strategy, bits: int = 8) -> QuantArgs:
+    """Weights that meet quantized inputs: the signed grid, a scale per row (`channel`) or for the matrix (`tensor`)."""
+    return QuantArgs(bits=bits, strategy=strategy, group_size=None, formula="signed")
+
+
+# The levels of SmoothQuant: from the most careful to the fastest.
+LEVELS: dict[str, Scheme] = {
+    "O1": Scheme(signed_weights("tensor"), inputs_per("token", dynamic=True)),
+    "O2": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=True)),
+    "O3": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=False)),
+}
 
 
 Scope = Literal["layer", "row", "block"]

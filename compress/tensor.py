@@ -1,6 +1,6 @@
 """What a pass leaves in place of a weight: one of the kinds of `Compressed`. Formats write it, kernels serve it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +21,15 @@ class CompressedTensor:
     scale  `args.scale_dtype` `[out, groups]` (one group per row for channel and tensor grids)
     zero   uint8 `[out, groups]`, or None where the grid is symmetric (then it is `2**(bits - 1)`)
     args   the grid's description, its group size resolved for this width
+    inputs how the layer's inputs are quantized, or None; `input_scale` `[1]` is their scale where it is static
     """
 
     codes: Tensor
     scale: Tensor
     zero: Tensor | None
     args: QuantArgs
+    inputs: QuantArgs | None = None
+    input_scale: Tensor | None = None
 
     @classmethod
     def from_grid(cls, codes: Tensor, grid: Grid) -> "CompressedTensor":
@@ -44,7 +47,8 @@ class CompressedTensor:
     def to(self, device: torch.device | str) -> "CompressedTensor":
         """The same on `device`."""
         zero = None if self.zero is None else self.zero.to(device)
-        return CompressedTensor(self.codes.to(device), self.scale.to(device), zero, self.args)
+        inputs = None if self.input_scale is None else self.input_scale.to(device)
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, input_scale=inputs)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""

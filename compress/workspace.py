@@ -6,10 +6,11 @@ Any other failure removes it.
 
 import json
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Self
 
 from torch import Tensor
@@ -19,13 +20,14 @@ from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
 from .formats import shards
-from .formats.storage import format_of
+from .formats.storage import Format, format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .scheme import PruneArgs
+from .scheme import PruneArgs, WeightArgs
+from .tensor import Compressed
 
-MANIFEST, PARTS, SCRATCH = "manifest.json", "parts", "scratch"
+MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
 Figures = dict[str, float | int | str]
 
 
@@ -69,32 +71,44 @@ class Workspace:
         """Whether block `index` is finished."""
         return self._part(f"block-{index:05d}").exists()
 
-    def write(self, index: int, linears: list[Linear]) -> None:
-        """Store block `index`: its packed linears and the tensors that it takes over from the source."""
+    def write(self, index: int, linears: list[Linear], rewritten: Mapping[str, Tensor] = MappingProxyType({})) -> None:
+        """Store block `index`: its packed linears, and its other tensors as `rewritten` has them, or else the source."""
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             assert linear.result is not None
-            tensors |= format_of(linear.result.args).pack(linear.name, linear.result)
+            tensors |= self._format(linear.args).pack(linear.name, linear.result)
         prefix = f"{self.plan.prefix}.{index}."
-        tensors |= {o: self.source.read(stored) for o, stored in self.plan.copied.items() if o.startswith(prefix)}
+        taken = {o: stored for o, stored in self.plan.copied.items() if o.startswith(prefix)}
+        tensors |= {o: rewritten[o] if o in rewritten else self.source.read(stored) for o, stored in taken.items()}
         figures = [_figures(linear) for linear in linears]
         with shards.storage_errors(self.path):
             self._figures_file(index).write_text(json.dumps(figures))
         shards.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
         self._figures[index] = figures
 
-    def weights(self, index: int) -> dict[str, Tensor]:
-        """The dequantized weights `[out, in]` of the finished block `index` by layer name."""
+    def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
+        """Store tensors outside the blocks that a transform rewrote."""
+        shards.write(self._part(OUTSIDE), tensors)
+
+    def compressed(self, index: int) -> dict[str, Compressed]:
+        """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
         args = self.plan.quantized
-        return {name: format_of(args[name]).unpack(name, tensors, args[name]).dequantize() for name in names}
+        return {name: self._format(args[name]).unpack(name, tensors, args[name]) for name in names}
+
+    def dense(self, index: int) -> dict[str, Tensor]:
+        """The other tensors of the finished block `index`."""
+        tensors = shards.read(self._part(f"block-{index:05d}"))
+        return {name: tensor for name, tensor in tensors.items() if name in self.plan.copied}
 
     def finish(self) -> list[Figures]:
         """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
         inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
+        outside = self._part(OUTSIDE)
+        rewritten = shards.read_header(outside) if outside.exists() else {}
         for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
-            if not name.startswith(inside):
+            if not name.startswith(inside) and name not in rewritten:
                 shards.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
         figures = [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
         complete = self.path / "complete"
@@ -108,14 +122,19 @@ class Workspace:
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        used = format_of(next(iter(self.plan.quantized.values())))
+        used = self._format(next(iter(self.plan.quantized.values())))
         quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
+        if self.plan.untied is not None:
+            config["tie_word_embeddings"] = False
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
         (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
+
+    def _format(self, args: WeightArgs) -> Format:
+        return format_of(args, self.plan.inputs)
 
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"

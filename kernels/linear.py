@@ -11,6 +11,7 @@ from ..compress.scheme import QuantArgs
 from ..compress.tensor import Compressed, CompressedTensor
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
+from .quantized_inputs import IntegerLinear
 from .stored import StoredLinear
 from .weight import Weight
 
@@ -110,10 +111,12 @@ def replace_linear(
     """Put a module that serves `tensor` on `device` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    if isinstance(tensor, CompressedTensor):
-        module = PackedLinear(tensor.to(device), bias, serving)
-    else:
+    if not isinstance(tensor, CompressedTensor):
         module = StoredLinear(tensor, bias)
+    elif tensor.inputs is not None:
+        module = IntegerLinear(tensor, bias).to(device)
+    else:
+        module = PackedLinear(tensor.to(device), bias, serving)
     setattr(model.get_submodule(parent), leaf, module)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from ..compress.formats.storage import format_of
-from ..compress.tensor import PrunedTensor, SpQRTensor
+from ..compress.tensor import Compressed, PrunedTensor, SpQRTensor
 
 
 class StoredLinear(nn.Module):
@@ -24,7 +24,7 @@ class StoredLinear(nn.Module):
         self.register_parameter("bias", bias)
 
     @property
-    def compressed(self) -> PrunedTensor | SpQRTensor:
+    def compressed(self) -> Compressed:
         """What the module serves."""
         return format_of(self.args).unpack("", {f".{name}": part for name, part in self.named_buffers()}, self.args)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,22 @@ class Recipe(BaseModel):
     keep: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _transforms_come_first(self) -> "Recipe":
+        last = self.passes[-1]
+        if not last.registered.compresses:
+            raise UsageError(
+                f"{last.method} alone stores nothing smaller", "add a pass behind it, such as `method: rtn`"
+            )
+        for before, after in pairwise(self.passes):
+            if before.registered.compresses and not after.registered.compresses:
+                raise UsageError(
+                    f"{after.method} comes after {before.method}", "transform weights before compressing them"
+                )
+        if sum(entry.registered.apply_outside is not None for entry in self.passes) > 1:
+            raise UsageError("only one pass can turn the whole model", "leave out all but one")
+        return self
 
     @property
     def scheme(self) -> Scheme | Pruning:

@@ -17,7 +17,9 @@ from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
 from ..tensor import Compressed
+from . import int_quantized
 from .export import awq, gptq
+from .int_quantized import IntQuantized
 from .shards import TensorSpec
 from .storage import format_that_wrote
 
@@ -38,15 +40,16 @@ class Reader:
     optional: tuple[str, ...] = ()
 
 
-def _reader(config: Mapping[str, Any]) -> Reader:
-    """The reader of a checkpoint with this `quantization_config`. Raises `ValueError` where there is none."""
+def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Reader:
+    """The reader of a checkpoint with this `quantization_config` and these tensors. Raises `ValueError` without one."""
     if config.get("quant_method") == "gptq":
         unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
         return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
     if config.get("quant_method") == "awq":
         return Reader(awq.read_config, awq.spec, awq.unpack)
     ours = format_that_wrote(config)
-    return Reader(ours.read_config, ours.spec, ours.unpack)
+    layers = IntQuantized(int_quantized.read_inputs(config, stored)) if ours is int_quantized else ours
+    return Reader(ours.read_config, layers.spec, layers.unpack)
 
 
 @dataclass(frozen=True)
@@ -70,8 +73,9 @@ class Checkpoint:
             return cls(source, model, {}, None)
         try:
             config = source.config["quantization_config"]
-            reader = _reader(config)
-            found = reader.arguments(config, {name: tensor.spec for name, tensor in source.tensors.items()})
+            stored = {name: tensor.spec for name, tensor in source.tensors.items()}
+            reader = _reader(config, stored)
+            found = reader.arguments(config, stored)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise UsageError(
                 f"{source.path} is quantized in a way that lmpress does not read ({error})",

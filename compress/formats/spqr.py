@@ -103,25 +103,30 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTen
 
 
 def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json: the arguments of every layer."""
-    layers = {
-        name: {"bits": args.bits, "group_size": args.group_size, "outliers": args.outliers}
+    """The `quantization_config` of config.json: the arguments of every layer.
+
+    Under the name of compressed-tensors with groups in a list, so that transformers refuses it (see `sparse.py`).
+    """
+    groups = [
+        {"targets": [name], "bits": args.bits, "group_size": args.group_size, "outliers": args.outliers}
         for name, args in quantized.items()
-    }
-    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "layers": layers}
+    ]
+    return {"quant_method": "compressed-tensors", "format": NAME, "ignore": sorted(ignored), "config_groups": groups}
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
     """Whether a `quantization_config` speaks of this layout."""
-    return config.get("quant_method") == "lmpress" and config.get("format") == NAME
+    return config.get("format") == NAME
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
     """The arguments of every layer, by the `quantization_config` of a checkpoint."""
-    return {
-        name: QuantArgs(symmetric=False, formula="spqr", scale_dtype="bilevel", **own)
-        for name, own in config["layers"].items()
-    }
+    found = {}
+    for group in config["config_groups"]:
+        own = {name: group[name] for name in ("bits", "group_size", "outliers")}
+        args = QuantArgs(symmetric=False, formula="spqr", scale_dtype="bilevel", **own)
+        found |= dict.fromkeys(group["targets"], args)
+    return found
 
 
 def _padded(codes: Tensor, rows: int, columns: int) -> Tensor:

@@ -3,6 +3,7 @@
 from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
+from ..formats import int_quantized, pack_quantized
 from ..plan import Plan
 from ..scheme import PruneArgs, QuantArgs
 
@@ -87,7 +88,12 @@ def _weights(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return f"{args.pattern or f'{args.sparsity:.1%}'} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
-    return f"int{args.bits} {kind}, {counts}"
+    inputs = (
+        ""
+        if plan.inputs is None
+        else f", int{plan.inputs.bits} {'dynamic' if plan.inputs.dynamic else 'static'} inputs"
+    )
+    return f"int{args.bits} {kind}{inputs}, {counts}"
 
 
 def _tags(plan: Plan) -> str:
@@ -102,7 +108,7 @@ def _format(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"
-    return "SpQR tiles of lmpress" if _two_level(plan) else "compressed-tensors `pack-quantized`"
+    return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
 
 
 def _two_level(plan: Plan) -> bool:

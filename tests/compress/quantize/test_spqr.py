@@ -2,11 +2,14 @@
 
 import math
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
 
+import lmpress
 from lmpress.calibrate.hessian import Hessian
 from lmpress.compress.errors import UsageError
 from lmpress.compress.formats import spqr as stored
@@ -198,3 +201,17 @@ def test_apply_records_and_refuses() -> None:
         QuantArgs(scale_dtype="bilevel")
     with pytest.raises(UsageError, match="outliers"):
         QuantArgs(outliers=0.01)
+
+
+def test_a_checkpoint_loads_here_and_is_refused_elsewhere(tiny: Path, tmp_path: Path) -> None:
+    """A quantization method that transformers does not know makes it serve random weights with a warning."""
+    (tmp_path / "text.txt").write_text("abcdefgh" * 60)
+    out = tmp_path / "out"
+    data = str(tmp_path / "text.txt")
+    report = lmpress.quantize(tiny, out, method="spqr", calib=data, samples=4, seq_len=16)
+    assert report.bytes_after == (out / "model.safetensors").stat().st_size
+    found = lmpress.evaluate(out, data, seq_len=16, against=tiny)
+    assert found.kl is not None
+    assert found.kl < 0.5
+    with pytest.raises(ValueError, match="config_groups"):
+        AutoModelForCausalLM.from_pretrained(out)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
+from ..calibrate.runner import BlockIO
 from .errors import UsageError
 from .scheme import Pruning, Scheme, WeightArgs
 from .tensor import CompressedTensor, PrunedTensor
@@ -22,6 +23,9 @@ from .tensor import CompressedTensor, PrunedTensor
 METHODS: dict[str, tuple[str, str]] = {
     "rtn": ("quantize.rtn", "RTN"),
     "gptq": ("quantize.gptq", "GPTQ"),
+    "zeroquant": ("quantize.zeroquant", "ZeroQuant"),
+    "lkd": ("distill.lkd", "LKD"),
+    "tune": ("distill.tune", "Tune"),
     "obq": ("quantize.obq", "OBQ"),
     "magnitude": ("prune.magnitude", "Magnitude"),
     "wanda": ("prune.wanda", "Wanda"),
@@ -38,10 +42,10 @@ class PassConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift"}
+    def needs(self) -> frozenset[str]: ...  # statistics to gather first: any of {"hessian", "drift", "block_io"}
 
     @property
-    def scheme(self) -> Scheme | Pruning: ...
+    def scheme(self) -> Scheme | Pruning | None: ...  # None: the pass improves on what the pass before it has left
 
     @property
     def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
@@ -62,11 +66,16 @@ class Linear:
 
 @dataclass
 class Block:
-    """One decoder block: its module (weights in place) and the linears of this stage."""
+    """One decoder block: its module (weights in place), the linears of this stage, and its inputs where they were asked for."""
 
     name: str
     module: nn.Module
     linears: list[Linear]
+    io: BlockIO | None = None
+
+    def local(self) -> dict[str, Linear]:
+        """The linears by their names inside the block."""
+        return {linear.name.removeprefix(f"{self.name}."): linear for linear in self.linears}
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from fnmatch import fnmatch
 from functools import cached_property
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
@@ -68,11 +68,19 @@ class Recipe(BaseModel):
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
 
+    @model_validator(mode="after")
+    def _starts_with_a_scheme(self) -> Self:
+        if self.passes[0].config.scheme is None:
+            raise UsageError(
+                f"{self.passes[0].method} has nothing to improve on", "put a quantizer such as gptq before it"
+            )
+        return self
+
     @property
     def scheme(self) -> Scheme | Pruning:
-        """The scheme that the last pass leaves behind."""
-        config: PassConfig = self.passes[-1].config
-        return config.scheme
+        """The scheme that the passes leave behind: that of the last one which has one."""
+        schemes = [entry.config.scheme for entry in self.passes]
+        return next(scheme for scheme in reversed(schemes) if scheme is not None)
 
     def weights(self, layer: str) -> WeightArgs | None:
         """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""

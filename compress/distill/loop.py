@@ -1,0 +1,110 @@
+"""The training loop of every pass that learns: one block, made to give what it should give, judged on rows it never saw."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from transformers.pytorch_utils import Conv1D
+
+from ...calibrate.runner import BlockIO, Call
+from ...calibrate.store import ActivationStore
+from ..passes import Block
+from .lattice import Lattice
+
+HELD_OUT = 8  # one batch in so many is not trained on
+CHECKS = 8  # how often the held-out rows are looked at, evenly over the steps
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a block is to learn: for the hidden states `inputs[i]`, to give `targets[i]`."""
+
+    inputs: ActivationStore
+    targets: ActivationStore
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The mean squared error on held-out rows before and after, and the step that was best (0: the start)."""
+
+    before: float
+    after: float
+    step: int
+
+
+@torch.no_grad()
+def targets(io: BlockIO, inputs: ActivationStore) -> ActivationStore:
+    """What the original block gives for `inputs`."""
+    store = ActivationStore(io.scratch)
+    for i, call in enumerate(io.calls):
+        store[i] = call.replay(io.original, inputs[i].to(io.device))
+    return store
+
+
+def distil(
+    block: Block, lattices: Mapping[str, Lattice], lesson: Lesson, optimiser: Optimizer, steps: int, seed: int = 0
+) -> Outcome:
+    """Train `lattices` (by the linears' names inside the block) for `steps` batches, and give each linear its best result.
+
+    The rates of `optimiser` fall to zero along a half cosine. The block's module is not touched.
+    """
+    io = block.io
+    assert io is not None
+    generator = torch.Generator().manual_seed(seed)
+    shuffled = torch.randperm(len(io), generator=generator).tolist()
+    count = max(1, len(io) // HELD_OUT)
+    held_out, seen = shuffled[:count], shuffled[count:] or shuffled
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    schedule = LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
+
+    def loss(i: int) -> Tensor:
+        given = _replay(io.calls[i], block.module, lattices, lesson.inputs[i].to(io.device))
+        return io.tokens(i, given - lesson.targets[i].to(io.device)).square().mean()
+
+    before = best = _mean(loss, held_out)
+    best_step, results = 0, {name: lattice.tensor() for name, lattice in lattices.items()}
+    order: list[int] = []
+    for step in range(1, steps + 1):
+        order = order or [seen[i] for i in torch.randperm(len(seen), generator=generator).tolist()]
+        gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient
+        optimiser.step()
+        schedule.step()
+        if step % math.ceil(steps / CHECKS) == 0 or step == steps:
+            now = _mean(loss, held_out)
+            if now < best:
+                best, best_step = now, step
+                results = {name: lattice.tensor() for name, lattice in lattices.items()}
+    for name, linear in block.local().items():
+        linear.result = results.get(name, linear.result)
+    return Outcome(before, best, best_step)
+
+
+def record(block: Block, outcome: Outcome) -> None:
+    """Put the outcome into the figures of the block's linears."""
+    for linear in block.linears:
+        linear.figures |= {
+            "block_loss_before": outcome.before,
+            "block_loss": outcome.after,
+            "best_step": outcome.step,
+        }
+
+
+@torch.no_grad()
+def _mean(loss: Callable[[int], Tensor], batches: Sequence[int]) -> float:
+    return sum(float(loss(i)) for i in batches) / len(batches)
+
+
+def _replay(call: Call, module: nn.Module, lattices: Mapping[str, Lattice], hidden: Tensor) -> Tensor:
+    """The block's output with the weights that the lattices stand for."""
+    weights = {}
+    for name, lattice in lattices.items():
+        weight = lattice()
+        weights[f"{name}.weight"] = weight.T if isinstance(module.get_submodule(name), Conv1D) else weight
+    return call.replay(lambda *args, **kwargs: functional_call(module, weights, args, kwargs), hidden)

@@ -2,7 +2,8 @@
 
 The student reads the original model's hidden states, not those of the compressed blocks before it, so blocks are
 independent and one optimiser state at a time is in memory. The weights behind the codes are trained by AdamW through the
-rounding; the grid stays as the quantizer fitted it, and so do norms and biases, which are stored as in the original.
+rounding, straight through; the grid stays as the quantizer fitted it, and so do norms and biases, which are stored as in the
+original.
 """
 
 from typing import ClassVar

@@ -22,15 +22,28 @@ CHECKS = 8  # how often the held-out rows are looked at, evenly over the steps
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a block is to learn: for the hidden states `inputs[i]`, to give `targets[i]`."""
+    """What a block is to learn: for the hidden states `inputs[i]`, to give `targets[i]`.
+
+    `softness` of the rounding sinks geometrically from the first number to the second; zeros round straight through.
+    """
 
     inputs: ActivationStore
     targets: ActivationStore
+    softness: tuple[float, float] = (0.0, 0.0)
+
+    def softness_at(self, share: float) -> float:
+        """The softness when that `share` of the steps is done."""
+        first, last = self.softness
+        return first * (last / first) ** share if first else 0.0
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The mean squared error on held-out rows before and after, and the step that was best (0: the start)."""
+    """The error on held-out rows before and after, and the step that was best (0: the start).
+
+    The error of a token is its squared distance from the target, relative to the target's square: the norm that reads the
+    stream next divides by its length, and so a few tokens of enormous length decide nothing.
+    """
 
     before: float
     after: float
@@ -62,16 +75,20 @@ def distil(
     parameters = [p for group in optimiser.param_groups for p in group["params"]]
     schedule = LambdaLR(optimiser, lambda step: (1 + math.cos(math.pi * step / steps)) / 2)
 
-    def loss(i: int) -> Tensor:
-        given = _replay(io.calls[i], block.module, lattices, lesson.inputs[i].to(io.device))
-        return io.tokens(i, given - lesson.targets[i].to(io.device)).square().mean()
+    def loss(i: int, softness: float = 0.0) -> Tensor:
+        weights = {name: lattice(softness) for name, lattice in lattices.items()}
+        given = _replay(io.calls[i], block.module, weights, lesson.inputs[i].to(io.device))
+        wanted = io.tokens(i, lesson.targets[i].to(io.device))
+        lengths = wanted.square().mean(1).clamp(min=torch.finfo(wanted.dtype).eps)
+        return ((io.tokens(i, given) - wanted).square().mean(1) / lengths).mean()
 
     before = best = _mean(loss, held_out)
     best_step, results = 0, {name: lattice.tensor() for name, lattice in lattices.items()}
     order: list[int] = []
     for step in range(1, steps + 1):
         order = order or [seen[i] for i in torch.randperm(len(seen), generator=generator).tolist()]
-        gradients = torch.autograd.grad(loss(order.pop()), parameters, allow_unused=True)
+        softness = lesson.softness_at((step - 1) / steps)
+        gradients = torch.autograd.grad(loss(order.pop(), softness), parameters, allow_unused=True)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient
         optimiser.step()
@@ -101,10 +118,10 @@ def _mean(loss: Callable[[int], Tensor], batches: Sequence[int]) -> float:
     return sum(float(loss(i)) for i in batches) / len(batches)
 
 
-def _replay(call: Call, module: nn.Module, lattices: Mapping[str, Lattice], hidden: Tensor) -> Tensor:
-    """The block's output with the weights that the lattices stand for."""
-    weights = {}
-    for name, lattice in lattices.items():
-        weight = lattice()
-        weights[f"{name}.weight"] = weight.T if isinstance(module.get_submodule(name), Conv1D) else weight
-    return call.replay(lambda *args, **kwargs: functional_call(module, weights, args, kwargs), hidden)
+def _replay(call: Call, module: nn.Module, weights: Mapping[str, Tensor], hidden: Tensor) -> Tensor:
+    """The block's output with other `weights` `[out, in]` of its linears."""
+    placed = {
+        f"{name}.weight": weight.T if isinstance(module.get_submodule(name), Conv1D) else weight
+        for name, weight in weights.items()
+    }
+    return call.replay(lambda *args, **kwargs: functional_call(module, placed, args, kwargs), hidden)

@@ -2,9 +2,10 @@
 
 A quantizer solves layer by layer; attention and the activation function between the layers are no part of its objective.
 Here they are: a block with quantized weights, fed what the compressed model feeds it, is trained towards the full-precision
-output. AutoRound (Cheng et al. 2023) does so from round-to-nearest by the signs of gradients; this starts from the solution
-of the pass before it, also moves scales and zeros for themselves, and aims at the original model's stream. The format of the
-checkpoint does not change.
+output. AutoRound (Cheng et al. 2023) does so from round-to-nearest, by the signs of gradients that pass straight through the
+rounding. This starts from the solution of the pass before it, rounds softly and ever harder (as AdaRound, Nagel et al. 2020,
+though codes may go further than to a neighbour), moves scales and zeros as well, and aims at the original model's stream. The
+format of the checkpoint does not change.
 """
 
 from typing import ClassVar, Literal
@@ -28,16 +29,17 @@ class Tune:
     rate        of the rounding offsets, in steps of the grid
     scale_rate  of the scales, relative; 0 leaves them
     zero_rate   of the zeros, in steps of the grid; 0 leaves them
-    bound       how far an offset may go, in steps of the grid
+    soft, hard  how softly codes are rounded at the start and at the end; 0 rounds straight through
     target      what the block aims at: the output of the original model (`stream`), errors made before it repaired as far as
                 it can, or that of the original block on the same inputs (`block`)
     """
 
-    steps: int = 200
-    rate: float = 0.005
-    scale_rate: float = 0.001
+    steps: int = 300
+    rate: float = 0.02
+    scale_rate: float = 0.003
     zero_rate: float = 0.005
-    bound: float = 0.5
+    soft: float = 0.2
+    hard: float = 0.005
     target: Literal["stream", "block"] = "stream"
     needs: ClassVar[frozenset[str]] = frozenset({"block_io"})
     scheme: ClassVar[None] = None
@@ -45,18 +47,18 @@ class Tune:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UsageError(f"steps {self.steps} is not positive", "use a number such as 200")
+            raise UsageError(f"steps {self.steps} is not positive", "use a number such as 300")
         if min(self.rate, self.scale_rate, self.zero_rate) < 0 or not self.rate:
-            raise UsageError("a learning rate is negative, or that of the offsets is 0", "use rate=0.005")
-        if self.bound <= 0:
-            raise UsageError(f"bound {self.bound} is not positive", "use 0.5: one step of the grid either way")
+            raise UsageError("a learning rate is negative, or that of the offsets is 0", "use rate=0.02")
+        if not (0 < self.hard <= self.soft or self.soft == 0):
+            raise UsageError(f"rounding cannot sink from {self.soft} to {self.hard}", "use soft=0.2 and hard=0.005")
 
 
 def apply(config: Tune, block: Block) -> None:
     """Train every quantized linear of the block together."""
     assert block.io is not None
     lattices = {
-        name: Lattice(linear.weight, linear.result, config.bound)
+        name: Lattice(linear.weight, linear.result)
         for name, linear in block.local().items()
         if isinstance(linear.result, CompressedTensor)
     }
@@ -73,5 +75,5 @@ def apply(config: Tune, block: Block) -> None:
         [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters and rate], betas=(0.9, 0.99)
     )
     source = block.io.reference if config.target == "stream" else block.io.inputs
-    lesson = Lesson(block.io.inputs, targets(block.io, source))
+    lesson = Lesson(block.io.inputs, targets(block.io, source), (config.soft, config.hard))
     record(block, distil(block, lattices, lesson, optimiser, config.steps))

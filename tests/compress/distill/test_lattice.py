@@ -35,7 +35,7 @@ def test_begins_with_the_codes_of_the_quantizer_whatever_they_are(args: QuantArg
 
 @pytest.mark.parametrize("args", ARGS, ids=lambda a: f"{a.bits}-{a.strategy}")
 def test_what_is_trained_is_what_is_stored(args: QuantArgs) -> None:
-    lattice = Lattice(weight(), round_to_nearest(weight(), args), bound=2.0)
+    lattice = Lattice(weight(), round_to_nearest(weight(), args))
     with torch.no_grad():
         for parameter in lattice.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2)))
@@ -46,14 +46,24 @@ def test_what_is_trained_is_what_is_stored(args: QuantArgs) -> None:
     assert torch.equal(stored.dequantize(), lattice().detach())
 
 
-def test_an_offset_leaves_its_bound_at_most_to_the_neighbouring_codes() -> None:
-    args = QuantArgs(bits=4, group_size=8)
-    tensor = round_to_nearest(weight(), args)
-    lattice = Lattice(weight(), tensor)
+def test_soft_rounding_hardens_to_the_stored_values() -> None:
+    args = QuantArgs(bits=3, group_size=8)
+    lattice = Lattice(weight(), round_to_nearest(weight(), args))
+    hard, step = lattice().detach(), lattice.tensor().scale.float().max()
+    away = [float((lattice(softness).detach() - hard).abs().max() / step) for softness in (0.5, 0.1, 0.002)]
+    assert 0.5 >= away[0] > away[1] > away[2] and away[2] < 0.01
+
+
+def test_soft_rounding_has_the_gradient_of_its_own_value() -> None:
+    lattice = Lattice(weight(), round_to_nearest(weight(), QuantArgs(bits=8, group_size=8, scale_dtype="float32")))
+    slope = torch.randn(6, 24, generator=torch.Generator().manual_seed(4))
+    (gradient,) = torch.autograd.grad((lattice(0.3) * slope).sum(), [lattice.offset])
     with torch.no_grad():
-        lattice.offset.copy_(100 * torch.randn(lattice.offset.shape, generator=torch.Generator().manual_seed(3)))
-    moved = (lattice.tensor().codes.int() - tensor.codes.int()).abs()
-    assert moved.max() == 1
+        before, moved = lattice(0.3), 1e-3
+        lattice.offset += moved
+        measured = (lattice(0.3) - before) * slope / moved
+    settled = (gradient.flatten(1) - measured).abs() < 0.02 * measured.abs().max()
+    assert settled.float().mean() > 0.97  # but where a weight just crossed the middle of its cell
 
 
 def test_gradients_are_those_without_rounding_and_none_beyond_the_ends() -> None:

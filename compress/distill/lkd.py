@@ -2,8 +2,7 @@
 
 The student reads the original model's hidden states, not those of the compressed blocks before it, so blocks are
 independent and one optimiser state at a time is in memory. The weights behind the codes are trained by AdamW through the
-rounding, straight through; the grid stays as the quantizer fitted it, and so do norms and biases, which are stored as in the
-original.
+rounding; the grid stays as the quantizer fitted it, and so do norms and biases, which are stored as in the original.
 """
 
 from typing import ClassVar
@@ -24,18 +23,22 @@ class LKD:
     """Options of LKD, for use after any quantizer.
 
     steps  batches of about 1024 tokens that every block is trained on
-    rate   AdamW's at the start, in units of the weights; it falls to zero. ZeroQuant uses 5e-6 on models that are large
+    rate   AdamW's at the start, in units of the weights; it falls to zero. ZeroQuant uses 5e-6, far too little for small models
+    soft, hard  how softly codes are rounded at the start and at the end (see lattice.py); `soft` 0 rounds straight through,
+                as published
     """
 
-    steps: int = 100
-    rate: float = 1e-4
+    steps: int = 200
+    rate: float = 5e-4
+    soft: float = 0.2
+    hard: float = 0.005
     needs: ClassVar[frozenset[str]] = frozenset({"block_io"})
     scheme: ClassVar[None] = None
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rate <= 0:
-            raise UsageError("lkd needs steps and a rate above 0", "use steps=100 and rate=1e-4")
+            raise UsageError("lkd needs steps and a rate above 0", "use steps=200 and rate=5e-4")
 
 
 def apply(config: LKD, block: Block) -> None:
@@ -50,5 +53,5 @@ def apply(config: LKD, block: Block) -> None:
         return
     # Weight decay would draw the trained change, not the weight, towards zero; at this rate it is nothing either way.
     optimiser = AdamW([lattice.offset for lattice in lattices.values()], lr=config.rate, weight_decay=0.0)
-    lesson = Lesson(block.io.reference, targets(block.io, block.io.reference))
+    lesson = Lesson(block.io.reference, targets(block.io, block.io.reference), (config.soft, config.hard))
     record(block, distil(block, lattices, lesson, optimiser, config.steps))

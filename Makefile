@@ -11,7 +11,7 @@ INSTALLED := .venv/installed
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench interop clean
 
 # Compress the sample model four ways and compare the results.
 demo: $(INSTALLED)
@@ -29,6 +29,10 @@ lint: $(INSTALLED)
 # The solver against the textbook on a 4096 x 4096 layer; takes minutes.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/solver.py
+
+# Every export loaded in the runtime that it is for, each in an environment of its own; takes many minutes.
+interop: $(INSTALLED)
+	$(BIN)/python benchmarks/interop.py --docs docs/interop.md
 
 clean:
 	rm -rf .venv .ruff_cache build dist *.egg-info

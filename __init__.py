@@ -13,20 +13,35 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from .compress.api import prune, quantize, run
     from .compress.errors import CompressError, StorageError, UsageError
+    from .compress.export import export
     from .compress.formats.load import load
     from .eval.perplexity import evaluate
+    from .eval.verify import verify
 
-__all__ = ["CompressError", "StorageError", "UsageError", "evaluate", "load", "prune", "quantize", "run"]
+__all__ = [
+    "CompressError",
+    "StorageError",
+    "UsageError",
+    "evaluate",
+    "export",
+    "load",
+    "prune",
+    "quantize",
+    "run",
+    "verify",
+]
 
 _HOMES = {
     "CompressError": "compress.errors",
     "StorageError": "compress.errors",
     "UsageError": "compress.errors",
     "evaluate": "eval.perplexity",
+    "export": "compress.export",
     "load": "compress.formats.load",
     "prune": "compress.api",
     "quantize": "compress.api",
     "run": "compress.api",
+    "verify": "eval.verify",
 }
 
 

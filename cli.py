@@ -1,25 +1,21 @@
 """The command `compress`: parse, call the API, render. Data go to stdout, everything else to stderr."""
 
-import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .compress.errors import CompressError, UsageError
+from .compress.errors import UsageError
+from .compress.report.session import Output, session
 
 if TYPE_CHECKING:
     from .compress.pipeline import RunReport
     from .recipes.schema import Recipe
 
-INTERRUPTED, BROKEN = 130, 3
+BROKEN = 3
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -39,6 +35,9 @@ Out = Annotated[
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
 ]
+Target = Annotated[
+    str, typer.Option("--target", help="Runtimes that must be able to serve it: vllm,llamacpp.", show_default=False)
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
 Calib = Annotated[
     str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
@@ -54,38 +53,23 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 
 
-@dataclass(frozen=True)
-class Output:
-    """Where a command's words and its data go."""
-
-    console: Console
-    json: str | None
-    data: Console = field(default_factory=lambda: Console(soft_wrap=True))
-
-    def result(self, content: dict[str, Any], shown: object = None) -> None:
-        """Print `shown`, and write `content` where JSON was asked for."""
-        if shown is not None and self.json != "-" and not self.console.quiet:
-            self.data.print(shown)
-        if self.json is None:
-            return
-        text = json.dumps(content, indent=2)
-        if self.json == "-":
-            print(text)
-        else:
-            from .compress.formats.shards import storage_errors
-
-            with storage_errors(Path(self.json)):
-                Path(self.json).write_text(text + "\n", encoding="utf-8")
-
-
 @app.command()
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, rtn.")] = "gptq",
+    method: Annotated[str, typer.Option(help="How codes are chosen: gptq, spqr, rtn.")] = "gptq",
     bits: Annotated[int, typer.Option(help="Bits a weight, 2 to 8.")] = 4,
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale; -1: one scale an output row.")] = 128,
+    group_size: Annotated[
+        int | None,
+        typer.Option(
+            help="Weights that share a scale; -1: one scale an output row. Default: the method's own, mostly 128.",
+            show_default=False,
+        ),
+    ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point for every group too.")] = False,
+    quality: Annotated[
+        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+    ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
     seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
@@ -96,6 +80,7 @@ def quantize(
     recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
     evaluate_on: Eval = None,
     seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    target: Target = "",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json_file: Json = None,
@@ -108,7 +93,7 @@ def quantize(
 
     compress quantize --method gptq --bits 4 MODEL
     """
-    with _session(json_file, quiet, debug, threads) as output:
+    with session(json_file, quiet, debug, threads) as output:
         from .compress.api import quantization_recipe
         from .recipes import schema
 
@@ -120,6 +105,7 @@ def quantize(
                 bits=bits,
                 group_size=group_size,
                 symmetric=not asymmetric,
+                quality=quality,
                 calib=calib,
                 samples=samples,
                 seq_len=seq_len,
@@ -128,7 +114,7 @@ def quantize(
                 options=_options(options),
             )
         )
-        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output, target)
 
 
 @app.command()
@@ -167,7 +153,7 @@ def prune(
 
     compress prune --method exactobs --pattern 2:4 MODEL
     """
-    with _session(json_file, quiet, debug, threads) as output:
+    with session(json_file, quiet, debug, threads) as output:
         from .compress.api import pruning_recipe
 
         wanted = pruning_recipe(
@@ -200,7 +186,7 @@ def run(
     device: Device = "cpu",
 ) -> None:
     """Carry out the passes of a recipe on MODEL."""
-    with _session(json_file, quiet, debug, threads) as output:
+    with session(json_file, quiet, debug, threads) as output:
         from .recipes import schema
 
         _carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
@@ -229,7 +215,7 @@ def eval_(
     device: Device = "cpu",
 ) -> None:
     """Measure the perplexity of MODEL, and its divergence from a base model."""
-    with _session(json_file, quiet, debug, threads) as output:
+    with session(json_file, quiet, debug, threads) as output:
         from .compress.report.console import watching
         from .eval.perplexity import evaluate
         from .eval.render import table
@@ -250,9 +236,51 @@ def eval_(
 
 
 @app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory: ours, or GPTQ, AWQ, compressed-tensors.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Directory to write.")],
+    format_name: Annotated[str, typer.Option("--format", help="Such as gptq, awq, gguf, onnx, fp16.")],
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Write CHECKPOINT in another runtime's format, codes and scales as they are."""
+    with session(json_file, quiet, debug) as output:
+        from .compress.export import export as write
+        from .compress.report.console import print_export
+
+        report = write(checkpoint, out, format=format_name, overwrite=overwrite)
+        print_export(output.console, report)
+        output.result(report.as_dict())
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory to load elsewhere.")],
+    runtime: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "transformers",
+    against: Annotated[
+        str | None, typer.Option(help="Checkpoint it was exported from. Default: itself.", show_default=False)
+    ] = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Prove that other runtimes serve CHECKPOINT as it was meant, or name the tensor and block at fault."""
+    with session(json_file, quiet, debug) as output:
+        from .eval.render import verification
+        from .eval.verify import verify as prove
+
+        found = prove(checkpoint, against=against, runtime=runtime.split(","))
+        output.result(found.as_dict(), verification(found))
+    if not found.ok:
+        raise typer.Exit(1)
+
+
+@app.command()
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
-    with _session(json_file, quiet, debug) as output:
+    with session(json_file, quiet, debug) as output:
         from .calibrate.inspect import inspect as look
         from .eval.render import inspection
 
@@ -263,7 +291,7 @@ def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: D
 @recipes_app.command("list")
 def list_recipes(json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Name the shipped recipes with what each is for."""
-    with _session(json_file, quiet, debug) as output:
+    with session(json_file, quiet, debug) as output:
         from .recipes.schema import shipped
 
         purposes = {name: text.splitlines()[0].removeprefix("# ") for name, text in shipped().items()}
@@ -281,7 +309,7 @@ def show_recipe(
     debug: Debug = False,
 ) -> None:
     """Print a recipe with every option written out."""
-    with _session(json_file, quiet, debug) as output:
+    with session(json_file, quiet, debug) as output:
         from .recipes.schema import dump, read
 
         recipe = read(name)
@@ -297,6 +325,7 @@ def _carry_out(
     evaluate_on: str | None,
     device: str,
     output: Output,
+    targets: str = "",
 ) -> None:
     from .compress.api import default_out
     from .compress.pipeline import plan
@@ -307,7 +336,7 @@ def _carry_out(
     target = out or default_out(model, recipe)
     if not dry_run:
         check_target(target, overwrite)
-    planned = plan(model, recipe)
+    planned = plan(model, recipe, targets.split(",") if targets else ())
     print_plan(output.console, planned)
     if dry_run:
         output.result(
@@ -349,41 +378,6 @@ def _options(given: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
-
-
-@contextmanager
-def _session(json_file: str | None, quiet: bool, debug: bool, threads: int | None = None) -> Iterator[Output]:
-    """Everything between a command's words and its exit code: consoles, threads, errors as one line."""
-    console = Console(stderr=True, quiet=quiet)
-    try:
-        if threads is not None:
-            import torch
-
-            torch.set_num_threads(threads)
-        yield Output(console, json_file)
-    except CompressError as error:
-        if debug:
-            raise
-        _say(error.message, error.hint)
-        raise typer.Exit(error.exit_code) from None
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        _say("interrupted", "the same command goes on where it stopped")
-        raise typer.Exit(INTERRUPTED) from None
-    except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if debug or isinstance(error, typer.Exit):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        _say(f"unexpected {type(error).__name__}: {reason}", "repeat it with --debug and report it")
-        raise typer.Exit(1) from None
-
-
-def _say(message: str, hint: str | None) -> None:
-    console = Console(stderr=True, soft_wrap=True)
-    console.print(Text.assemble(("error: ", "bold red"), message), highlight=False)
-    if hint:
-        console.print(Text.assemble(("hint: ", "cyan"), hint), highlight=False)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from torch import Tensor
 
 # Below this width one full product beats the saving of skipping its lower half.
 TILED_WIDTH, TILES = 1024, 4
+STRIP = 512
 
 
 class Hessian:
@@ -36,8 +37,12 @@ class Hessian:
 
     def matrix(self) -> Tensor:
         """`2/N * X^T X` `[width, width]`, symmetric to the last bit."""
-        upper = self._sum.triu().mul_(2 / max(self.sequences, 1))
-        return upper.add_(upper.triu(1).T)
+        matrix = self._sum * (2 / max(self.sequences, 1))
+        for start in range(0, self.width, STRIP):  # mirrored strip by strip: a whole transpose would double the memory
+            strip = matrix[start : start + STRIP, start:]
+            strip[:, : len(strip)].copy_(strip[:, : len(strip)].triu() + strip[:, : len(strip)].triu(1).T)
+            matrix[start + len(strip) :, start : start + len(strip)] = strip[:, len(strip) :].T
+        return matrix
 
     def diagonal(self) -> Tensor:
         """The diagonal of `matrix()` `[width]`."""

@@ -90,6 +90,8 @@ def _stored(source: Source, names: Names, layer: str) -> str:
     places, bitmask = (source.tensors.get(f"{layer}.weight_{part}") for part in ("places", "bitmask"))
     if places is not None or bitmask is not None:
         return "2:4" if places is not None else "bitmask"
+    if f"{layer}.weight_tiles" in source.tensors:
+        return "SpQR tiles"
     packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
     if packed is None or shape is None:
         return "missing"

@@ -1,4 +1,7 @@
-"""Rows of tokens: text from a file, the built-in corpus or the hub, tokenised, packed and cut."""
+"""Rows of tokens: text from a file, the built-in corpus or the hub, tokenised, packed and cut.
+
+`datasets` and `pyarrow` are imported where they are used: they take a second and 90 MB that most runs do not need.
+"""
 
 import hashlib
 import json
@@ -10,11 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Literal, cast
 
-import pyarrow
 import torch
-from datasets import load_dataset
-from datasets.exceptions import DatasetsError
-from pyarrow.parquet import ParquetFile
 from torch import Tensor
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
 
@@ -215,6 +214,9 @@ def _json_text(line: str, place: str) -> str:
 
 
 def _parquet(path: Path) -> list[str]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
     try:
         with ParquetFile(path) as file:
             columns = file.schema_arrow.names
@@ -266,6 +268,8 @@ def _hub_documents(data: str, split: Split) -> Documents:
         raise UsageError(
             f"{data}: no such data", f"give a file, {BUILT_IN}, {', '.join(HUB)} or org/name of a hub data set"
         )
+    from datasets.exceptions import DatasetsError
+
     wanted = HUB.get(data) or HubSet(name, config or None)
     which = 0 if split == "calibration" else 1
     part = wanted.splits[which]
@@ -280,6 +284,8 @@ def _hub_documents(data: str, split: Split) -> Documents:
 
 
 def _download(wanted: HubSet, which: int) -> list[str]:
+    from datasets import load_dataset
+
     part = wanted.splits[which]
     files = {part: wanted.shards[which]} if wanted.shards else None
     records = load_dataset(

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..compress.errors import CompressError
@@ -144,12 +145,21 @@ class Runner:
                     continue
                 raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
 
+    def groups(self, index: int, wanted: set[str]) -> list[list[str]]:
+        """The linears `wanted` of the loaded block `index` by common input, in order of use: one batch tells."""
+        return self.collect(index, wanted, batches=1).groups
+
     @torch.no_grad()
-    def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
-        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`."""
+    def collect(
+        self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32, batches: int | None = None
+    ) -> Statistics:
+        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
+
+        All batches take part, or the first `batches`.
+        """
         statistics, sharing = Statistics(), {}
         linears = {name: m for name, m in find_linears(self.blocks[index]).items() if name in wanted}
-        for i, call in enumerate(self._calls[index]):
+        for i, call in enumerate(self._calls[index][:batches]):
             mask = None if self._masks is None else self._masks[i].to(self.device)
             gatherer = _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)
             with _observing(linears, gatherer), landings(linears if self._original else {}) as landed:
@@ -192,7 +202,10 @@ class Runner:
         loaded: list[nn.Module] = []
 
         def load(module: nn.Module, args: object, name: str) -> None:
-            if any(p.is_meta for p in module.parameters(recurse=False)):
+            if type(module) is nn.Embedding and module.weight.is_meta:
+                hooks.append(self._embed_in_stored_dtype(module, name))
+                loaded.append(module)
+            elif any(p.is_meta for p in module.parameters(recurse=False)):
                 materialise(module, name, self.source, self.names, self.device)
                 loaded.append(module)
 
@@ -208,6 +221,12 @@ class Runner:
                 hook.remove()
             for module in loaded:
                 release(module)
+
+    def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
+        """Load an embedding as it is stored and widen what is looked up: the widened table would be the largest tensor."""
+        dtype = table.weight.dtype
+        materialise(table, name, self.source, self.names, self.device, widen=False)
+        return table.register_forward_hook(lambda module, args, found: found.to(dtype))
 
     @contextmanager
     def _blocks_recording(self) -> Iterator[None]:
@@ -285,12 +304,12 @@ class _Gatherer:
             here, there = landed[name], intended.get(name)
             if there is None or inputs.ndim != 3:  # tokens routed to experts have no counterpart to compare with
                 continue
-            known = self._statistics.drifts.get(name)
-            if known is None:
+            if name not in self._statistics.drifts:
                 rows, columns = weight_of(linears[name]).shape
-                known = Drift(rows, columns, self._dtype, inputs.device)
-                self._statistics.drifts[name] = known
-            known.update(self._tokens(name, there - here), self._tokens(name, inputs), self._sequences)
+                self._statistics.drifts[name] = Drift(rows, columns, self._dtype, inputs.device)
+            self._statistics.drifts[name].update(
+                self._tokens(name, there - here), self._tokens(name, inputs), self._sequences
+            )
 
     def _join(self, name: str, inputs: Tensor) -> str:
         leader = next((self._leaders[other] for tensor, other in self._seen if tensor is inputs), name)

@@ -92,8 +92,11 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
         owner._buffers[leaf] = tensor
 
 
-def materialise(module: nn.Module, prefix: str, source: Source, names: Names, device: torch.device | str) -> None:
-    """Read the parameters and stored buffers of `module`, which stands at `prefix`, in the dtype of the skeleton.
+def materialise(
+    module: nn.Module, prefix: str, source: Source, names: Names, device: torch.device | str, widen: bool = True
+) -> None:
+    """Read the parameters and stored buffers of `module`, which stands at `prefix`, in the dtype of the skeleton (or, without
+    `widen`, in their own).
 
     Raises `CompressError` naming a parameter that the checkpoint lacks or whose shape differs, or that holds NaN or Inf.
     """
@@ -104,18 +107,18 @@ def materialise(module: nn.Module, prefix: str, source: Source, names: Names, de
             if isinstance(placeholder, nn.Parameter):
                 raise CompressError(f"{source.path} holds no tensor for {full}", "the checkpoint is incomplete")
             continue
-        assign(module, name, read(source, stored, placeholder).to(device))
+        assign(module, name, read(source, stored, placeholder, widen).to(device))
     for name, buffer in module.named_buffers():
         assign(module, name, buffer.to(device))
 
 
-def read(source: Source, stored: str, like: Tensor) -> Tensor:
-    """The checkpoint's tensor `stored`, checked to be finite and of the shape of `like`, in the dtype of `like`."""
+def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tensor:
+    """The checkpoint's tensor `stored`, checked to be finite and of the shape of `like`, in the dtype of `like` or its own."""
     tensor = source.read(stored, check=True)
     if tensor.shape != like.shape:
         shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} by its config.json"
         raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not belong together")
-    return tensor.to(like.dtype)
+    return tensor.to(like.dtype) if widen else tensor
 
 
 def release(module: nn.Module) -> None:

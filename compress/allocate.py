@@ -5,7 +5,7 @@ weights kept, time) and its error (the layer's loss, or what the model loses whe
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -29,8 +29,9 @@ class Option:
 def allocate(database: Mapping[str, Sequence[Option]], budget: float, buckets: int = BUCKETS) -> dict[str, int]:
     """The index of the chosen option of every layer: least sum of errors with a sum of costs of at most `budget`.
 
-    Costs are rounded up to `buckets` steps of what the budget leaves beyond the cheapest choice of every layer, so that
-    cheap levels neither vanish nor come for free, and the budget is kept. Raises `UsageError` where it cannot be.
+    What the budget leaves beyond the cheapest choice of every layer is cut into `buckets`, or into whole units where costs
+    are few and whole; a level's extra cost is rounded up to them, so that cheap levels neither vanish nor come for free,
+    and the budget is kept. Raises `UsageError` where it cannot be.
     """
     cheapest = {name: min(option.cost for option in options) for name, options in database.items()}
     spare = budget - sum(cheapest.values())
@@ -39,7 +40,11 @@ def allocate(database: Mapping[str, Sequence[Option]], budget: float, buckets: i
             f"the budget {budget:g} is below {sum(cheapest.values()):g}, the least that the layers can cost",
             "raise it, or offer smaller levels",
         )
-    unit = spare / buckets
+    unit = _whole_unit(option.cost - cheapest[name] for name, options in database.items() for option in options)
+    if unit and spare / unit <= buckets:
+        buckets = int(spare / unit + 1e-9)
+    else:
+        unit = spare / buckets
     best = torch.zeros(buckets + 1, dtype=torch.float64)
     choices = []
     for name, options in database.items():
@@ -55,6 +60,12 @@ def allocate(database: Mapping[str, Sequence[Option]], budget: float, buckets: i
         chosen[name] = int(choice[left])
         left -= steps[chosen[name]]
     return {name: chosen[name] for name in database}
+
+
+def _whole_unit(costs: Iterable[float]) -> int:
+    """The greatest common divisor of `costs`, 0 where they are not whole."""
+    found = list(costs)
+    return math.gcd(*(int(cost) for cost in found)) if all(float(cost).is_integer() for cost in found) else 0
 
 
 def _steps(cost: float, unit: float, buckets: int) -> int:

@@ -6,11 +6,13 @@ from typing import Any
 
 from ..recipes import schema
 from ..recipes.schema import Recipe
-from . import pipeline
+from . import passes, pipeline
 from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
 from .scheme import PruneArgs, WeightArgs, group_strategy
+
+GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
 
 
 def quantize(
@@ -19,29 +21,35 @@ def quantize(
     *,
     method: str = "gptq",
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
     seed: int = 0,
     keep: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
-    `group_size` -1 means one scale per output row; `keep` are patterns of layers that stay dense; `options` are those of
-    the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`, `scale_dtype`). `out` is by default
-    `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
+    `group_size` is by default the method's own (128; 32 for SpQR), -1 means one scale per output row; `keep` are patterns
+    of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which
+    `options` go: those of the method (`damping`, `order`, ...) and of its weight grid (`observer`, `formula`,
+    `scale_dtype`, `outliers`). `target` names the runtimes that must be able to serve the result (see
+    `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything
+    is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
         bits=bits,
         group_size=group_size,
         symmetric=symmetric,
+        quality=quality,
         calib=calib,
         samples=samples,
         seq_len=seq_len,
@@ -49,7 +57,7 @@ def quantize(
         keep=keep,
         options=options,
     )
-    return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
+    return run(model, out, recipe, target=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def prune(
@@ -98,22 +106,24 @@ def run(
     out: str | Path | None = None,
     recipe: Recipe | str | Path = "gptq-w4",
     *,
+    target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> RunReport:
     """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
     wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
-    target = Path(out) if out else default_out(model, wanted)
-    return pipeline.run(model, target, wanted, overwrite=overwrite, device=device, observer=observer)
+    place = Path(out) if out else default_out(model, wanted)
+    return pipeline.run(model, place, wanted, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def quantization_recipe(
     *,
     method: str = "gptq",
     bits: int = 4,
-    group_size: int = 128,
+    group_size: int | None = None,
     symmetric: bool = True,
+    quality: str = "balanced",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -122,8 +132,10 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
-    strategy, size = group_strategy(group_size)
-    grid, rest = _split(options or {}, ("observer", "formula", "scale_dtype"))
+    preset = dict(passes.method(method).preset(quality))
+    own_size = preset.pop("group_size", 128)
+    strategy, size = group_strategy(own_size if group_size is None else group_size)
+    grid, rest = _split({**preset, **(options or {})}, GRID_OPTIONS)
     weights = {"bits": bits, "symmetric": symmetric, "strategy": strategy, "group_size": size, **grid}
     return schema.build(
         {

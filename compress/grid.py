@@ -24,7 +24,7 @@ from .scheme import QuantArgs
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
 # With importances the error is the layer's own, a square; every fourth step loses nothing that refinement does not regain.
-WEIGHTED_STRIDE, WEIGHTED_NORM = 4, 2.0
+WEIGHTED_STRIDE = 4
 
 
 @dataclass(frozen=True)
@@ -97,6 +97,8 @@ def parameters(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tens
     steps = {"gptq": args.maxq, "signed": args.maxq - 1, "ds": args.maxq + 1, "awq": args.maxq, "spqr": args.maxq}
     if args.formula == "awq":
         spread = spread.clamp(min=1e-5)
+    if args.formula == "spqr":  # a constant is represented exactly, by the code 0
+        spread = torch.where(spread > 0, spread, low.abs() * args.maxq)
     scale = stored(spread / steps[args.formula], args)
     return scale, _zero(low, scale, args)
 
@@ -130,15 +132,16 @@ def _fit_mse(
 
     The error is `sum |q - x|**2.4`, or with importances `sum importance * (q - x)**2`.
     """
-    stride, norm = (1, MSE_NORM) if importance is None else (WEIGHTED_STRIDE, WEIGHTED_NORM)
+    stride = 1 if importance is None else WEIGHTED_STRIDE
     best = torch.full_like(low, torch.inf)
     scale, zero = parameters(low, high, args)
     for step in range(0, int(MSE_SHRINK * MSE_STEPS), stride):
         keep = 1 - step / MSE_STEPS
         s, z = parameters(low * keep, high * keep, args)
         codes = encode(groups, s.unsqueeze(-1), z.unsqueeze(-1), args)
-        error = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups).abs_().pow_(norm)
-        error = (error if importance is None else error.mul_(importance)).sum(-1)
+        error = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups)
+        error = error.abs_().pow_(MSE_NORM) if importance is None else error.square_().mul_(importance)
+        error = error.sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)

@@ -1,11 +1,11 @@
 """The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
 
 The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a `CompressedTensor` or `PrunedTensor` and its figures in each.
+and statistics of `block.linears` and leaves a compressed tensor and its figures in each.
 """
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
 from typing import Any, ClassVar, Protocol
@@ -16,8 +16,8 @@ from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import BlockIO
 from .errors import UsageError
-from .scheme import Pruning, Scheme, WeightArgs
-from .tensor import CompressedTensor, PrunedTensor
+from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
+from .tensor import Compressed
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
@@ -27,6 +27,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "lkd": ("distill.lkd", "LKD"),
     "tune": ("distill.tune", "Tune"),
     "obq": ("quantize.obq", "OBQ"),
+    "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),
     "wanda": ("prune.wanda", "Wanda"),
     "sparsegpt": ("prune.sparsegpt", "SparseGPT"),
@@ -34,6 +35,8 @@ METHODS: dict[str, tuple[str, str]] = {
     "obd": ("prune.obd", "OBD"),
     "obs": ("prune.obs", "OBS"),
 }
+
+QUALITIES = ("fast", "balanced", "best")
 
 
 class PassConfig(Protocol):
@@ -60,8 +63,22 @@ class Linear:
     args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
-    result: CompressedTensor | PrunedTensor | None = None
+    result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
+
+    @property
+    def grid_args(self) -> QuantArgs:
+        """`args` of a layer that is to be quantized. Raises `UsageError` for one that is to be pruned."""
+        if isinstance(self.args, QuantArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be pruned, not quantized", "the last pass of a recipe decides")
+
+    @property
+    def prune_args(self) -> PruneArgs:
+        """`args` of a layer that is to be pruned. Raises `UsageError` for one that is to be quantized."""
+        if isinstance(self.args, PruneArgs):
+            return self.args
+        raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
 
 
 @dataclass
@@ -85,10 +102,17 @@ class Method:
     name: str
     config: type[Any]
     apply: Callable[[Any, Block], None]
+    presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
     def options(self) -> list[str]:
         """The names of the method's options."""
         return [f.name for f in fields(self.config)]
+
+    def preset(self, quality: str) -> Mapping[str, Any]:
+        """The options that a quality stands for: none where the method has only one. Raises `UsageError`."""
+        if quality not in QUALITIES:
+            raise UsageError(f"unknown quality {quality!r}", f"use one of: {', '.join(QUALITIES)}")
+        return self.presets.get(quality, {})
 
 
 def method(name: str) -> Method:
@@ -99,4 +123,4 @@ def method(name: str) -> Method:
         raise UsageError(f"unknown method {name!r}", hint)
     path, config = METHODS[name]
     module = import_module(f".{path}", __package__)
-    return Method(name, getattr(module, config), module.apply)
+    return Method(name, getattr(module, config), module.apply, getattr(module, "PRESETS", {}))

@@ -4,10 +4,11 @@ The output grows in a hidden sibling of the target, a file per block, and is ren
 goes on where it stopped: finished blocks are read back and only run forward.
 """
 
+import ctypes
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,14 @@ from ..calibrate.runner import Runner, Statistics
 from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..recipes.schema import PassSpec, Recipe
+from .formats.targets import check as check_targets
 from .passes import Block, Linear
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
 from .workspace import Workspace, check_target
 
+M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
 
@@ -63,10 +66,15 @@ class RunReport:
         }
 
 
-def plan(model: str | Path, recipe: Recipe) -> Plan:
-    """What `run` would do, from the config and the file headers alone."""
+def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan:
+    """What `run` would do, from the config and the file headers alone.
+
+    Raises `UsageError` where one of the runtimes `targets` could not serve the result.
+    """
     source = open_source(model)
-    return make_plan(source, build(source), recipe)
+    planned = make_plan(source, build(source), recipe)
+    check_targets(planned.layers, targets)
+    return planned
 
 
 def run(
@@ -76,6 +84,7 @@ def run(
     *,
     overwrite: bool = False,
     device: str = "cpu",
+    targets: Sequence[str] = (),
     observer: Observer = silent,
 ) -> RunReport:
     """Compress the Hugging Face directory (or hub id) `model` by `recipe` into the directory `out`.
@@ -83,11 +92,13 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
+    return_freed_memory()
     device_of(device)
     source = open_source(model)
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
+    check_targets(planned.layers, targets)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _needs(recipe) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
@@ -179,13 +190,10 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    statistics = runner.collect(index, set(local))
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, statistics, tell)
-    for position, names in enumerate(statistics.groups):
-        if position:  # the statistics of the first group are those just gathered
-            statistics = runner.collect(index, set(names))
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
+        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+    for names in runner.groups(index, set(local)):
+        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
     return None
 
 
@@ -201,6 +209,13 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)
+
+
+def return_freed_memory() -> None:
+    """Have glibc give every freed matrix back at once: by itself it would keep those below 32 MB, and fragments of them."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
 
 
 def peak_bytes() -> int:

@@ -17,9 +17,9 @@ from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import layer as packed
-from .formats import shards
+from .formats import shards, sparse
 from .formats.shards import TensorSpec
+from .formats.storage import format_of
 from .scheme import PruneArgs, QuantArgs, Storage, WeightArgs
 
 
@@ -38,7 +38,7 @@ class LayerPlan:
     def stored_as(self, storage: Storage) -> int:
         """Bytes of the pruned layer in another storage."""
         assert isinstance(self.args, PruneArgs)
-        return sum(s.nbytes for s in packed.spec(self.name, replace(self.args, storage=storage), *self.shape).values())
+        return sum(s.nbytes for s in sparse.spec(self.name, replace(self.args, storage=storage), *self.shape).values())
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     tensors: dict[str, TensorSpec] = {}
     for layer in layers:
         if layer.args is not None:
-            tensors |= packed.spec(layer.name, layer.args, *layer.shape)
+            tensors |= format_of(layer.args).spec(layer.name, layer.args, *layer.shape)
     replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
@@ -156,10 +156,10 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         note = (
             None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
         )
-    reason = packed.supports(args)
+    reason = format_of(args).supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    nbytes = sum(spec.nbytes for spec in packed.spec(name, args, rows, columns).values())
+    nbytes = sum(spec.nbytes for spec in format_of(args).spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 

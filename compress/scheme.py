@@ -17,7 +17,7 @@ from .errors import UsageError
 Strategy = Literal["tensor", "channel", "group", "token"]
 Formula = Literal["gptq", "signed", "ds", "awq", "spqr"]
 Observer = Literal["minmax", "mse"]
-ScaleDtype = Literal["float16", "bfloat16", "float32"]
+ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel"]
 
 # The named grids of the literature: which formulas exist in a symmetric and which in an asymmetric form.
 GRIDS: dict[Formula, tuple[bool, ...]] = {
@@ -35,7 +35,8 @@ class QuantArgs:
 
     `strategy` says which values share a scale: the whole tensor, an output row (`channel`), `group_size` neighbouring
     input columns of a row (`group`), or a row of activations (`token`). `formula` picks the published definition of
-    scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how the scale is stored.
+    scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how the scale is stored: as a float, or
+    quantized itself (`bilevel`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual.
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -47,6 +48,7 @@ class QuantArgs:
     formula: Formula = "gptq"
     observer: Observer = "minmax"
     scale_dtype: ScaleDtype = "float16"
+    outliers: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -60,6 +62,13 @@ class QuantArgs:
             others = ", ".join(name for name, forms in GRIDS.items() if self.symmetric in forms)
             raise UsageError(f"the {self.formula!r} grid has no {kind} form", f"use one of: {others}")
 
+        if self.scale_dtype == "bilevel" and (self.formula != "spqr" or self.strategy != "group"):
+            raise UsageError("two-level scales need the 'spqr' grid and groups", "use --method spqr --group-size 32")
+        if self.outliers and self.scale_dtype != "bilevel":
+            raise UsageError("only weights with two-level scales are stored with outliers", "use --method spqr")
+        if not 0 <= self.outliers < 1:
+            raise UsageError(f"outliers {self.outliers} is no share of the weights", "use for example 0.01")
+
     @property
     def maxq(self) -> int:
         """The largest code."""
@@ -67,8 +76,8 @@ class QuantArgs:
 
     @property
     def torch_scale_dtype(self) -> torch.dtype:
-        """The dtype in which scales are stored."""
-        return getattr(torch, self.scale_dtype)
+        """The dtype in which scales are stored, those of the second level where there are two."""
+        return torch.float16 if self.scale_dtype == "bilevel" else getattr(torch, self.scale_dtype)
 
     def columns_per_scale(self, width: int) -> int:
         """How many of `width` input columns share one scale."""
@@ -79,6 +88,10 @@ class QuantArgs:
         nearest in ratio (ties to the smaller group; the whole row is a divisor too)."""
         if self.strategy != "group" or self.group_size is None or width % self.group_size == 0:
             return self
+        if (
+            self.scale_dtype == "bilevel"
+        ):  # tiles may be padded: groups of nearly the size asked for, the last one shorter
+            return replace(self, group_size=math.ceil(width / max(1, round(width / self.group_size))))
         size = nearest_divisor(width, self.group_size)
         if size == width:
             return replace(self, strategy="channel", group_size=None)

@@ -18,8 +18,8 @@ from ..calibrate.rows import Rows
 from ..calibrate.source import Source
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import layer as packed
 from .formats import shards
+from .formats.storage import format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
@@ -74,7 +74,7 @@ class Workspace:
         tensors: dict[str, Tensor] = {}
         for linear in linears:
             assert linear.result is not None
-            tensors |= packed.pack(linear.name, linear.result)
+            tensors |= format_of(linear.result.args).pack(linear.name, linear.result)
         prefix = f"{self.plan.prefix}.{index}."
         tensors |= {o: self.source.read(stored) for o, stored in self.plan.copied.items() if o.startswith(prefix)}
         figures = [_figures(linear) for linear in linears]
@@ -87,7 +87,8 @@ class Workspace:
         """The dequantized weights `[out, in]` of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
-        return {name: packed.unpack(name, tensors, self.plan.quantized[name]).dequantize() for name in names}
+        args = self.plan.quantized
+        return {name: format_of(args[name]).unpack(name, tensors, args[name]).dequantize() for name in names}
 
     def finish(self) -> list[Figures]:
         """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
@@ -102,12 +103,13 @@ class Workspace:
             complete.mkdir()
             shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
             self._write_documents(complete, figures)
-            _replace(complete, self.out)
+            put_in_place(complete, self.out)
             shutil.rmtree(self.path)
         return figures
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
-        quantization = packed.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        used = format_of(next(iter(self.plan.quantized.values())))
+        quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
@@ -195,7 +197,7 @@ def _figures(linear: Linear) -> Figures:
     return {"name": linear.name, **stored, **linear.figures}
 
 
-def _replace(complete: Path, out: Path) -> None:
+def put_in_place(complete: Path, out: Path) -> None:
     """Put the finished directory in place of `out`; an older result goes only once the new one stands."""
     old = out.parent / f".{out.name}.replaced"
     shutil.rmtree(old, ignore_errors=True)

@@ -8,6 +8,7 @@ from rich.text import Text
 
 from ..calibrate.inspect import Inspection
 from .perplexity import Evaluation
+from .verify import Finding, Verification
 
 ABSENT = "-"
 
@@ -40,6 +41,37 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
     if value is None:
         return ABSENT
     return f"{value:{form}}" if error is None else f"{value:{form}} ± {error:{form.removeprefix('+')}}"
+
+
+def verification(found: Verification) -> Table:
+    """What `compress verify` shows: a line per runtime."""
+    caption = Text(f"{found.checkpoint} against the dequantized weights of {found.against}")
+    result = Table(caption=caption, caption_justify="left")
+    for title in ("runtime", "weights, steps off", "logits, std off", "KL", "top-1", "verdict"):
+        result.add_column(title, justify="left" if title in ("runtime", "verdict") else "right")
+    for each in found.findings:
+        versions = ", ".join(f"{name} {number}" for name, number in each.versions.items())
+        figures = [_figure(value, form) for value, form in zip(_measured(each), ("g", "g", "g", "%"), strict=True)]
+        result.add_row(Text(f"{each.runtime}\n{versions}".strip()), *figures, Text(_verdict(each)))
+    return result
+
+
+def _measured(finding: Finding) -> tuple[float | None, ...]:
+    return finding.steps, finding.logits, finding.kl, finding.top1
+
+
+def _figure(value: float | None, form: str) -> str:
+    return ABSENT if value is None else f"{value:.1%}" if form == "%" else f"{value:.2g}"
+
+
+def _verdict(finding: Finding) -> str:
+    if finding.ok:
+        return "equal" if finding.steps == 0 else "equal within the runtime's number type"
+    if finding.error is not None:
+        return f"FAILED: {finding.error}"
+    tensors = f"wrong weight of {', '.join(finding.wrong_layers[:3])}" if finding.wrong_layers else "weights right"
+    block = "" if finding.block is None else f", outputs diverge from block {finding.block} on"
+    return f"WRONG: {tensors}{block}"
 
 
 def inspection(found: Inspection) -> Group:

@@ -1,25 +1,67 @@
-"""The plain torch kernel that every other one is held against: unpack, dequantize, multiply."""
+"""The plain torch kernel: it serves every need on every device, and every other one is held against the same mathematics."""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compress.formats.bitstream import unpack_rows
-from ..compress.grid import dequantize
-from ..compress.scheme import QuantArgs
+from ..compress.formats.bitstream import pack_rows, unpack_rows
+from .kernel import Kernel, Need, Product, Serves
+from .weight import Weight
+
+SLAB = 256  # rows of the weight that are dequantized at a time: no call holds a whole matrix
 
 
-def dequantized(packed: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs, columns: int) -> Tensor:
-    """The weight `[out, columns]` in float32: `packed` int32 `[out, words]`, `scale` and `zero` `[out, groups]`."""
-    codes = unpack_rows(packed, args.bits, columns)
-    scale = scale.float()
-    offset = torch.tensor(2 ** (args.bits - 1)) if zero is None else zero
-    return dequantize(codes, scale, offset.to(scale).expand_as(scale))
+def quantized(x: Tensor, need: Need) -> Tensor:
+    """`x` `[m, in]` as it enters the product: rounded to int8 codes and back, in its dtype, or as it is.
+
+    A scale is `absmax / steps` over the row or over the group, computed in float32; codes are rounded half to even and
+    kept to -128 .. 127.
+    """
+    if need.activations == "float":
+        return x
+    width = x.shape[1] if need.activations == "token" else min(need.group, x.shape[1])
+    spans = F.pad(x.float(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))
+    scale = spans.abs().amax(-1, keepdim=True) / need.steps
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    return ((spans / scale).round_().clamp_(-128, 127) * scale).flatten(1)[:, : x.shape[1]].to(x.dtype)
 
 
-def packed_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor | None, args: QuantArgs, bias: Tensor | None
-) -> Tensor:
-    """`x W^T + bias` for `x` `[..., in]` of any float dtype; the weight exists in full only during the call."""
-    weight = dequantized(packed, scale, zero, args, x.shape[-1])
-    return F.linear(x, weight.to(x.dtype), bias)
+class ReferenceProduct(Product):
+    """Codes as a bit stream along each row, as checkpoints keep them; a slab of rows at a time becomes floats."""
+
+    def __init__(self, weight: Weight, need: Need) -> None:
+        super().__init__()
+        self.need, self.columns = need, weight.shape[1]
+        self.packed: Tensor
+        self.scale: Tensor
+        self.zero: Tensor | None
+        self.codebook: Tensor | None
+        self.register_buffer("packed", pack_rows(weight.codes, weight.bits), persistent=False)
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("zero", weight.zero, persistent=False)
+        self.register_buffer("codebook", weight.codebook, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs, dtype = quantized(x, self.need), torch.promote_types(x.dtype, torch.float32)
+        slabs = [self._slab(start, dtype).to(x.dtype) for start in range(0, self.packed.shape[0], SLAB)]
+        return torch.cat([F.linear(inputs, slab) for slab in slabs], dim=1)
+
+    def codes(self) -> Tensor:
+        return unpack_rows(self.packed, self.need.bits, self.columns)
+
+    def _slab(self, start: int, dtype: torch.dtype) -> Tensor:
+        rows = slice(start, start + SLAB)
+        codes = unpack_rows(self.packed[rows], self.need.bits, self.columns)
+        zero = None if self.zero is None else self.zero[rows]
+        return Weight(codes, self.scale[rows], zero, self.need.bits, self.need.group, self.codebook).dequantize(dtype)
+
+
+REFERENCE = Kernel(
+    name="torch-dequantize",
+    serves=Serves(
+        bits=frozenset(range(2, 9)),
+        activations=frozenset({"float", "group", "token"}),
+        dtypes=None,
+    ),
+    prepare=ReferenceProduct,
+)

@@ -1,6 +1,5 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,31 +7,34 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.discovery import find_linears, weight_of
-from ...calibrate.skeleton import Names, build, device_of, materialise
+from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
-from ...kernels.linear import replace_linear
-from ..errors import CompressError, UsageError
-from ..scheme import WeightArgs
-from ..tensor import CompressedTensor, PrunedTensor
-from . import layer, sparse
-from . import pack_quantized as packed
-
-SUFFIX = ".weight_packed"
-UNRELATED = "the checkpoint and its config do not belong together"
+from ...kernels.linear import Serving, replace_linear
+from ..errors import CompressError
+from .checkpoint import Checkpoint
 
 
-def load(path: str | Path, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact: bool = True,
+    kernel: str | None = None,
+) -> PreTrainedModel:
     """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
 
-    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read, `CompressError` where
-    a tensor is missing, damaged or of another shape than the config says.
+    Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
+    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name.
+
+    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
+    cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
     device_of(device)
     source = open_source(path)
     if "quantization_config" not in source.config:
         return _load_dense(source, device, dtype)
-    return _load_packed(source, device, dtype)
+    return _load_packed(source, device, Serving(exact, kernel, dtype))
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
@@ -50,43 +52,11 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
     return model.to(device).eval()
 
 
-def _load_packed(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    model = build(source, dtype)
-    for name, args in _arguments(source).items():
-        replace_linear(model, name, _read_layer(model, name, args, source))
+def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
+    checkpoint = Checkpoint.open(source, serving.dtype)
+    model = checkpoint.model
+    for name in checkpoint.layers:
+        replace_linear(model, name, checkpoint.layer(name), serving, device)
     materialise(model, "", source, Names(model, source), device)
     model.tie_weights()
     return model
-
-
-def _arguments(source: Source) -> Mapping[str, WeightArgs]:
-    layers = [name.removesuffix(SUFFIX) for name in source.tensors if name.endswith(SUFFIX)]
-    stored = {name: source.tensors.get(f"{name}.weight_scale") for name in layers}
-    scales = {name: torch.float16 if scale is None else scale.spec.torch_dtype for name, scale in stored.items()}
-    config = source.config["quantization_config"]
-    try:
-        return sparse.read_config(config) if sparse.wrote(config) else packed.read_config(config, layers, scales)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UsageError(
-            f"{source.path} is quantized in a way that lmpress does not read ({error})",
-            "load it with the tool that made it, or start from the original model",
-        ) from error
-
-
-def _read_layer(model: PreTrainedModel, name: str, args: WeightArgs, source: Source) -> CompressedTensor | PrunedTensor:
-    """The packed weight of layer `name`, once all its tensors are there and have the shapes that the model asks for."""
-    linear = find_linears(model).get(name)
-    if linear is None:
-        raise CompressError(f"{source.path} packs {name}, which is no linear layer of its config.json", UNRELATED)
-    shape = weight_of(linear).shape
-    specs = layer.spec(name, args, *shape)
-    for tensor, expected in specs.items():
-        if tensor not in source.tensors:
-            raise CompressError(f"{source.path} holds no tensor for {tensor}", "the checkpoint is incomplete")
-        found = source.tensors[tensor].spec
-        if found != expected:
-            raise CompressError(f"{tensor} is {found}, and {expected} by its config.json", UNRELATED)
-    weight = layer.unpack(name, {tensor: source.read(tensor, check=True) for tensor in specs}, args)
-    if weight.shape != shape:
-        raise CompressError(f"{name}.weight_shape is {weight.shape}, and {tuple(shape)} by its config.json", UNRELATED)
-    return weight

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs
+from ..scheme import QuantArgs, ScaleDtype
 from ..tensor import CompressedTensor
 from .bitstream import pack_rows, unpack_rows
 from .shards import NAMES, TensorSpec
@@ -110,21 +110,23 @@ def _group(args: QuantArgs, targets: list[str]) -> dict[str, Any]:
     }
 
 
-def read_config(
-    config: Mapping[str, Any], layers: Iterable[str], scale_dtypes: Mapping[str, torch.dtype]
-) -> dict[str, QuantArgs]:
-    """The arguments of every layer in `layers`, by the `quantization_config` of a checkpoint.
+def wrote(config: Mapping[str, Any]) -> bool:
+    """Whether a `quantization_config` speaks of this layout."""
+    return config["quant_method"] == "compressed-tensors"
 
-    `scale_dtypes` holds the stored dtype of each layer's scales. Raises `ValueError` for groups that are no packed
-    integer weights.
+
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
+    """The arguments of every packed layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
+
+    Raises `ValueError` for groups that are no packed integer weights.
     """
-    if config["quant_method"] != "compressed-tensors" or config.get("kv_cache_scheme"):
+    if config.get("kv_cache_scheme"):
         raise ValueError(f"only {NAME} weights of compressed-tensors without a quantized cache are read")
     groups = [group for group in config["config_groups"].values() if _is_packed(group, config.get("format"))]
     if not groups:
         raise ValueError(f"no group of its layers is {NAME}")
     found = {}
-    for name in layers:
+    for name in [n.removesuffix(".weight_packed") for n in stored if n.endswith(".weight_packed")]:
         weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
         if weights is None:
             raise ValueError(f"{name} is not stored as packed integers in contiguous groups")
@@ -133,9 +135,14 @@ def read_config(
             symmetric=weights["symmetric"],
             strategy=weights["strategy"],
             group_size=weights["group_size"],
-            scale_dtype=str(scale_dtypes[name]).removeprefix("torch."),  # type: ignore[arg-type]
+            scale_dtype=_scale_dtype(stored.get(f"{name}.weight_scale")),
         )
     return found
+
+
+def _scale_dtype(scale: TensorSpec | None) -> ScaleDtype:
+    """The stored dtype of scales; where they are missing, the loader says so itself."""
+    return str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch.")  # type: ignore[return-value]
 
 
 def _is_packed(group: Mapping[str, Any], default: str | None) -> bool:

@@ -10,8 +10,8 @@ import json
 import math
 import os
 import struct
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -32,6 +32,7 @@ DTYPES = {
     "I64": torch.int64,
     "I32": torch.int32,
     "I16": torch.int16,
+    "U16": torch.uint16,
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
@@ -136,25 +137,48 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
     with storage_errors(file), _appearing(file) as stream:
         stream.write(_header(specs))
         for name in _order(specs):
-            stream.write(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+            stream.write(_bytes(tensors[name]))
+
+
+@contextmanager
+def streamed(folder: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[str, Tensor], None]]:
+    """The shards of `folder`, laid out in advance: the function given takes each tensor of `specs` once, in any order.
+
+    Nothing is held: a tensor's bytes go to their place at once. Raises `StorageError` where the disk refuses.
+    """
+    shards = arrange(specs)
+    places: dict[str, tuple[BinaryIO, int]] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        if TensorSpec.of(tensor) != specs[name]:
+            raise CompressError(f"{name} became {TensorSpec.of(tensor)}, planned was {specs[name]}", "report this")
+        stream, start = places.pop(name)
+        stream.seek(start)
+        stream.write(_bytes(tensor))
+
+    with storage_errors(folder), ExitStack() as files:
+        for number, shard in enumerate(shards, start=1):
+            stream = files.enter_context(_appearing(folder / _file_name(number, len(shards))))
+            position = stream.write(_header(shard))
+            for name in _order(shard):
+                places[name] = (stream, position)
+                position += shard[name].nbytes
+        yield put
+        if places:
+            raise CompressError(f"{next(iter(places))} was never written to {folder}", "report this")
+        _write_index(folder, shards)
 
 
 def assemble(parts: Iterable[Path], folder: Path) -> None:
     """Put the tensors of all `parts` into the shards of `folder`, with an index where there are several."""
     stored = {name: tensor for part in parts for name, tensor in read_header(part).items()}
     shards = arrange({name: tensor.spec for name, tensor in stored.items()})
-    weight_map: dict[str, str] = {}
     for number, specs in enumerate(shards, start=1):
-        name = _file_name(number, len(shards))
-        with storage_errors(folder), _appearing(folder / name) as stream:
+        with storage_errors(folder), _appearing(folder / _file_name(number, len(shards))) as stream:
             stream.write(_header(specs))
             for tensor in _order(specs):
                 _copy(stored[tensor], stream)
-        weight_map |= dict.fromkeys(specs, name)
-    if len(shards) > 1:
-        total = sum(tensor.spec.nbytes for tensor in stored.values())
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    _write_index(folder, shards)
 
 
 def arrange(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
@@ -191,6 +215,20 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
             raise StorageError(f"{path} cannot be written ({error.strerror})", "choose another -o") from error
         raise
+
+
+def _write_index(folder: Path, shards: list[dict[str, TensorSpec]]) -> None:
+    """Say which shard holds which tensor, where there are several."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: _file_name(number, len(shards)) for number, specs in enumerate(shards, 1) for name in specs}
+    total = sum(spec.nbytes for specs in shards for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
 
 
 def _header(specs: Mapping[str, TensorSpec]) -> bytes:

@@ -54,7 +54,7 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
         return {f"{name}.weight": tensor.values.T.contiguous() if tensor.args.transposed else tensor.values}
     shape = {f"{name}.weight_shape": torch.tensor(tensor.shape, dtype=torch.int64)}
     if tensor.args.storage == "2:4":
-        rows, columns = tensor.shape
+        rows = len(tensor.kept)
         places = tensor.kept.view(rows, -1, 4).byte().argsort(dim=2, descending=True, stable=True)[..., :2]
         values = tensor.values.view(rows, -1, 4).gather(2, places).flatten(1)
         nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
@@ -85,7 +85,11 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
 
 
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
-    """What config.json says, None where all is dense. Other loaders refuse the method rather than miss the weights."""
+    """What config.json says, None where all is dense.
+
+    transformers skips a `quant_method` that it does not know with a warning, and then serves random weights. Under the name
+    of compressed-tensors, whose groups are a mapping and not a list, it refuses the checkpoint instead.
+    """
     groups: dict[PruneArgs, list[str]] = {}
     for name, args in pruned.items():
         if args.storage != "dense":
@@ -93,7 +97,7 @@ def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str])
     if not groups:
         return None
     described = [{"targets": names, "weights": asdict(args)} for args, names in groups.items()]
-    return {"quant_method": "lmpress", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
+    return {"quant_method": "compressed-tensors", "format": NAME, "ignore": sorted(ignored), "config_groups": described}
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
@@ -101,7 +105,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
     return config.get("format") == NAME
 
 
-def read_config(config: Mapping[str, Any]) -> dict[str, PruneArgs]:
+def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, PruneArgs]:
     """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
     return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
 

@@ -17,7 +17,8 @@ from ..passes import Block
 from ..scheme import PruneArgs, Pruning, Scope
 from ..solver.damped import Damped
 from ..solver.greedy import eliminate
-from ..solver.refit import refit
+from ..solver.refit import refit, row_losses
+from . import sparsegpt
 from .layers import prune_linears
 
 DOUBLE_WIDTH = 512  # up to this width the order is found in float64, whose cost does not matter there
@@ -29,12 +30,15 @@ class ExactOBS:
 
     damping          added to the Hessian's diagonal, relative to its mean; raised tenfold while it cannot be inverted
     true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
+    compare          with a pattern: rows whose loss is lower on SparseGPT's mask take that one (not in the paper, whose greedy
+                     choice can get stuck inside the groups)
     drift            how much of what the layers before it broke a layer makes up for, 0 (as published) to 1
     """
 
     scheme: Pruning = Pruning()
     damping: float = 0.001
     true_sequential: bool = True
+    compare: bool = True
     drift: float = 1.0
     scope: ClassVar[Scope] = "layer"
 
@@ -50,17 +54,29 @@ class ExactOBS:
 
 def apply(config: ExactOBS, block: Block) -> None:
     """Prune every linear of the block."""
-    prune_linears(block, config.damping, prune, drift=config.drift)
+
+    def chosen(weight: Tensor, hessian: Damped, args: PruneArgs) -> tuple[Tensor, Tensor]:
+        return prune(weight, hessian, args, config.compare)
+
+    prune_linears(block, config.damping, chosen, drift=config.drift)
 
 
-def prune(weight: Tensor, hessian: Damped, args: PruneArgs) -> tuple[Tensor, Tensor]:
+def prune(weight: Tensor, hessian: Damped, args: PruneArgs, compare: bool = True) -> tuple[Tensor, Tensor]:
     """Eliminate, choose, solve: `weight` `[out, in]` float64."""
     dtype = torch.float64 if weight.shape[1] <= DOUBLE_WIDTH else torch.float32
     trace = eliminate(weight.to(dtype), hessian.inverse.to(dtype), pattern=args.n_of_m)
     if args.n_of_m is not None:
         pruned = trace.first(trace.order.shape[1])
+        if compare:
+            pruned = _better_rows(weight, hessian.matrix, pruned, sparsegpt.prune(weight, hessian, args)[1])
     elif args.scope == "row":
         pruned = trace.first(int(weight.shape[1] * args.sparsity))
     else:
         pruned = trace.mask(args.sparsity)
     return refit(weight, hessian.matrix, pruned), pruned
+
+
+def _better_rows(weight: Tensor, matrix: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Row by row the mask on which least squares leaves the smaller loss."""
+    losses = [row_losses(weight - refit(weight, matrix, mask), matrix) for mask in (first, second)]
+    return torch.where((losses[1] < losses[0]).unsqueeze(1), second, first)

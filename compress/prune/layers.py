@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from ..errors import UsageError
 from ..passes import Block, Linear
 from ..scheme import PruneArgs
 from ..solver.damped import Damped, damped
@@ -25,7 +24,7 @@ def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = F
     stored, and the damping that was needed.
     """
     for linear, solved in _with_hessians(block, damping):
-        args = prune_args(linear)
+        args = linear.prune_args
         weight = linear.weight.double()
         if drift and linear.drift is not None:
             weight = weight + drift * linear.drift.matrix().double() @ solved.inverse
@@ -36,13 +35,6 @@ def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = F
         linear.result = PrunedTensor.of(pruned_weight, pruned, args)
         linear.figures |= {"damping": solved.damping, "dead_columns": int(solved.dead.sum())}
         record(linear, weight)
-
-
-def prune_args(linear: Linear) -> PruneArgs:
-    """The arguments of a layer that is to be pruned."""
-    if not isinstance(linear.args, PruneArgs):
-        raise UsageError(f"{linear.name} is to be quantized, not pruned", "the last pass of a recipe decides")
-    return linear.args
 
 
 def record(linear: Linear, target: Tensor | None = None) -> None:

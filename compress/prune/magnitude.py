@@ -10,7 +10,7 @@ from ..passes import Block
 from ..scheme import PruneArgs, Pruning, Scope
 from ..solver.damped import Damped
 from ..tensor import PrunedTensor
-from .layers import prune_args, prune_linears, record
+from .layers import prune_linears, record
 from .masks import smallest
 
 
@@ -40,7 +40,7 @@ def apply(config: Magnitude, block: Block) -> None:
         prune_linears(block, config.damping, prune, refitted=True)
         return
     for linear in block.linears:
-        args = prune_args(linear)
+        args = linear.prune_args
         linear.result = PrunedTensor.of(linear.weight, smallest(linear.weight.abs(), args), args)
         record(linear)
 

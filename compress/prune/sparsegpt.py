@@ -65,7 +65,7 @@ class ZeroProjection:
 
     def __init__(self, diagonal: Tensor, args: PruneArgs, columns: Tensor) -> None:
         self._importance, self._args = diagonal.square().reciprocal().unsqueeze(1), args
-        self.span = args.n_of_m[1] if args.n_of_m else SCOPE_BLOCK
+        self.span: int | None = args.n_of_m[1] if args.n_of_m else SCOPE_BLOCK
         self.mask = torch.zeros_like(columns, dtype=torch.bool)
 
     def fit(self, start: int, columns: Tensor) -> None:

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..solver.factor import Factor, inverse_factor
+from ..solver.factor import Factor, inverse_factor, times_inverse
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
@@ -72,7 +72,7 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. Measured gains and costs are in benchmarks/results/quality.md.
+# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": {},
     "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
@@ -87,11 +87,13 @@ def apply(config: GPTQ, block: Block) -> None:
         assert linear.hessian is not None
         key = id(linear.hessian)
         if key not in prepared:
-            prepared = {key: prepare(linear.hessian.matrix(), linear.args, config)}  # one at a time: factors are large
+            prepared = {
+                key: prepare(linear.hessian.matrix(), linear.grid_args, config)
+            }  # one at a time: factors are large
         target = linear.weight
         if config.drift and linear.drift is not None:
             target = corrected(linear.weight, linear.drift.matrix(), prepared[key], config.drift)
-        solution = solve(target, prepared[key], linear.args, config)
+        solution = solve(target, prepared[key], linear.grid_args, config)
         linear.result = solution.tensor
         linear.figures |= {
             "damping": prepared[key].factor.damping,
@@ -132,8 +134,7 @@ def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
     if dead.any():
         hessian = hessian + torch.diag(dead.to(hessian.dtype))
     order = column_order(hessian.diagonal(), args.columns_per_scale(len(hessian)), config.order)
-    ordered = hessian if config.order == "natural" else hessian.index_select(0, order).index_select(1, order)
-    return Prepared(hessian, dead, order, inverse_factor(ordered, config.damping))
+    return Prepared(hessian, dead, order, inverse_factor(hessian, config.damping, order))
 
 
 def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
@@ -149,12 +150,9 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
-    """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`.
-
-    With `Hd^-1 = U^T U` these are two products with the factor that is there already.
-    """
+    """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
     upper, order = prepared.factor.upper, prepared.order
-    repair = drift.to(weight.dtype)[:, order] @ upper.T @ upper
+    repair = times_inverse(drift.to(weight.dtype)[:, order], upper)
     target = weight.clone()
     target[:, order] += share * repair
     return target
@@ -169,11 +167,11 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> 
     projection = GridProjection(alive, order, args, config.groups == "dynamic", importance)
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    tensor = projection.result()
+    codes, grid = projection.result()
     if config.refine:
-        tensor, fallen = refine(alive, prepared.damped(), tensor, config.refine)
+        codes, grid, fallen = refine(alive, prepared.damped(), codes, grid, config.refine)
         loss -= fallen
-    return Solution(tensor, loss, errors)
+    return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
 
 
 class GridProjection:
@@ -205,9 +203,8 @@ class GridProjection:
         self._codes[index] = codes
         return codes.sub_(zero).mul_(scale)
 
-    def result(self) -> CompressedTensor:
-        """The codes in natural order and their grid."""
+    def result(self) -> tuple[Tensor, Grid]:
+        """The codes in natural order, uint8 `[out, in]`, and their grid."""
         codes = torch.empty_like(self._codes)
         codes[self._order] = self._codes
-        grid = Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)
-        return CompressedTensor.from_grid(codes.T.contiguous(), grid)
+        return codes.T.contiguous(), Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)

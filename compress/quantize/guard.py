@@ -4,19 +4,23 @@ from torch import Tensor
 
 from ..passes import Linear
 from ..solver.loss import layer_loss
+from ..tensor import CompressedTensor, SpQRTensor
 from .rtn import round_to_nearest
 
 
-def keep_better(linear: Linear, hessian: Tensor, target: Tensor | None = None) -> None:
+def keep_better(
+    linear: Linear, hessian: Tensor, target: Tensor | None = None, rounded: CompressedTensor | SpQRTensor | None = None
+) -> None:
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
 
-    `hessian` `[in, in]` is undamped; `W` is `target` `[out, in]` where the solver aimed at another weight than the layer's.
-    Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    `hessian` `[in, in]` is undamped; `W` is `target` `[out, in]` where the solver aimed at another weight than the layer's,
+    and `rounded` the rounding to compare with where it is not the plain one. Records `loss`, `rtn_loss`, `relative_error`
+    and, where rounding won, `fallback`.
     """
     assert linear.result is not None
     dtype = hessian.dtype
     weight = (linear.weight if target is None else target).to(dtype)
-    rounded = round_to_nearest(linear.weight, linear.args)
+    rounded = round_to_nearest(linear.weight, linear.grid_args) if rounded is None else rounded
     loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
     rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)
     if not loss <= rtn_loss:

@@ -50,7 +50,7 @@ class OBQ:
 def apply(config: OBQ, block: Block) -> None:
     """Quantize every linear of the block."""
     for linear in block.linears:
-        assert linear.hessian is not None and isinstance(linear.args, QuantArgs)
+        assert linear.hessian is not None
         hessian = linear.hessian.matrix()
         solved = damped(hessian, config.damping)
         weight = linear.weight.double().masked_fill(solved.dead, 0)
@@ -58,7 +58,7 @@ def apply(config: OBQ, block: Block) -> None:
         if config.pruning is not None:
             weight, pruned = exactobs.prune(weight, solved, config.pruning)
             linear.figures["sparsity"] = float(pruned.double().mean())
-        linear.result = quantize(weight, solved, linear.args, config.order, pruned)
+        linear.result = quantize(weight, solved, linear.grid_args, config.order, pruned)
         linear.figures |= {"damping": solved.damping, "dead_columns": int(solved.dead.sum())}
         if pruned is None:
             keep_better(linear, hessian)

@@ -24,7 +24,7 @@ class RTN:
 def apply(config: RTN, block: Block) -> None:
     """Quantize every linear of the block."""
     for linear in block.linears:
-        linear.result = round_to_nearest(linear.weight, linear.args)
+        linear.result = round_to_nearest(linear.weight, linear.grid_args)
 
 
 def round_to_nearest(weight: Tensor, args: QuantArgs) -> CompressedTensor:

@@ -4,7 +4,7 @@ from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
 from ..plan import Plan
-from ..scheme import PruneArgs
+from ..scheme import PruneArgs, QuantArgs
 
 TEMPLATE = """\
 ---
@@ -43,6 +43,9 @@ SYMMETRIC = """\
 ASYMMETRIC = """\
 Asymmetric weights: transformers loads them with compressed-tensors 0.15 to 0.17, and with 0.18 to 0.20 only by
 `quantization_config=CompressedTensorsConfig(dequantize=True)`: those versions refuse packed zero points otherwise.
+"""
+SPQR = """\
+SpQR has a format of its own here: no other runtime serves it.
 """
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
@@ -88,19 +91,30 @@ def _weights(plan: Plan) -> str:
 
 
 def _tags(plan: Plan) -> str:
-    pruned = isinstance(next(iter(plan.quantized.values())), PruneArgs)
-    return "pruned, lmpress" if pruned else "quantized, compressed-tensors, lmpress"
+    if isinstance(next(iter(plan.quantized.values())), PruneArgs):
+        return "pruned, lmpress"
+    return "quantized, spqr, lmpress" if _two_level(plan) else "quantized, compressed-tensors, lmpress"
 
 
 def _format(plan: Plan) -> str:
+    if _two_level(plan):
+        return "SpQR tiles of lmpress"
     args = next(iter(plan.quantized.values()))
-    return f"`{args.storage}`" if isinstance(args, PruneArgs) else "compressed-tensors `pack-quantized`"
+    if isinstance(args, PruneArgs):
+        return f"`{args.storage}`"
+    return "SpQR tiles of lmpress" if _two_level(plan) else "compressed-tensors `pack-quantized`"
+
+
+def _two_level(plan: Plan) -> bool:
+    return any(isinstance(args, QuantArgs) and args.scale_dtype == "bilevel" for args in plan.quantized.values())
 
 
 def _loading(plan: Plan) -> str:
     pruned = [a for a in plan.quantized.values() if isinstance(a, PruneArgs)]
     if pruned:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
+    if _two_level(plan):
+        return SPQR
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     args = [a for a in plan.quantized.values() if not isinstance(a, PruneArgs)]

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
+from ..export import ExportReport
 from ..formats.shards import storage_errors
 from ..pipeline import RunReport
 from ..plan import Plan
@@ -122,6 +123,19 @@ def print_report(console: Console, report: RunReport) -> None:
         f"written to {report.out}",
     ]
     console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_export(console: Console, report: ExportReport) -> None:
+    """What an export wrote, and where it is not the checkpoint bit for bit."""
+    for note in report.notes:
+        console.print(Text.assemble(("note: ", "yellow"), note))
+    console.print(
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} as {report.format}, {report.seconds:.1f} s\n"
+        f"written to {report.out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
 
 
 def _worst(report: RunReport) -> list[str]:

@@ -18,7 +18,7 @@ def backpropagated_diagonal(net: nn.Sequential, inputs: Tensor, targets: Tensor,
     `full` False leaves out the second derivatives of the activations (Levenberg-Marquardt: never negative). Parameters that
     several layers share have the sum of what each would have; the order is that of `net.parameters()`.
     """
-    found = {parameter: torch.zeros_like(parameter) for parameter in net.parameters()}
+    found: dict[Tensor, Tensor] = {parameter: torch.zeros_like(parameter) for parameter in net.parameters()}
     values = [inputs]
     with torch.no_grad():
         for module in net:
@@ -44,8 +44,8 @@ def fisher_diagonal(parameters: Sequence[Tensor], losses: Iterable[Tensor]) -> l
     """
     total, samples = [torch.zeros_like(p) for p in parameters], 0
     for loss in losses:
-        for sum_, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
-            sum_ += gradient.square()
+        for so_far, gradient in zip(total, torch.autograd.grad(loss, parameters), strict=True):
+            so_far.add_(gradient.square())
         samples += 1
     return [sum_ / max(samples, 1) for sum_ in total]
 
@@ -64,8 +64,8 @@ def ggn_diagonal(
         vectors = torch.eye(len(output)) if probes is None else _signs(probes, len(output), generator)
         for vector in vectors.to(output):
             gradients = torch.autograd.grad(output, parameters, vector, retain_graph=True)
-            for sum_, gradient in zip(total, gradients, strict=True):
-                sum_ += 2 * gradient.square() / (probes or 1)
+            for so_far, gradient in zip(total, gradients, strict=True):
+                so_far.add_(gradient.square(), alpha=2 / (probes or 1))
         samples += 1
     return [sum_ / max(samples, 1) for sum_ in total]
 

@@ -19,27 +19,37 @@ class Factor:
     floored: bool = False
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Factor:
+def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Factor:
     """Factor `hessian + damping * mean(diag) * I` `[n, n]`, escalating the damping where it is not positive definite.
+
+    `order` int64 `[n]` permutes rows and columns: `order[i]` is the column that the i-th of the factor speaks of.
 
     Never fails on a finite symmetric matrix: when even the largest damping does not help, eigenvalues are raised to it.
     """
     mean = hessian.diagonal().mean()
+    backwards = torch.arange(len(hessian), device=hessian.device).flip(0) if order is None else order.flip(0)
     while True:
-        lower = _reversed_cholesky(hessian, damping * mean)
+        lower = _reversed_cholesky(hessian, backwards, damping * mean)
         if lower is not None:
             return Factor(triangular_inverse_(lower).flip(0, 1).contiguous(), damping)
         if damping >= LARGEST_DAMPING:
-            return Factor(_floored(hessian, damping * mean), damping, floored=True)
+            return Factor(_floored(hessian, backwards, damping * mean), damping, floored=True)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
-def _reversed_cholesky(hessian: Tensor, shift: Tensor) -> Tensor | None:
-    """Lower Cholesky factor of `J (H + shift I) J` with `J` the index reversal, or None where there is none.
+def times_inverse(matrix: Tensor, upper: Tensor) -> Tensor:
+    """`matrix Hd^-1` `[rows, n]` with `Hd^-1 = U^T U`: two products by strips of `U` that leave its zeros out."""
+    strips = [slice(start, start + LEAF) for start in range(0, len(upper), LEAF)]
+    half = torch.cat([matrix[:, s.start :] @ upper[s, s.start :].T for s in strips], 1)
+    return torch.cat([half[:, : s.stop] @ upper[: s.stop, s] for s in strips], 1)
+
+
+def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:
+    """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None where there is none.
 
     `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky.
     """
-    flipped = hessian.flip(0, 1)
+    flipped = hessian[backwards.unsqueeze(1), backwards]  # permuted and reversed in one copy: these matrices are large
     flipped.diagonal().add_(shift)
     lower, info = torch.linalg.cholesky_ex(flipped)
     if info.item() or not lower.diagonal().isfinite().all() or lower.diagonal().min() <= 0:
@@ -47,12 +57,12 @@ def _reversed_cholesky(hessian: Tensor, shift: Tensor) -> Tensor | None:
     return lower
 
 
-def _floored(hessian: Tensor, floor: Tensor) -> Tensor:
+def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
     """The factor after raising every eigenvalue of `hessian` to at least `floor` (or to one where all vanish)."""
     values, vectors = torch.linalg.eigh(hessian.double())
     least = floor.double() if floor > 0 else torch.ones((), dtype=torch.float64)
     raised = (vectors * values.clamp(min=least)) @ vectors.T
-    lower = torch.linalg.cholesky(raised.flip(0, 1))
+    lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards])
     return triangular_inverse_(lower).flip(0, 1).contiguous().to(hessian.dtype)
 
 

@@ -128,7 +128,7 @@ class ToGrid:
                 return error, rank.clone()
             squared = error.square()
             key = torch.where(squared > limit, -squared, squared / diagonal)
-            return error, key.masked_fill_(weight == 0, -torch.inf)
+            return error, key.masked_fill_(weight == 0, torch.finfo(key.dtype).min)  # finite: it may be barred
 
         return judge
 
@@ -149,10 +149,8 @@ class _Elimination:
         count, width = weight.shape
         self._rows, self._target, self._block, self._copies = rows, target, block, copies
         self._settled, self._weight = torch.empty_like(weight), weight.clone()
-        self._inverse, self._batch = (
-            inverse,
-            torch.arange(count, device=weight.device),
-        )  # shared until the first panel's end
+        self._inverse = inverse  # shared by all rows until the first panel ends
+        self._batch = torch.arange(count, device=weight.device)
         self._columns = torch.arange(width, device=weight.device).expand(count, -1)
         self._judge = target(rows, self._columns)
         self._diagonal = inverse.diagonal(dim1=-2, dim2=-1).expand(count, -1).clone()
@@ -161,7 +159,10 @@ class _Elimination:
         self._unit = torch.eye(block, dtype=weight.dtype, device=weight.device)  # in place of a settled corner
         self._barred = weight.new_zeros(count, width // block)  # infinite where a block can no longer be chosen
         self._groups = None if pattern is None else _Groups(pattern, count, width, weight.device)
-        self._steps = width if self._groups is None else self._groups.total
+        self._steps = width
+        if self._groups is not None:
+            self._steps = self._groups.total
+            self._groups.bar_full(self._columns, self._barred)
 
     def run(self) -> tuple[Tensor, Tensor, Tensor]:
         """Order and losses `[rows, steps]` per block, settled weights `[rows, cols]`."""
@@ -181,7 +182,7 @@ class _Elimination:
     def _panel(self, order: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
         """Settle one block per column of `order` and `losses` (views to be filled): the positions, the factor `U`."""
         factor = self._weight.new_empty(len(order), order.shape[1] * self._block, self._weight.shape[1])
-        settled = []
+        settled, values = [], []
         for index in range(order.shape[1]):
             errors, key = self._keys()
             chosen = key.add_(self._barred).argmin(1, keepdim=True)
@@ -192,10 +193,14 @@ class _Elimination:
             if self._groups is not None:
                 self._groups.take(column, self._columns, self._barred)
             for step in range(index * self._block, (index + 1) * self._block):
-                losses[:, index] += self._settle(position, errors.gather(1, position), factor, step)
+                error = errors.gather(1, position)
                 settled.append(position)
+                values.append(self._weight.gather(1, position) - error)
+                losses[:, index] += self._settle(position, error, factor, step)
                 position = position + 1
-        return torch.cat(settled, dim=1), factor
+        positions = torch.cat(settled, dim=1)
+        self._weight.scatter_(1, positions, torch.cat(values, dim=1))  # without what later steps' rounding added
+        return positions, factor
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """What settling would remove from each weight, and the key of each block."""
@@ -214,8 +219,7 @@ class _Elimination:
         root = self._diagonal.gather(1, position).sqrt_()
         fresh = torch.div(current.squeeze(1), root, out=factor[:, step])
         scaled = error / root
-        final = self._weight.gather(1, position).sub_(error)
-        self._weight.addcmul_(fresh, scaled, value=-1).scatter_(1, position, final)
+        self._weight.addcmul_(fresh, scaled, value=-1)
         self._diagonal.addcmul_(fresh, fresh, value=-1)
         torch.maximum(self._diagonal, self._floor, out=self._diagonal).scatter_(1, position, 1.0)
         if self._corners is not None:
@@ -274,6 +278,10 @@ class _Groups:
         room = (width - starts).clamp(max=self._size) * zeros // self._size
         self.total = int(room.sum())
         self._room = room.repeat(rows, 1)
+
+    def bar_full(self, columns: Tensor, barred: Tensor) -> None:
+        """Bar the groups that may not lose anything, such as a last one of a single column."""
+        barred.masked_fill_(self._room.gather(1, columns // self._size) == 0, torch.inf)
 
     def take(self, column: Tensor, columns: Tensor, barred: Tensor) -> None:
         """Note that `column` `[rows, 1]` was settled; bar the rest of its group once that is full."""

@@ -12,18 +12,18 @@ from torch import Tensor
 
 from ..grid import Grid, encode, stored
 from ..scheme import QuantArgs
-from ..tensor import CompressedTensor
 
 BLOCK = 128  # columns that see each other's moves at once; the rest of the matrix learns of them by one product
 
 
-def refine(target: Tensor, hessian: Tensor, start: CompressedTensor, sweeps: int) -> tuple[CompressedTensor, float]:
-    """Descend from `start` towards `target` `W` `[out, in]` by at most `sweeps` sweeps over all groups and columns.
+def refine(target: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> tuple[Tensor, Grid, float]:
+    """Descend from `codes` `[out, in]` on `grid` towards `target` `W` `[out, in]`, at most `sweeps` times over all columns.
 
-    `hessian` `[in, in]` is damped, in natural order and in the dtype of `target`. Returns the result and by how much the
-    damped loss fell; stops early when nothing moves any more.
+    `hessian` `[in, in]` is damped, in natural order and in the dtype of `target`. Returns uint8 codes, the grid, and by how
+    much the damped loss fell; stops early when nothing moves any more. Scales move where each is a row's own plain number:
+    those of a whole tensor and two-level ones stay.
     """
-    goal, lattice = target.T.contiguous(), _Lattice.of(start, target.dtype)
+    goal, lattice = target.T.contiguous(), _Lattice.of(codes, grid)
     delta = goal - lattice.settled()
     fallen = 0.0
     for _ in range(sweeps):
@@ -31,12 +31,13 @@ def refine(target: Tensor, hessian: Tensor, start: CompressedTensor, sweeps: int
         fallen += fall
         if fall == 0:
             break
-    return lattice.compressed(), fallen
+    settled = Grid(lattice.scale.T.contiguous(), grid.zero, grid.args)
+    return lattice.codes.T.to(torch.uint8).contiguous(), settled, fallen
 
 
 @dataclass(frozen=True)
 class _Lattice:
-    """A quantized matrix held transposed: `Q^T = scale * (codes - zero)`, group by group.
+    """A quantized matrix held transposed: `Q^T = scale * (codes - zero)`, group by group; changed in place.
 
     codes `[in, out]` whole numbers as floats; scale `[groups, out]` representable in its stored dtype; zero `[groups, out]`.
     """
@@ -47,19 +48,26 @@ class _Lattice:
     args: QuantArgs
 
     @classmethod
-    def of(cls, tensor: CompressedTensor, dtype: torch.dtype) -> "_Lattice":
-        scale = tensor.scale.T.to(dtype).contiguous()
-        zero = torch.full_like(scale, 2 ** (tensor.args.bits - 1)) if tensor.zero is None else tensor.zero.T.to(dtype)
-        return cls(tensor.codes.T.to(dtype).contiguous(), scale, zero, tensor.args)
+    def of(cls, codes: Tensor, grid: Grid) -> "_Lattice":
+        values = codes.T.to(grid.scale.dtype).contiguous()
+        scale, zero = (
+            t.expand(len(codes), -1).T.clone(memory_format=torch.contiguous_format) for t in (grid.scale, grid.zero)
+        )
+        return cls(values, scale, zero, grid.args)
+
+    @property
+    def size(self) -> int:
+        """Columns of a group; the last one may be shorter."""
+        return self.args.columns_per_scale(len(self.codes))
+
+    @property
+    def scales_move(self) -> bool:
+        return self.args.strategy != "tensor" and self.args.scale_dtype != "bilevel"
 
     def settled(self) -> Tensor:
         """`Q^T` `[in, out]`."""
-        groups = self.codes.unflatten(0, (len(self.scale), -1))
-        return ((groups - self.zero.unsqueeze(1)) * self.scale.unsqueeze(1)).flatten(0, 1)
-
-    def compressed(self) -> CompressedTensor:
-        codes = self.codes.T.to(torch.uint8).contiguous()
-        return CompressedTensor.from_grid(codes, Grid(self.scale.T, self.zero.T, self.args))
+        scale, zero = (t.repeat_interleave(self.size, 0)[: len(self.codes)] for t in (self.scale, self.zero))
+        return (self.codes - zero).mul_(scale)
 
 
 def _sweep(goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor) -> float:
@@ -67,16 +75,15 @@ def _sweep(goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor) -> f
 
     The slope `Hd (W - Q)^T` of a block is one product when the block is reached, and exact within the block after that.
     """
-    width, groups = len(hessian), len(lattice.scale)
-    size = width // groups
+    width, size = len(hessian), lattice.size
     fallen = torch.zeros(goal.shape[1], dtype=torch.float64, device=goal.device)
     span = size * max(1, BLOCK // size)
     for start in range(0, width, span):
         stop = min(start + span, width)
         slope = hessian[start:stop] @ delta
         for first in range(start, stop, size):
-            group = slice(first, first + size)
-            if lattice.args.strategy != "tensor":  # one scale for all rows is no row's own to move
+            group = slice(first, min(first + size, stop))
+            if lattice.scales_move:
                 fallen += _move_scale(hessian, lattice, delta, slope, start, group)
             fallen += _move_codes(goal, hessian, lattice, delta, slope, start, group)
     return float(fallen.sum())
@@ -84,7 +91,7 @@ def _sweep(goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor) -> f
 
 def _move_scale(hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor, start: int, group: slice) -> Tensor:
     """Fit the scale of one group to its codes, all else fixed; refused per row where rounding spoils it."""
-    index = group.start // (group.stop - group.start)
+    index = group.start // lattice.size
     steps = lattice.codes[group] - lattice.zero[index]
     near = hessian[group, group] @ steps
     curvature = (near * steps).sum(0)
@@ -98,7 +105,8 @@ def _move_scale(hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor
     lattice.scale[index] = scale + change
     moved = steps * change
     delta[group] -= moved
-    slope.addmm_(hessian[start : start + len(slope), group], moved, alpha=-1)
+    rest = slice(group.start, start + len(slope))
+    slope[group.start - start :].addmm_(hessian[rest, group], moved, alpha=-1)
     return gain.clamp(min=0).double()
 
 
@@ -106,7 +114,7 @@ def _move_codes(
     goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor, start: int, group: slice
 ) -> Tensor:
     """Move every code of one group, column after column, to the grid point nearest to its own optimum."""
-    index = group.start // (group.stop - group.start)
+    index = group.start // lattice.size
     scale, zero = lattice.scale[index], lattice.zero[index]
     gain = torch.zeros_like(scale)
     for j in range(group.start, group.stop):
@@ -116,5 +124,5 @@ def _move_codes(
         lattice.codes[j] = codes
         gain += change * (pull - change * (curvature / 2))
         delta[j] -= change
-        slope.addr_(hessian[start : start + len(slope), j], change, alpha=-1)
+        slope[j + 1 - start :].addr_(hessian[j, j + 1 : start + len(slope)], change, alpha=-1)
     return gain.double()

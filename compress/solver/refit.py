@@ -67,7 +67,8 @@ def _solve_batch(matrix: Tensor, right: Tensor, sets: Tensor, size: int, rows: l
     small = matrix[index.unsqueeze(2), index.unsqueeze(1)]
     small = small.mul_(valid.unsqueeze(2)).mul_(valid.unsqueeze(1))
     small.diagonal(dim1=1, dim2=2).add_((~valid).to(matrix.dtype))
-    lower, _ = torch.linalg.cholesky_ex(small)
+    lower, failed = torch.linalg.cholesky_ex(small)
+    lower[failed > 0] = torch.nan  # seen by whoever compares, rather than an answer to another question
     longest = max(len(r) for r in rows)
     padded = torch.stack([torch.cat([r, r[:1].expand(longest - len(r))]) for r in rows])  # [batch, longest]
     values = right[padded].gather(2, index.unsqueeze(1).expand(-1, longest, -1)).mul_(valid.unsqueeze(1))

@@ -18,7 +18,8 @@ class Projection(Protocol):
     `span` None means that everything was decided before the sweep.
     """
 
-    span: int | None
+    @property
+    def span(self) -> int | None: ...
 
     def fit(self, start: int, columns: Tensor) -> None:
         """Decide for columns `start ..` from their current, compensated values `columns` `[span, out]`."""

@@ -98,7 +98,9 @@ def test_an_expert_that_no_token_reaches_is_rounded_and_named(tmp_path: Path, le
     model.save_pretrained(tmp_path / "moe")
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 40)
-    report = lmpress.quantize(tmp_path / "moe", tmp_path / "out", group_size=8, calib=str(text), samples=4, seq_len=16)
+    report = lmpress.quantize(
+        tmp_path / "moe", tmp_path / "out", quality="fast", group_size=8, calib=str(text), samples=4, seq_len=16
+    )
     tokens = {str(layer["name"]): layer["tokens"] for layer in report.layers}
     assert tokens["model.layers.0.mlp.experts.0.up_proj"] == 4 * 16
     assert tokens["model.layers.0.mlp.experts.3.up_proj"] == 0

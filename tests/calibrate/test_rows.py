@@ -5,6 +5,7 @@ import json
 import struct
 from pathlib import Path
 
+import datasets
 import pyarrow
 import pytest
 import torch
@@ -180,7 +181,7 @@ def test_hub_sets_keep_their_conventions(monkeypatch: pytest.MonkeyPatch) -> Non
         asked.append((path, config, split))
         return [{"text": "a", "sentence": "s"}] * 2000
 
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert documents("wikitext2", "heldout") == Documents(["a"] * 2000, "wikitext2/test", join="\n\n")
     assert documents("ptb", "calibration") == Documents(["s"] * 2000, "ptb/train", join=" ")
     assert len(documents("c4", "heldout").texts) == 1100
@@ -197,7 +198,7 @@ def test_an_unreachable_hub_ends_in_the_remedy(monkeypatch: pytest.MonkeyPatch) 
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach it")
 
-    monkeypatch.setattr(module, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     with pytest.raises(CompressError, match=r"wikitext2 .test. cannot be fetched.*Couldn't reach it.*python-stdlib"):
         documents("wikitext2", "heldout")
 

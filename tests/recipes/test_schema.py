@@ -38,6 +38,7 @@ def from_python() -> Recipe:
         seq_len=99,
         seed=5,
         keep=["*.down_proj"],
+        quality="fast",
         options={"observer": "mse", "damping": 0.05, "order": "group"},
     )
 
@@ -97,7 +98,7 @@ def test_the_shipped_names() -> None:
 
 
 def test_one_scale_per_row() -> None:
-    assert quantization_recipe(group_size=-1).scheme.weights == QuantArgs(4, True, "channel", None)
+    assert quantization_recipe(group_size=-1).scheme.weights == QuantArgs(4, True, "channel", None, observer="mse")
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The layout of `pack-quantized`: round trips, exact specs, and the compressed-tensors library's own reading of it."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
 from lmpress.compress.formats import pack_quantized as packed
-from lmpress.compress.formats.shards import TensorSpec
+from lmpress.compress.formats.shards import NAMES, TensorSpec
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs, ScaleDtype, Strategy
 from lmpress.compress.tensor import CompressedTensor
@@ -73,6 +74,12 @@ def test_their_grid_is_asked_to_span_ours() -> None:
         assert theirs[0].tolist() == list(range(-(2 ** (bits - 1)), 2 ** (bits - 1)))
 
 
+def stored(layers: Iterable[str], scales: torch.dtype = torch.float16) -> dict[str, TensorSpec]:
+    """The headers of packed layers, as far as reading the config needs them."""
+    packed_ones = {f"{name}.weight_packed": TensorSpec("I32", (1, 1)) for name in layers}
+    return packed_ones | {f"{name}.weight_scale": TensorSpec(NAMES[scales], (1, 1)) for name in layers}
+
+
 def test_mixed_arguments_form_groups_that_the_library_accepts_and_we_read_back() -> None:
     wide = QuantArgs(4, True, "group", 32)
     every = {
@@ -88,7 +95,7 @@ def test_mixed_arguments_form_groups_that_the_library_accepts_and_we_read_back()
         ("a.down",): 43,
         ("b.q",): None,
     }
-    assert packed.read_config(config, every, dict.fromkeys(every, torch.float16)) == every
+    assert packed.read_config(config, stored(every)) == every
 
 
 def test_one_kind_of_arguments_targets_every_linear() -> None:
@@ -96,7 +103,7 @@ def test_one_kind_of_arguments_targets_every_linear() -> None:
     config = packed.quantization_config({"a": args, "b": args}, ["z", "lm_head"])
     assert config["ignore"] == ["lm_head", "z"]
     assert [group["targets"] for group in config["config_groups"].values()] == [["Linear"]]
-    assert packed.read_config(config, ["b"], {"b": torch.bfloat16}) == {"b": args}
+    assert packed.read_config(config, stored(["b"], torch.bfloat16)) == {"b": args}
 
 
 def test_a_scale_of_the_whole_tensor_is_stored_once_per_row() -> None:
@@ -104,7 +111,7 @@ def test_a_scale_of_the_whole_tensor_is_stored_once_per_row() -> None:
     tensors = packed.pack("x", tensor)
     assert tensors["x.weight_scale"].shape == (ROWS, 1) and tensors["x.weight_scale"].unique().numel() == 1
     config = packed.quantization_config({"x": tensor.args}, [])
-    read = packed.read_config(config, ["x"], {"x": torch.float16})["x"]
+    read = packed.read_config(config, stored(["x"]))["x"]
     assert read.strategy == "channel"
     assert torch.equal(packed.unpack("x", tensors, read).dequantize(), tensor.dequantize())
 
@@ -118,21 +125,26 @@ def test_what_the_format_cannot_hold_is_said() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
-        {"quant_method": "gptq"},
         {"format": "int-quantized"},
         {"kv_cache_scheme": {"num_bits": 8}},
         {"config_groups": {}},
         {"config_groups": {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float"}}}},
         {"config_groups": {"group_0": {"targets": ["re:.*"], "weights": {"num_bits": 4, "type": "int"}}}},
     ],
-    ids=["method", "format", "cache", "no-groups", "float", "pattern"],
+    ids=["format", "cache", "no-groups", "float", "pattern"],
 )
 def test_other_quantizations_are_not_read(changes: dict[str, object]) -> None:
     config = packed.quantization_config({"x": QuantArgs()}, []) | changes
     for group in config["config_groups"].values():
         group.pop("format", None)  # the one of the whole config counts then
     with pytest.raises(ValueError, match=r"quant|pack|cache"):
-        packed.read_config(config, ["x"], {"x": torch.float16})
+        packed.read_config(config, stored(["x"]))
+
+
+def test_configs_of_other_tools_are_not_ours() -> None:
+    config = packed.quantization_config({"x": QuantArgs()}, [])
+    assert packed.wrote(config)
+    assert not packed.wrote(config | {"quant_method": "gptq"})
 
 
 @pytest.mark.parametrize(
@@ -149,4 +161,4 @@ def test_groups_with_more_than_packed_weights_are_not_read(part: str, value: obj
     config = packed.quantization_config({"x": QuantArgs()}, [])
     config["config_groups"]["group_0"][part] = value
     with pytest.raises(ValueError, match="no group of its layers is pack-quantized"):
-        packed.read_config(config, ["x"], {"x": torch.float16})
+        packed.read_config(config, stored(["x"]))

@@ -1,0 +1,156 @@
+"""Write a checkpoint in another runtime's format. Nothing is solved anew: codes and scales go over as they are."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .errors import UsageError
+from .formats import pack_quantized as packed
+from .formats.checkpoint import Checkpoint
+from .formats.export import gguf_model, onnx
+from .formats.export.awq import AWQ
+from .formats.export.dense import DTYPES, dense
+from .formats.export.gptq import GPTQ, GPTQ_V2
+from .formats.export.layout import LayerFormat, write_tensors
+from .formats.shards import storage_errors
+from .scheme import PruneArgs, QuantArgs, WeightArgs
+from .tensor import CompressedTensor
+from .workspace import check_target, put_in_place
+
+PACKED = LayerFormat(packed.NAME, lambda args, shape: packed.supports(args), packed.pack, packed.quantization_config)
+LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, *map(dense, DTYPES))}
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written: `notes` say every place where the result is not the checkpoint bit for bit, or not as asked."""
+
+    out: Path
+    format: str
+    notes: tuple[str, ...]
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"out": str(self.out), "notes": list(self.notes)}
+
+
+def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: bool = False) -> ExportReport:  # noqa: A002
+    """Write `checkpoint` (a directory that `load` reads) into the directory `out` in the format called `format`.
+
+    Raises `UsageError` for an unknown format or one that cannot hold the checkpoint, naming the layer and the reason;
+    nothing was written then. `out` appears only when it is complete.
+    """
+    started, target = time.monotonic(), Path(out)
+    write = _writer(format)
+    check_target(target, overwrite)
+    opened = Checkpoint.open(checkpoint)
+    with _appearing(target) as folder:
+        notes = write(opened, folder)
+        opened.source.copy_companions(folder)
+        written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
+    return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
+
+
+WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
+Writer = Callable[[Checkpoint, Path], list[str]]
+WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write}
+
+
+def formats() -> list[str]:
+    """The names that `export` knows."""
+    return [*LAYER_FORMATS, *WHOLE_FILES]
+
+
+def _writer(name: str) -> Writer:
+    if name in LAYER_FORMATS:
+        return lambda checkpoint, folder: _write_layers(LAYER_FORMATS[name], checkpoint, folder)
+    if name in WHOLE_FILES:
+        return WHOLE_FILES[name]
+    raise UsageError(f"unknown format {name!r}", f"formats: {', '.join(formats())}")
+
+
+def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> list[str]:
+    """A safetensors checkpoint."""
+    _check(wanted, checkpoint)
+    chosen, notes = _without_zero_of_zero(wanted, checkpoint)
+    if wanted.dtype not in (None, torch.float32):
+        notes.append(f"weights are rounded to {wanted.name}")
+    config = {k: v for k, v in checkpoint.source.config.items() if k not in ("quantization_config", "torch_dtype")}
+    if chosen.dtype is not None:
+        config["dtype"] = str(chosen.dtype).removeprefix("torch.")
+    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
+    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if quantization is not None and quantization["quant_method"] == "gptq":
+        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    others = checkpoint.others
+    write_tensors(
+        folder,
+        chosen,
+        {name: (checkpoint.shape(name), args) for name, args in checkpoint.layers.items()},
+        checkpoint.layer,
+        {name: checkpoint.source.tensors[stored].spec for name, stored in others.items()},
+        lambda name: checkpoint.source.read(others[name], check=True),
+        checkpoint.is_conv1d,
+    )
+    return notes
+
+
+def _check(wanted: LayerFormat, checkpoint: Checkpoint) -> None:
+    for name, args in checkpoint.layers.items():
+        reason = None if wanted.dense else _reason(wanted, checkpoint, name, args)
+        if reason is not None:
+            raise UsageError(f"{name} cannot be exported: {reason}", "export to fp32, fp16 or bf16, or quantize it so")
+
+
+def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: WeightArgs) -> str | None:
+    """Why a format of integer codes cannot hold the layer."""
+    if isinstance(args, PruneArgs):
+        return f"{wanted.name} stores integer codes, this layer is pruned"
+    if checkpoint.is_conv1d(name):
+        return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
+    return wanted.supports(args, checkpoint.shape(name))
+
+
+def _without_zero_of_zero(wanted: LayerFormat, checkpoint: Checkpoint) -> tuple[LayerFormat, list[str]]:
+    """Version 2 in place of GPTQ's version 1 where a zero is 0."""
+    if wanted is not GPTQ:
+        return wanted, []
+    name = next((name for name in checkpoint.layers if _has_zero_of_zero(checkpoint, name)), None)
+    if name is None:
+        return wanted, []
+    return GPTQ_V2, [f"written as {GPTQ_V2.name}: {name} has a zero of 0, which {GPTQ.name} cannot store"]
+
+
+def _has_zero_of_zero(checkpoint: Checkpoint, name: str) -> bool:
+    args = checkpoint.layers[name]
+    if not isinstance(args, QuantArgs) or args.symmetric:
+        return False
+    tensor = checkpoint.layer(name)
+    return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
+
+
+@contextmanager
+def _appearing(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out`, renamed to it when complete and removed otherwise."""
+    folder = out.parent / f".{out.name}.export"
+    with storage_errors(out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            put_in_place(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)

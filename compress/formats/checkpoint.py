@@ -1,0 +1,147 @@
+"""A checkpoint with quantized layers, ours or others': which layers, how each is quantized, and its tensor when asked for."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...calibrate.discovery import find_blocks, weight_of
+from ...calibrate.skeleton import Names, build
+from ...calibrate.source import Source, open_source
+from ..errors import CompressError, UsageError
+from ..scheme import WeightArgs
+from ..tensor import Compressed
+from .export import awq, gptq
+from .shards import TensorSpec
+from .storage import format_that_wrote
+
+UNRELATED = "the checkpoint and its config do not belong together"
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How one format is read; `optional` tensors of a layer may be absent.
+
+    arguments  of every layer that a `quantization_config` and the specs of the stored tensors speak of
+    specs      of a layer's tensors, from its name, arguments, rows and columns
+    """
+
+    arguments: Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], Mapping[str, WeightArgs]]
+    specs: Callable[[str, Any, int, int], dict[str, TensorSpec]]
+    unpack: Callable[[str, Mapping[str, Tensor], Any], Compressed]
+    optional: tuple[str, ...] = ()
+
+
+def _reader(config: Mapping[str, Any]) -> Reader:
+    """The reader of a checkpoint with this `quantization_config`. Raises `ValueError` where there is none."""
+    if config.get("quant_method") == "gptq":
+        unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
+        return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
+    if config.get("quant_method") == "awq":
+        return Reader(awq.read_config, awq.spec, awq.unpack)
+    ours = format_that_wrote(config)
+    return Reader(ours.read_config, ours.spec, ours.unpack)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """`source` with its skeleton `model`; `layers` holds the arguments of the quantized layers in the model's order."""
+
+    source: Source
+    model: PreTrainedModel
+    layers: dict[str, WeightArgs]
+    reader: Reader | None
+
+    @classmethod
+    def open(cls, path: str | Path | Source, dtype: torch.dtype = torch.float32) -> "Checkpoint":
+        """The checkpoint at `path`; a dense model has no `layers`. Loads nothing.
+
+        Raises `UsageError` for a format that lmpress does not read, `CompressError` for layers that the model lacks.
+        """
+        source = path if isinstance(path, Source) else open_source(path)
+        model = build(source, dtype)
+        if "quantization_config" not in source.config:
+            return cls(source, model, {}, None)
+        try:
+            config = source.config["quantization_config"]
+            reader = _reader(config)
+            found = reader.arguments(config, {name: tensor.spec for name, tensor in source.tensors.items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(
+                f"{source.path} is quantized in a way that lmpress does not read ({error})",
+                "load it with the tool that made it, or start from the original model",
+            ) from error
+        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        foreign = next(iter(found.keys() - set(linears)), None)
+        if foreign is not None:
+            raise CompressError(
+                f"{source.path} packs {foreign}, which is no linear layer of its config.json", UNRELATED
+            )
+        return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
+
+    def layer(self, name: str) -> Compressed:
+        """The compressed layer `name`, once all its tensors are there and have the shapes that the model asks for.
+
+        Raises `CompressError` where they are absent, damaged or of another shape.
+        """
+        assert self.reader is not None
+        shape, args = self.shape(name), self.layers[name]
+        specs = self.reader.specs(name, args, *shape)
+        for part in [part for part in specs if part not in self.source.tensors]:
+            if part.rpartition(".")[2] not in self.reader.optional:
+                raise CompressError(f"{self.source.path} holds no tensor for {part}", "the checkpoint is incomplete")
+            del specs[part]
+        for part, expected in specs.items():
+            found = self.source.tensors[part].spec
+            if found != expected:
+                raise CompressError(f"{part} is {found}, and {expected} by its config.json", UNRELATED)
+        tensor = self.reader.unpack(name, {part: self.source.read(part, check=True) for part in specs}, args)
+        if tensor.shape != shape:
+            raise CompressError(f"{name}.weight_shape is {tensor.shape}, and {shape} by its config.json", UNRELATED)
+        return tensor
+
+    def shape(self, name: str) -> tuple[int, int]:
+        """(out, in) of a linear layer."""
+        rows, columns = weight_of(self.model.get_submodule(name)).shape
+        return rows, columns
+
+    def is_conv1d(self, name: str) -> bool:
+        """Whether the layer is transformers' `Conv1D`, which stores its weight as `[in, out]`."""
+        return isinstance(self.model.get_submodule(name), Conv1D)
+
+    @property
+    def dense(self) -> list[str]:
+        """The linear layers that are not quantized, the head among them."""
+        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in self.layers]
+
+    @property
+    def others(self) -> dict[str, str]:
+        """The tensors that are no part of a quantized layer: the model's name of each -> the checkpoint's name.
+
+        Where embeddings are tied, the head's second copy is left out.
+        """
+        names = Names(self.model, self.source)
+        parts = {
+            part
+            for name, args in self.layers.items()
+            if self.reader is not None
+            for part in self.reader.specs(name, args, *self.shape(name))
+        }
+        known = {names.find(name): name for name in self.model.state_dict(keep_vars=True) if not names.ties(name)}
+        return {
+            known.get(stored, stored): stored
+            for stored in self.source.tensors
+            if stored not in parts and not (stored not in known and names.ties(stored))
+        }
+
+    @property
+    def blocks(self) -> tuple[str, int]:
+        """The dotted name of the list of decoder blocks, and their number."""
+        name, blocks = find_blocks(self.model)
+        return name, len(blocks)

@@ -1,0 +1,76 @@
+"""What a weight keeps apart from its codes, served around any kernel: 16-bit columns (LLM.int8) and sparse residuals (SpQR)."""
+
+import torch
+from torch import Tensor
+
+from . import ops  # noqa: F401  (registers the operators)
+from .cpu import library
+from .kernel import Kernel, Need, Product, Unavailable
+from .weight import SparseRows, Weight
+
+
+def prepare(kernel: Kernel, weight: Weight, need: Need) -> Product:
+    """The product of `weight` by `kernel`, with whatever the weight keeps apart."""
+    product = kernel.prepare(weight, need)
+    if weight.columns is not None and weight.outliers is not None:
+        product = WithColumns(product, weight.columns, weight.outliers)
+    if weight.residual is not None:
+        product = WithResidual(product, weight.residual)
+    return product
+
+
+class WithColumns(Product):
+    """`y = x' W^T + x[:, columns] outliers^T`, where x' is x with these columns set to zero: they widen no int8 scale."""
+
+    def __init__(self, inner: Product, columns: Tensor, outliers: Tensor) -> None:
+        super().__init__()
+        self.inner = inner
+        self.columns: Tensor
+        self.outliers: Tensor
+        self.register_buffer("columns", columns, persistent=False)
+        # float32: they are few, and converting them would cost each call more than multiplying them
+        self.register_buffer("outliers", outliers.float().T.contiguous(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x.index_fill(1, self.columns, 0)).float()
+        return torch.addmm(y, x.index_select(1, self.columns).float(), self.outliers).to(x.dtype)
+
+    def codes(self) -> Tensor:
+        return self.inner.codes()
+
+
+class WithResidual(Product):
+    """`y = x W^T + x S^T` with S sparse, in compressed rows."""
+
+    def __init__(self, inner: Product, residual: SparseRows) -> None:
+        super().__init__()
+        self.inner = inner
+        self.starts: Tensor
+        self.indices: Tensor
+        self.values: Tensor
+        self.register_buffer("starts", residual.starts, persistent=False)
+        self.register_buffer("indices", residual.columns, persistent=False)
+        self.register_buffer("values", residual.values.float(), persistent=False)
+        self.compiled = residual.values.device.type == "cpu" and _has_library()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.inner(x).float()
+        if not self.compiled:
+            entries = x.float()[:, self.indices.long()] * self.values
+            y = y.index_add(1, SparseRows(self.starts, self.indices, self.values).rows, entries)
+        elif torch.compiler.is_compiling() or y.requires_grad:
+            y = torch.ops.lmpress.cpu_add_sparse(y, x.float(), self.starts, self.indices, self.values)
+        else:
+            library.add_sparse(y, x.float().contiguous(), self.starts, self.indices, self.values)
+        return y.to(x.dtype)
+
+    def codes(self) -> Tensor:
+        return self.inner.codes()
+
+
+def _has_library() -> bool:
+    try:
+        library.library()
+    except Unavailable:
+        return False
+    return True

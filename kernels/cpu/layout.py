@@ -1,0 +1,124 @@
+"""The CPU kernels' layout of a weight: panels of rows, one row per vector lane (drawn in lmpress_cpu.c). Never stored.
+
+`pack` and `unpack` are exact inverses, so a layer that serves from panels needs no second copy of its codes.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..weight import Weight
+
+# Stored bits: the planes of bits that make up a code, low ones first; a block holds 32 // (narrowest plane) columns.
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+@dataclass(frozen=True)
+class Panels:
+    """codes uint8 `[panels, bytes]`, scales and offsets float32 `[panels, groups, lanes]`, table float32 `[16]` or None."""
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    table: Tensor | None
+    rows: int
+    columns: int
+    group: int
+    bits: int
+    center: int
+
+
+def block_columns(bits: int) -> int:
+    """Columns in the smallest run of whole vectors."""
+    return 32 // min(PLANES[bits])
+
+
+def padded_columns(columns: int, group: int, bits: int) -> int:
+    """Columns in memory: every group is filled up to whole blocks."""
+    block, last = block_columns(bits), columns % group or min(group, columns)
+    return (columns - last) // group * _ceil(group, block) + _ceil(last, block)
+
+
+def stored_bits(bits: int, columns: int, group: int) -> int:
+    """How wide codes of `bits` bits are stored: whatever takes least memory, padding included, then least padding."""
+    padded = {b: padded_columns(columns, group, b) for b in PLANES if b >= bits}
+    return min(padded, key=lambda b: (b * padded[b], padded[b]))
+
+
+def pack(weight: Weight, lanes: int) -> Panels:
+    """Arrange `weight` for `lanes` rows at a time."""
+    rows, columns = weight.shape
+    bits = stored_bits(weight.bits, columns, weight.group)
+    center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
+    codes = F.pad(_pad_groups(weight.codes, weight.group, bits), (0, 0, 0, -rows % lanes))
+    offsets = None if weight.zero is None else _by_lane(weight.zero.float() - center, lanes)
+    table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
+    return Panels(
+        codes=_interleave(codes, bits, lanes),
+        scales=_by_lane(weight.scale.float(), lanes),
+        offsets=offsets,
+        table=table,
+        rows=rows,
+        columns=columns,
+        group=weight.group,
+        bits=bits,
+        center=center,
+    )
+
+
+def unpack(codes: Tensor, lanes: int, rows: int, columns: int, group: int, bits: int) -> Tensor:
+    """The codes uint8 `[rows, columns]` that `pack` arranged."""
+    panels, block = codes.shape[0], block_columns(bits)
+    vectors = codes.view(panels, -1, sum(PLANES[bits]) * block // 32, lanes, 4)
+    quads = torch.zeros(panels, vectors.shape[1], block // 4, lanes, 4, dtype=torch.uint8)
+    vector = below = 0
+    for plane in PLANES[bits]:
+        for quad in range(block // 4):
+            place, shift = divmod(quad * plane, 8)
+            quads[:, :, quad] |= ((vectors[:, :, vector + place] >> shift) & (2**plane - 1)) << below
+        vector, below = vector + block * plane // 32, below + plane
+    flat = quads.permute(0, 3, 1, 2, 4).reshape(panels * lanes, -1)[:rows]
+    return flat[:, _places(columns, group, bits)]
+
+
+def _interleave(codes: Tensor, bits: int, lanes: int) -> Tensor:
+    """uint8 `[rows, padded]` to `[panels, bytes]`: blocks of vectors, 4 columns in the bytes of each lane."""
+    block = block_columns(bits)
+    quads = codes.view(len(codes) // lanes, lanes, -1, block // 4, 4).permute(0, 2, 3, 1, 4)
+    vectors, below = [], 0
+    for plane in PLANES[bits]:
+        digits = (quads >> below) & (2**plane - 1)
+        for run in digits.split(8 // plane, dim=2):
+            vector = torch.zeros_like(run[:, :, 0])
+            for place in range(run.shape[2]):
+                vector |= run[:, :, place] << (place * plane)
+            vectors.append(vector)
+        below += plane
+    return torch.stack(vectors, dim=2).reshape(len(codes) // lanes, -1).contiguous()
+
+
+def _pad_groups(codes: Tensor, group: int, bits: int) -> Tensor:
+    columns = codes.shape[1]
+    padded = torch.zeros(len(codes), padded_columns(columns, group, bits), dtype=torch.uint8)
+    padded[:, _places(columns, group, bits)] = codes
+    return padded
+
+
+def _places(columns: int, group: int, bits: int) -> Tensor:
+    """Where each column stands in memory."""
+    column = torch.arange(columns)
+    return column // group * _ceil(min(group, columns), block_columns(bits)) + column % group
+
+
+def _by_lane(values: Tensor, lanes: int) -> Tensor:
+    """`[rows, groups]` to `[panels, groups, lanes]`, rows that are missing filled with zeros."""
+    rows, groups = values.shape
+    padded = F.pad(values, (0, 0, 0, -rows % lanes))
+    return padded.view(math.ceil(rows / lanes), lanes, groups).transpose(1, 2).contiguous()
+
+
+def _ceil(count: int, unit: int) -> int:
+    return math.ceil(count / unit) * unit

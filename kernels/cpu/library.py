@@ -1,0 +1,133 @@
+"""The compiled kernels as Python calls: structures, signatures, instruction sets."""
+
+import ctypes
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..kernel import Unavailable, WrongMachine
+from .build import load
+from .layout import Panels
+
+SOURCE = Path(__file__).with_name("lmpress_cpu.c")
+
+# How activations enter a product; the numbers are the C file's.
+ACTIVATIONS = {"float": 0, "group": 1, "token": 2}
+
+
+class _Weight(ctypes.Structure):
+    _fields_ = (
+        ("codes", ctypes.c_void_p),
+        ("scales", ctypes.c_void_p),
+        ("offsets", ctypes.c_void_p),
+        ("table", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("group", ctypes.c_int64),
+        ("bits", ctypes.c_int32),
+        ("center", ctypes.c_int32),
+    )
+
+
+class _Mode(ctypes.Structure):
+    _fields_ = (("activations", ctypes.c_int32), ("threads", ctypes.c_int32), ("steps", ctypes.c_float))
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """One of the library's instruction sets that this machine can run."""
+
+    name: str
+    index: int
+    lanes: int
+
+
+def library() -> ctypes.CDLL:
+    """The compiled library. Raises `Unavailable` where it cannot be had, which is found out once per process."""
+    found = _load()
+    if isinstance(found, Unavailable):
+        raise found
+    return found
+
+
+@cache
+def _load() -> ctypes.CDLL | Unavailable:
+    try:
+        calls = load(SOURCE)
+    except Unavailable as error:
+        return error
+    pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+    calls.lmpress_set.argtypes, calls.lmpress_set.restype = (int32, ctypes.POINTER(int32)), ctypes.c_char_p
+    calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)
+    calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
+    calls.lmpress_dequantize.restype = None
+    calls.lmpress_add_sparse.argtypes = (int32, pointer, pointer, pointer, int64, int64, pointer, int64, pointer)
+    return calls
+
+
+@cache
+def instruction_sets() -> dict[str, InstructionSet]:
+    """What this machine can run, by name, best first."""
+    found, index, lanes = {}, 0, ctypes.c_int32()
+    while name := library().lmpress_set(index, ctypes.byref(lanes)):
+        if lanes.value:
+            found[name.decode()] = InstructionSet(name.decode(), index, lanes.value)
+        index += 1
+    return found
+
+
+def instruction_set(name: str) -> InstructionSet:
+    """The instruction set called `name`. Raises `WrongMachine` where this machine lacks it."""
+    if name not in instruction_sets():
+        raise WrongMachine(f"this machine has no {name}")
+    return instruction_sets()[name]
+
+
+def linear(x: Tensor, panels: Panels, instructions: InstructionSet, activations: str, steps: float) -> Tensor:
+    """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
+    y = torch.empty(x.shape[0], panels.rows, dtype=torch.float32)
+    mode = _Mode(ACTIVATIONS[activations], torch.get_num_threads(), steps)
+    weight = _structure(panels)
+    status = library().lmpress_linear(
+        instructions.index, ctypes.byref(weight), ctypes.byref(mode), x.data_ptr(), x.shape[0], y.data_ptr()
+    )
+    _check(status, x)
+    return y
+
+
+def dequantize(panels: Panels, instructions: InstructionSet, first: int, count: int, out: Tensor) -> None:
+    """Panels `first .. first + count - 1` into `out` float32 `[columns, >= count * lanes]`, a row of the weight per column."""
+    weight = _structure(panels)
+    threads = torch.get_num_threads()
+    library().lmpress_dequantize(
+        instructions.index, ctypes.byref(weight), threads, first, count, out.data_ptr(), out.stride(0)
+    )
+
+
+def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
+    """`y += x S^T` in place: S in compressed rows, `starts` int64 `[rows + 1]`, `columns` uint32, `values` float32."""
+    pointers = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
+    rows, width, threads = y.shape[1], x.shape[1], torch.get_num_threads()
+    _check(library().lmpress_add_sparse(threads, *pointers, rows, width, x.data_ptr(), x.shape[0], y.data_ptr()), x)
+
+
+def _check(status: int, x: Tensor) -> None:
+    if status:
+        raise MemoryError(f"no memory to arrange activations of {tuple(x.shape)}")
+
+
+def _structure(panels: Panels) -> _Weight:
+    return _Weight(
+        panels.codes.data_ptr(),
+        panels.scales.data_ptr(),
+        None if panels.offsets is None else panels.offsets.data_ptr(),
+        None if panels.table is None else panels.table.data_ptr(),
+        panels.rows,
+        panels.columns,
+        panels.group,
+        panels.bits,
+        panels.center,
+    )

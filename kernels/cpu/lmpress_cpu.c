@@ -1,0 +1,840 @@
+/*
+ * Matrix products with packed weights, y = x W^T, on CPUs.
+ *
+ * One file, a plain C ABI, no headers beyond the C library's. It is compiled on first use by whatever compiler the machine
+ * has, without machine flags: every instruction set gets its own functions by target attributes, and the caller picks one by
+ * number (see the table at the end), so the same library runs on any machine of its architecture.
+ *
+ * Layout of a weight. A *panel* is LANES output rows, one per 32-bit lane of a vector register; a panel's codes are one
+ * contiguous stream along the input columns. Lane r of a vector holds 4 neighbouring columns of row r in its 4 bytes, a
+ * *quad*, and several quads of few bits share a byte:
+ *
+ *     bits   columns per block   vectors per block   quad q of the block
+ *       8           4                   1            v[0]
+ *       4           8                   1            v[0] >> 4q
+ *       2          16                   1            v[0] >> 2q
+ *       3          32                   3            low two bits in v[q / 4] >> 2(q % 4), third bit in v[2] >> q
+ *
+ * So no sum ever crosses lanes, scales are vectors that lie in memory as they are used, and a group of any size is a run of
+ * whole blocks: what a group lacks is padded with activations that are zero. Rows beyond the last are padded with zeros.
+ *
+ *     y[m, n] = sum over groups g of scale[n, g] * (sum over k in g of (code[n, k] - center - offset[n, g]) * x[m, k])
+ *
+ * The offset (zero point minus center) leaves the inner sum: it multiplies the group's sum of activations.
+ *
+ * The kernels are written once, in the second half of this file, with the vector operators that gcc and clang share; the file
+ * includes itself once per instruction set, which is as near as C comes to a template.
+ */
+#ifndef LANES
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
+#if defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ------------------------------------------------------------------------------------------------ the interface's types */
+
+typedef struct {
+    const uint8_t *codes;  /* panels, as above */
+    const float *scales;   /* [panels][groups][LANES] */
+    const float *offsets;  /* likewise, or NULL where every zero point is the center */
+    const float *table;    /* 16 values that replace code - center (NF4), or NULL */
+    int64_t rows, columns; /* as the layer has them, without padding */
+    int64_t group;         /* columns per scale; the last group of a row may be shorter */
+    int32_t bits;          /* 2, 3, 4 or 8: how a code is stored */
+    int32_t center;        /* the code that means zero when there is no offset */
+} Weight;
+
+/* How activations enter the product. */
+enum { FLOATS = 0, INT8_GROUPS = 1, INT8_TOKENS = 2 };
+
+typedef struct {
+    int32_t activations; /* FLOATS: exact; INT8_GROUPS: a scale per row and group; INT8_TOKENS: a scale per row */
+    int32_t threads;
+    float steps; /* an activation scale is absmax / steps */
+} Mode;
+
+/* ------------------------------------------------------------------------------------------------------------ geometry */
+
+INLINE int block_columns(int bits) { return bits == 3 ? 32 : 32 / bits; }
+INLINE int block_vectors(int bits) { return bits == 3 ? 3 : 1; }
+INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+static int64_t groups_of(const Weight *w) { return ceil_div(w->columns, w->group); }
+static int64_t blocks_of(const Weight *w, int64_t g) {
+    return ceil_div(smaller(w->group, w->columns - g * w->group), block_columns(w->bits));
+}
+static int64_t row_blocks(const Weight *w) {
+    int64_t groups = groups_of(w);
+    return (groups - 1) * blocks_of(w, 0) + blocks_of(w, groups - 1);
+}
+
+/* -------------------------------------------------------------------------------------------------------------- threads */
+
+/*
+ * A pool that grows to the largest number of threads asked for. Workers spin for a moment before they sleep, because the
+ * next layer of a model follows within microseconds. Whoever has not joined by the time the work is taken is not waited
+ * for: on a busy machine a worker may wake late. One product at a time owns the pool; a second one that comes from another
+ * thread meanwhile does its work alone.
+ */
+typedef void (*Work)(void *context, int64_t index);
+
+static struct {
+    pthread_mutex_t owner, lock;
+    pthread_cond_t wake;
+    int workers, invited;
+    Work work;
+    void *context;
+    int64_t count;
+    _Atomic int64_t next;
+    _Atomic int busy;
+    _Atomic unsigned round;
+} pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
+
+enum { SPINS = 4000 };
+
+INLINE void pause_briefly(void) {
+#if defined(__x86_64__)
+    _mm_pause();
+#elif defined(__aarch64__)
+    __asm__ volatile("yield");
+#endif
+}
+
+static void take_shares(void) {
+    int64_t index;
+    while ((index = atomic_fetch_add(&pool.next, 1)) < pool.count) pool.work(pool.context, index);
+}
+
+static void *worker(void *number) {
+    unsigned seen = 0;
+    for (;;) {
+        for (int spin = 0; spin < SPINS && atomic_load(&pool.round) == seen; spin++) pause_briefly();
+        pthread_mutex_lock(&pool.lock);
+        while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+        seen = atomic_load(&pool.round);
+        int joins = (intptr_t)number < pool.invited;
+        if (joins) atomic_fetch_add(&pool.busy, 1);
+        pthread_mutex_unlock(&pool.lock);
+        if (!joins) continue;
+        take_shares();
+        atomic_fetch_sub(&pool.busy, 1);
+    }
+    return NULL;
+}
+
+/* A forked child has the pool's memory but not its threads. */
+static void forget_workers(void) {
+    pthread_mutex_init(&pool.owner, NULL);
+    pthread_mutex_init(&pool.lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
+    pool.workers = pool.invited = 0;
+    atomic_store(&pool.busy, 0);
+    atomic_store(&pool.round, 0);
+}
+
+__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_workers); }
+
+/* Start a worker that has seen every round so far; called with the pool at rest. */
+static int add_worker(void) {
+    pthread_t thread;
+    pthread_attr_t detached;
+    pthread_attr_init(&detached);
+    pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    int failed = pthread_create(&thread, &detached, worker, (void *)(intptr_t)pool.workers);
+    pthread_attr_destroy(&detached);
+    if (!failed) pool.workers++;
+    return !failed;
+}
+
+/* Call work(context, 0 .. count - 1), each index once, on up to `threads` threads including this one. */
+static void parallel(int threads, int64_t count, Work work, void *context) {
+    if (threads > count) threads = (int)count;
+    if (threads < 2 || pthread_mutex_trylock(&pool.owner)) {
+        for (int64_t i = 0; i < count; i++) work(context, i);
+        return;
+    }
+    while (pool.workers < threads - 1 && add_worker()) continue;
+    pthread_mutex_lock(&pool.lock);
+    pool.work = work;
+    pool.context = context;
+    pool.count = count;
+    pool.invited = threads - 1;
+    atomic_store(&pool.next, 0);
+    atomic_fetch_add(&pool.round, 1);
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    take_shares();
+    pthread_mutex_lock(&pool.lock);
+    pool.invited = 0;
+    pthread_mutex_unlock(&pool.lock);
+    for (int spin = 0; atomic_load(&pool.busy); spin++)
+        if (spin < SPINS)
+            pause_briefly();
+        else
+            sched_yield();
+    pthread_mutex_unlock(&pool.owner);
+}
+
+/* --------------------------------------------------------------------------------------------------- activations at work */
+
+enum { CHUNK = 64, MAX_ROWS = 8, STRETCH = 256, AHEAD = 4096 };
+
+/*
+ * Up to CHUNK rows of activations, arranged for the kernels in row blocks: within a block of `n` rows, element i of row r
+ * lies at [i * n + r], so that a kernel reads one stream. `quads` holds 4 int8 each, or `floats` one float each.
+ */
+typedef struct {
+    const Weight *w;
+    const Mode *mode;
+    const float *x; /* [m][columns] */
+    float *y;       /* [m][rows] */
+    int64_t m, groups, padded;
+    int most; /* rows of a full row block */
+    int32_t *quads;
+    float *floats, *scales; /* scales [m][groups] of int8 activations */
+    int32_t *code_sums;     /* [m][groups]: sums of int8 codes */
+    float *sums;            /* [m][groups]: sums of float activations, where there are offsets */
+} Product;
+
+typedef struct {
+    int64_t start;
+    int rows;
+} RowBlock;
+
+/* Rows are cut into blocks of 8, 4 and 1, but of no more than `most`: the sizes that the kernels are compiled for. */
+static RowBlock next_block(const Product *p, RowBlock after) {
+    int64_t start = after.start + after.rows, left = smaller(p->m - start, p->most);
+    return (RowBlock){start, left >= 8 ? 8 : left >= 4 ? 4 : 1};
+}
+
+INLINE uint32_t bits_of(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, sizeof bits);
+    return bits;
+}
+INLINE float float_of(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+/* Codes are used once: computing on some while others are on their way takes asking for them in time. */
+INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
+    for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
+}
+
+/* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
+INLINE void keep_in_memory(void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
+
+/* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits of the mantissa. */
+INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.0f) - 0x4B400000u); }
+
+/* ------------------------------------------------------------------------------------------------------------ instances */
+
+#define JOIN(name, suffix) name##_##suffix
+#define EXPAND(name, suffix) JOIN(name, suffix)
+#define ISA(name) EXPAND(name, SUFFIX)
+
+#define SUFFIX portable
+#define LANES 4
+#define TILE 1
+#define TARGET
+#include "lmpress_cpu.c"
+
+#if defined(__x86_64__)
+#define SUFFIX avx2
+#define LANES 8
+#define TILE 8
+#define TARGET __attribute__((target("avx2,fma")))
+#include "lmpress_cpu.c"
+
+#define SUFFIX avx512
+#define LANES 16
+#define TILE 8
+#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
+#include "lmpress_cpu.c"
+#endif
+
+#if defined(__aarch64__)
+#define SUFFIX neon
+#define LANES 4
+#define TILE 8
+#define TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#define DOT_PRODUCTS
+#include "lmpress_cpu.c"
+#endif
+
+/* ------------------------------------------------------------------------------------------------------- the instruction sets */
+
+static int always(void) { return 1; }
+
+#if defined(__x86_64__)
+static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
+static int has_avx512(void) {
+    return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+}
+#elif defined(__aarch64__)
+static int has_dot_products(void) {
+#if defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) != 0;
+#else
+    return 1; /* every Apple processor that runs 64-bit macOS */
+#endif
+}
+#endif
+
+typedef struct {
+    const char *name;
+    int lanes, most;
+    int (*supported)(void);
+    void (*arrange)(Product *, RowBlock);
+    void (*multiply)(const Product *, int64_t panel, RowBlock);
+    void (*dequantize)(const Weight *, int64_t panel, float *out, int64_t stride);
+} InstructionSet;
+
+static const InstructionSet SETS[] = {
+#if defined(__x86_64__)
+    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512},
+    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2},
+#elif defined(__aarch64__)
+    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon},
+#endif
+    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable},
+};
+
+enum { SET_COUNT = sizeof SETS / sizeof *SETS };
+
+/* ----------------------------------------------------------------------------------------------------- the exported calls */
+
+/* Name of instruction set `index`, best first, or NULL past the last one; `lanes` is 0 where this machine lacks it. */
+const char *lmpress_set(int index, int *lanes) {
+    if (index < 0 || index >= SET_COUNT) return NULL;
+    *lanes = SETS[index].supported() ? SETS[index].lanes : 0;
+    return SETS[index].name;
+}
+
+typedef struct {
+    const InstructionSet *set;
+    Product product;
+} Running;
+
+static void arrange_share(void *context, int64_t index) {
+    Running *run = context;
+    RowBlock block = {0, 0};
+    for (int64_t i = 0; i <= index; i++) block = next_block(&run->product, block);
+    run->set->arrange(&run->product, block);
+}
+
+static void multiply_share(void *context, int64_t panel) {
+    const Running *run = context;
+    for (RowBlock b = next_block(&run->product, (RowBlock){0, 0}); b.start < run->product.m; b = next_block(&run->product, b))
+        run->set->multiply(&run->product, panel, b);
+}
+
+static void *cut(char **arena, int64_t bytes) {
+    void *piece = *arena;
+    *arena += ceil_div(bytes, 64) * 64;
+    return piece;
+}
+
+/* y[m][rows] = x[m][columns] W^T. Returns 0, or -1 where there is no memory for the arranged activations. */
+int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x, int64_t m, float *y) {
+    const InstructionSet *set = &SETS[index];
+    int64_t groups = groups_of(w), padded = row_blocks(w) * block_columns(w->bits);
+    int64_t rows = smaller(m, CHUNK), values = mode->activations == FLOATS ? 4 : 1;
+    int64_t panels = ceil_div(w->rows, set->lanes);
+    char *memory = malloc((size_t)(rows * (padded * values + 3 * groups * 4) + 4 * 64 + 64));
+    if (!memory) return -1;
+    char *arena = memory + (-(uintptr_t)memory & 63);
+    Running run = {set, {w, mode, x, y, 0, groups, padded, set->most, NULL, NULL, NULL, NULL, NULL}};
+    Product *p = &run.product;
+    p->quads = cut(&arena, rows * padded * values);
+    p->floats = (float *)p->quads;
+    p->scales = cut(&arena, rows * groups * 4);
+    p->code_sums = cut(&arena, rows * groups * 4);
+    p->sums = cut(&arena, rows * groups * 4);
+    /* A product of a few microseconds is over before a second thread has woken. */
+    int threads = (double)w->rows * (double)w->columns * (double)m < 1 << 18 ? 1 : mode->threads;
+    for (int64_t done = 0; done < m; done += p->m, p->x += p->m * w->columns, p->y += p->m * w->rows) {
+        p->m = smaller(CHUNK, m - done);
+        int64_t blocks = 0;
+        for (RowBlock b = next_block(p, (RowBlock){0, 0}); b.start < p->m; b = next_block(p, b)) blocks++;
+        parallel(threads, blocks, arrange_share, &run);
+        parallel(threads, panels, multiply_share, &run);
+    }
+    free(memory);
+    return 0;
+}
+
+typedef struct {
+    const InstructionSet *set;
+    const Weight *w;
+    int64_t first;
+    float *out;
+    int64_t stride;
+} Unpacking;
+
+static void dequantize_share(void *context, int64_t i) {
+    const Unpacking *u = context;
+    u->set->dequantize(u->w, u->first + i, u->out + i * u->set->lanes, u->stride);
+}
+
+/* The panels first .. first + count - 1 as floats, transposed: out[columns][stride], row r of the slab in column r. */
+void lmpress_dequantize(int index, const Weight *w, int threads, int64_t first, int64_t count, float *out, int64_t stride) {
+    Unpacking unpacking = {&SETS[index], w, first, out, stride};
+    parallel(threads, count, dequantize_share, &unpacking);
+}
+
+typedef float Four __attribute__((vector_size(16)));
+
+typedef struct {
+    const int64_t *starts;
+    const uint32_t *columns;
+    const float *values, *x; /* x [m][width], or [width][8] for up to 8 rows side by side */
+    float *y;
+    int64_t m, rows, width;
+} Sparse;
+
+enum { SPARSE_ROWS = 64 };
+
+/* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
+INLINE float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
+    float sum[4] = {0};
+    for (; i + 4 <= end; i += 4)
+        for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * s->x[s->columns[i + j]];
+    for (; i < end; i++) sum[0] += s->values[i] * s->x[s->columns[i]];
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+}
+
+/* The same for 8 rows side by side: entries with even and with odd numbers add up apart, for the same reason. */
+INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
+    Four sum[4] = {{0}};
+    for (; i < end; i += 2)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            if (i + j / 2 >= end) break;
+            Four x;
+            memcpy(&x, s->x + 8 * (int64_t)s->columns[i + j / 2] + 4 * (j % 2), sizeof x);
+            sum[j] += s->values[i + j / 2] * x;
+        }
+    sum[0] += sum[2];
+    sum[1] += sum[3];
+    memcpy(sums, sum, 2 * sizeof(Four));
+}
+
+static void sparse_share(void *context, int64_t share) {
+    const Sparse *s = context;
+    int64_t last = smaller(s->rows, (share + 1) * SPARSE_ROWS);
+    for (int64_t row = share * SPARSE_ROWS; row < last; row++) {
+        if (s->m == 1) {
+            s->y[row] += sparse_dot(s, s->starts[row], s->starts[row + 1]);
+            continue;
+        }
+        float sums[8];
+        sparse_dots(s, s->starts[row], s->starts[row + 1], sums);
+        for (int64_t r = 0; r < s->m; r++) s->y[r * s->rows + row] += sums[r];
+    }
+}
+
+/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns and values of its entries.
+ * Returns 0, or -1 where there is no memory to put the rows of x side by side. */
+int lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
+                       int64_t width, const float *x, int64_t m, float *y) {
+    float *side_by_side = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
+    if (m > 1 && !side_by_side) return -1;
+    for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
+        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width};
+        if (sparse.m > 1) {
+            sparse.x = side_by_side;
+            for (int64_t k = 0; k < width; k++)
+                for (int64_t r = 0; r < 8; r++) side_by_side[8 * k + r] = r < sparse.m ? x[r * width + k] : 0;
+        }
+        int helpers = (double)starts[rows] * (double)sparse.m < 1 << 16 ? 1 : threads;
+        parallel(helpers, ceil_div(rows, SPARSE_ROWS), sparse_share, &sparse);
+    }
+    free(side_by_side);
+    return 0;
+}
+
+#else /* ------------------------------------------------------------------------- one instruction set, LANES rows at a time */
+
+typedef int32_t ISA(Ints) __attribute__((vector_size(4 * LANES)));
+typedef uint32_t ISA(Words) __attribute__((vector_size(4 * LANES)));
+typedef float ISA(Floats) __attribute__((vector_size(4 * LANES)));
+#define Ints ISA(Ints)
+#define Words ISA(Words)
+#define Floats ISA(Floats)
+
+/* What the vector operators cannot say: dot products of bytes, a table of 16 floats. */
+
+#if defined(__x86_64__) && LANES == 16
+
+enum { ISA(WHOLE_BYTES) = 1, ISA(CHEAP_TABLE) = 1 };
+
+/* Four products of an unsigned and a signed byte per lane, added to the lane. */
+TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x);
+}
+TARGET INLINE Ints ISA(widen)(Ints sum) { return sum; }
+TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
+    return (Floats)_mm512_permutexvar_ps((__m512i)index, _mm512_loadu_ps(table));
+}
+
+#elif defined(__x86_64__) && LANES == 8
+
+enum { ISA(WHOLE_BYTES) = 0, ISA(CHEAP_TABLE) = 0 };
+
+/* Sums of 16 bits: the instruction saturates, but 8 steps of 2 * 15 * 128 = 3840 stay below 2^15. */
+TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
+    sum = (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
+    __asm__("" : "+x"(sum)); /* or compilers add up in a tree, whose leaves do not fit the registers */
+    return sum;
+}
+TARGET INLINE Ints ISA(widen)(Ints sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+/* Two tables of 8, chosen by the index's fourth bit in the sign. */
+TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
+    __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), (__m256i)index);
+    __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), (__m256i)index);
+    return (Floats)_mm256_blendv_ps(low, high, (__m256)(index << 28));
+}
+
+#else
+
+enum { ISA(WHOLE_BYTES) = 0, ISA(CHEAP_TABLE) = 0 };
+
+TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
+#ifdef DOT_PRODUCTS
+    return (Ints)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x);
+#else
+    for (int byte = 0; byte < 4; byte++) /* codes are at most 15, so that each product fits its 32-bit lane */
+        sum += (Ints)((codes >> (8 * byte)) & 0xff) * ((Ints)(x << (24 - 8 * byte)) >> 24);
+    return sum;
+#endif
+}
+TARGET INLINE Ints ISA(widen)(Ints sum) { return sum; }
+TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
+    return (Floats){table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
+}
+
+#endif
+
+TARGET INLINE Words ISA(load_words)(const uint8_t *from) {
+    Words words;
+    memcpy(&words, from, sizeof words);
+    return words;
+}
+TARGET INLINE Floats ISA(load_floats)(const float *from) {
+    Floats floats;
+    memcpy(&floats, from, sizeof floats);
+    return floats;
+}
+TARGET INLINE Floats ISA(all)(float value) { return value - (Floats){0}; }
+
+/* Quad `q` of a block: 4 codes in the 4 bytes of every lane. */
+TARGET INLINE Words ISA(quad)(const uint8_t *block, int q, int bits) {
+    switch (bits) {
+    case 8:
+        return ISA(load_words)(block);
+    case 4:
+        return (ISA(load_words)(block) >> (4 * q)) & 0x0f0f0f0f;
+    case 2:
+        return (ISA(load_words)(block) >> (2 * q)) & 0x03030303;
+    default: {
+        Words low = ISA(load_words)(block + q / 4 * 4 * LANES), high = ISA(load_words)(block + 8 * LANES);
+        Words third = q < 2 ? high << (2 - q) : high >> (q - 2);
+        return ((low >> (2 * (q % 4))) & 0x03030303) | (third & 0x04040404);
+    }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------------ int8 activations */
+
+/*
+ * Integer sums of at most 8 quads, added to `sums`: the stretch that 16-bit sums survive. Where instructions cannot take
+ * whole bytes, a byte is two nibbles, and its product is that of the low one plus 16 times that of the high one.
+ */
+TARGET INLINE void ISA(dot_blocks)(Ints *sums, const uint8_t *codes, const int32_t *x, int blocks, int bits, int rows) {
+    int quads = block_columns(bits) / 4, block_bytes = block_vectors(bits) * 4 * LANES;
+    int nibbles = bits == 8 && !ISA(WHOLE_BYTES);
+    fetch_ahead(codes, blocks * block_bytes);
+#pragma GCC unroll 2
+    for (int part = 0; part <= nibbles; part++) {
+        Ints run[MAX_ROWS] = {{0}};
+#pragma GCC unroll 8
+        for (int b = 0; b < blocks; b++)
+#pragma GCC unroll 8
+            for (int q = 0; q < quads; q++) {
+                Words w = ISA(quad)(codes + b * block_bytes, q, bits);
+                if (nibbles) w = (w >> (4 * part)) & 0x0f0f0f0f;
+#pragma GCC unroll 8
+                for (int r = 0; r < rows; r++)
+                    run[r] = ISA(dot)(run[r], w, (Words){0} + (uint32_t)x[(b * quads + q) * rows + r]);
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) sums[r] += ISA(widen)(run[r]) * (1 << (4 * part));
+        if (nibbles) keep_in_memory(sums);
+    }
+}
+
+TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t start, int bits, int rows, Floats *y) {
+    const Weight *w = p->w;
+    int block_bytes = block_vectors(bits) * 4 * LANES, block_quads = block_columns(bits) / 4;
+    int run = 8 / block_quads; /* blocks of 8 quads together */
+    const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
+    const int32_t *x = p->quads + start * p->padded / 4;
+    for (int64_t g = 0; g < p->groups; g++) {
+        Ints sums[MAX_ROWS] = {{0}};
+        int64_t blocks = blocks_of(w, g);
+        for (; blocks >= run; blocks -= run, codes += run * block_bytes, x += run * block_quads * rows)
+            ISA(dot_blocks)(sums, codes, x, run, bits, rows);
+        for (; blocks > 0; blocks--, codes += block_bytes, x += block_quads * rows)
+            ISA(dot_blocks)(sums, codes, x, 1, bits, rows);
+        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) {
+            int64_t at = start * p->groups + g * rows + r;
+            /* The center leaves in integers: in floats, what remains of two large sums would be their rounding. */
+            Floats value = __builtin_convertvector(sums[r] - w->center * p->code_sums[at], Floats);
+            if (w->offsets)
+                value -= ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES) * (float)p->code_sums[at];
+            y[r] += value * (scale * p->scales[at]);
+        }
+        keep_in_memory(y);
+    }
+}
+
+/* int8 codes of `count` activations under `scale`, as quads `stride` apart, zero beyond; returns the sum of the codes. */
+TARGET static int32_t ISA(quantize)(const float *x, int64_t count, float scale, int32_t *quads, int stride) {
+    int32_t sum = 0;
+    for (int64_t start = 0; start < count; start += STRETCH) {
+        int8_t codes[STRETCH] = {0};
+        int n = (int)smaller(STRETCH, count - start);
+        for (int k = 0; k < n; k++) {
+            int32_t code = rounded(x[start + k] / scale);
+            code = code > 127 ? 127 : code < -128 ? -128 : code;
+            codes[k] = (int8_t)code;
+            sum += code;
+        }
+        for (int q = 0; q < (n + 3) / 4; q++) memcpy(quads + (start / 4 + q) * stride, codes + 4 * q, 4);
+    }
+    return sum;
+}
+
+/* Without their sign, floats are ordered as integers are; NaN is the largest, so that it is not lost. */
+TARGET static float ISA(absmax)(const float *x, int64_t count) {
+    int32_t most = 0;
+    for (int64_t k = 0; k < count; k++) {
+        int32_t size = (int32_t)(bits_of(x[k]) & 0x7fffffffu);
+        most = size > most ? size : most;
+    }
+    return float_of((uint32_t)most);
+}
+
+TARGET static void ISA(arrange_int8)(Product *p, RowBlock block, int r) {
+    const Weight *w = p->w;
+    const float *x = p->x + (block.start + r) * w->columns;
+    int32_t *quads = p->quads + block.start * p->padded / 4 + r;
+    int64_t block_quads = block_columns(w->bits) / 4;
+    float largest = p->mode->activations == INT8_TOKENS ? ISA(absmax)(x, w->columns) : 0;
+    for (int64_t g = 0; g < p->groups; g++, x += w->group) {
+        int64_t count = smaller(w->group, w->columns - g * w->group), at = block.start * p->groups + g * block.rows + r;
+        if (p->mode->activations == INT8_GROUPS) largest = ISA(absmax)(x, count);
+        p->scales[at] = largest != 0 ? largest / p->mode->steps : 1;
+        int64_t room = blocks_of(w, g) * block_quads;
+        for (int64_t q = count / 4; q < room; q++) quads[q * block.rows] = 0;
+        p->code_sums[at] = ISA(quantize)(x, count, p->scales[at], quads, block.rows);
+        quads += room * block.rows;
+    }
+}
+
+/* ----------------------------------------------------------------------------------------------- float activations */
+
+/* Column `j` of quad `q` as numbers: what the table says, or code - center. */
+TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, int lookup, const float *table, float center) {
+    if (lookup) {
+        /* The lookup reads 4 bits of an index; what is above them need not be cleared. */
+        Words quad = bits == 4 ? ISA(load_words)(block) >> (4 * q) : ISA(quad)(block, q, bits);
+        return ISA(lookup)(table, quad >> (8 * j));
+    }
+    return __builtin_convertvector((Ints)((ISA(quad)(block, q, bits) >> (8 * j)) & 0xff), Floats) - center;
+}
+
+TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const float *x, int bits, int rows, int lookup,
+                                    const float *table, float center) {
+    fetch_ahead(codes, block_vectors(bits) * 4 * LANES);
+    int ways = rows == 1 ? 4 : 1; /* one row has but one sum per lane: four of them hide the latency of the additions */
+#pragma GCC unroll 8
+    for (int q = 0; q < block_columns(bits) / 4; q++)
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            Floats w = ISA(decode)(codes, q, j, bits, lookup, table, center);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) sums[r + j % ways] += w * x[(4 * q + j) * rows + r];
+        }
+}
+
+TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t start, int bits, int rows, int lookup,
+                                    const float *table, Floats *y) {
+    const Weight *w = p->w;
+    int block_bytes = block_vectors(bits) * 4 * LANES;
+    float center = (float)w->center;
+    const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
+    const float *x = p->floats + start * p->padded;
+    for (int64_t g = 0; g < p->groups; g++) {
+        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+        /* Long groups add up in stretches, so that the error of a sum does not grow with the width of the layer. */
+        for (int64_t left = blocks_of(w, g); left > 0;) {
+            int64_t blocks = smaller(left, STRETCH / block_columns(bits));
+            Floats sums[MAX_ROWS] = {{0}};
+            left -= blocks;
+            for (; blocks > 0; blocks--, codes += block_bytes, x += block_columns(bits) * rows)
+                ISA(float_block)(sums, codes, x, bits, rows, lookup, table, center);
+            if (rows == 1) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) y[r] += scale * sums[r];
+            keep_in_memory(y);
+        }
+        if (w->offsets) {
+            Floats shift = scale * ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES);
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) y[r] -= shift * p->sums[start * p->groups + g * rows + r];
+        }
+    }
+}
+
+TARGET static void ISA(arrange_floats)(Product *p, RowBlock block, int r) {
+    const Weight *w = p->w;
+    const float *x = p->x + (block.start + r) * w->columns;
+    float *floats = p->floats + block.start * p->padded + r;
+    for (int64_t g = 0; g < p->groups; g++, x += w->group) {
+        int64_t count = smaller(w->group, w->columns - g * w->group), room = blocks_of(w, g) * block_columns(w->bits);
+        for (int64_t k = 0; k < count; k++) floats[k * block.rows] = x[k];
+        for (int64_t k = count; k < room; k++) floats[k * block.rows] = 0;
+        floats += room * block.rows;
+        if (w->offsets) {
+            double sum = 0;
+            for (int64_t k = 0; k < count; k++) sum += x[k];
+            p->sums[block.start * p->groups + g * block.rows + r] = (float)sum;
+        }
+    }
+}
+
+/* ------------------------------------------------------------------------------------------ what the outside calls */
+
+TARGET static void ISA(arrange)(Product *p, RowBlock block) {
+    for (int r = 0; r < block.rows; r++)
+        if (p->mode->activations == FLOATS)
+            ISA(arrange_floats)(p, block, r);
+        else
+            ISA(arrange_int8)(p, block, r);
+}
+
+/* The table of a uniform grid, for machines where looking up is cheaper than converting. */
+TARGET INLINE const float *ISA(table_of)(const Weight *w, float *uniform) {
+    for (int code = 0; code < 16; code++) uniform[code] = (float)(code - w->center);
+    return w->table ? w->table : uniform;
+}
+
+/* From here on `bits` and `rows` are constants: each call below becomes code of its own. */
+TARGET INLINE void ISA(panel_of_rows)(const Product *p, int64_t panel, int64_t start, int bits, int rows) {
+    Floats y[MAX_ROWS] = {{0}};
+    float uniform[16];
+    const float *table = ISA(table_of)(p->w, uniform);
+    if (p->mode->activations != FLOATS)
+        ISA(int8_panel)(p, panel, start, bits, rows, y);
+    else if (bits < 8 && ISA(CHEAP_TABLE))
+        ISA(float_panel)(p, panel, start, bits, rows, 1, table, y);
+    else if (bits == 4 && p->w->table)
+        ISA(float_panel)(p, panel, start, bits, rows, 1, table, y);
+    else
+        ISA(float_panel)(p, panel, start, bits, rows, 0, table, y);
+    size_t bytes = (size_t)smaller(LANES, p->w->rows - panel * LANES) * sizeof(float);
+    for (int r = 0; r < rows; r++) memcpy(p->y + (start + r) * p->w->rows + panel * LANES, &y[r], bytes);
+}
+
+TARGET INLINE void ISA(panel_of_bits)(const Product *p, int64_t panel, RowBlock block, int bits) {
+    if (TILE == 1 || block.rows == 1)
+        ISA(panel_of_rows)(p, panel, block.start, bits, 1);
+    else if (block.rows == 4)
+        ISA(panel_of_rows)(p, panel, block.start, bits, 4);
+    else
+        ISA(panel_of_rows)(p, panel, block.start, bits, 8);
+}
+
+TARGET static void ISA(multiply)(const Product *p, int64_t panel, RowBlock block) {
+    switch (p->w->bits) {
+    case 2:
+        ISA(panel_of_bits)(p, panel, block, 2);
+        break;
+    case 3:
+        ISA(panel_of_bits)(p, panel, block, 3);
+        break;
+    case 4:
+        ISA(panel_of_bits)(p, panel, block, 4);
+        break;
+    default:
+        ISA(panel_of_bits)(p, panel, block, 8);
+    }
+}
+
+TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64_t stride, int bits, const float *table) {
+    int64_t groups = groups_of(w);
+    const uint8_t *codes = w->codes + panel * row_blocks(w) * block_vectors(bits) * 4 * LANES;
+    size_t bytes = (size_t)smaller(LANES, w->rows - panel * LANES) * sizeof(float);
+    for (int64_t g = 0; g < groups; g++) {
+        Floats scale = ISA(load_floats)(w->scales + (panel * groups + g) * LANES), offset = {0};
+        if (w->offsets) offset = ISA(load_floats)(w->offsets + (panel * groups + g) * LANES);
+        int64_t left = smaller(w->group, w->columns - g * w->group);
+        for (; left > 0; left -= block_columns(bits), codes += block_vectors(bits) * 4 * LANES)
+            for (int k = 0; k < smaller(left, block_columns(bits)); k++, out += stride) {
+                Floats value = ISA(decode)(codes, k / 4, k % 4, bits, bits < 8, table, (float)w->center);
+                value = (value - offset) * scale;
+                memcpy(out, &value, bytes);
+            }
+    }
+}
+
+TARGET static void ISA(dequantize)(const Weight *w, int64_t panel, float *out, int64_t stride) {
+    float uniform[16];
+    const float *table = ISA(table_of)(w, uniform);
+    switch (w->bits) {
+    case 2:
+        ISA(unpack)(w, panel, out, stride, 2, table);
+        break;
+    case 3:
+        ISA(unpack)(w, panel, out, stride, 3, table);
+        break;
+    case 4:
+        ISA(unpack)(w, panel, out, stride, 4, table);
+        break;
+    default:
+        ISA(unpack)(w, panel, out, stride, 8, table);
+    }
+}
+
+#undef Ints
+#undef Words
+#undef Floats
+#undef SUFFIX
+#undef LANES
+#undef TILE
+#undef TARGET
+#undef DOT_PRODUCTS
+#endif

@@ -1,0 +1,91 @@
+"""Which kernel serves: the first of the list that meets the need, runs here and passes its self-test.
+
+The chain on CPUs: compiled kernels, best instruction set first; torch's int4 product where int8 activations were allowed;
+dequantizing. The last one always runs, so no machine is an error.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from ..compress.errors import UsageError
+from . import aten, reference, selftest
+from .cpu import product
+from .kernel import Kernel, Need, Unavailable, WrongMachine
+
+KERNELS: tuple[Kernel, ...] = (*product.KERNELS, aten.INT4, reference.REFERENCE)
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a kernel does not serve; `remarkable` where that is no property of the layer or of the hardware."""
+
+    reason: str
+    remarkable: bool
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The kernel that serves, and those tried before it with the reason why each does not."""
+
+    kernel: Kernel
+    passed_over: tuple[tuple[str, Refusal], ...] = ()
+
+    def __str__(self) -> str:
+        """One line for people."""
+        skipped = [f"{name}: {refusal.reason}" for name, refusal in self.passed_over]
+        return self.kernel.name + (f" ({'; '.join(skipped)})" if skipped else "")
+
+
+def choose(need: Need, kernel: str | None = None, kernels: Sequence[Kernel] = KERNELS) -> Choice:
+    """The first of `kernels` that may serve `need`, or the one named `kernel` and no other.
+
+    Raises `UsageError` where the named one is unknown or may not serve.
+    """
+    if kernel is not None:
+        return Choice(_named(kernel, need, kernels))
+    passed_over: list[tuple[str, Refusal]] = []
+    for candidate in kernels:
+        refused = refusal(candidate, need)
+        if refused is None:
+            _tell(candidate, passed_over)
+            return Choice(candidate, tuple(passed_over))
+        passed_over.append((candidate.name, refused))
+    reasons = "; ".join(f"{name}: {refused.reason}" for name, refused in passed_over)
+    raise UsageError(f"no kernel serves {need}: {reasons}")
+
+
+@cache
+def refusal(kernel: Kernel, need: Need) -> Refusal | None:
+    """Why `kernel` may not serve `need` on this machine, or None where it may. The answer is found once per process."""
+    if reason := kernel.serves.refusal(need):
+        return Refusal(reason, remarkable=False)
+    try:
+        failed = selftest.failure(kernel, need)
+    except Unavailable as error:
+        return Refusal(str(error), remarkable=not isinstance(error, WrongMachine))
+    return Refusal(failed, remarkable=True) if failed else None
+
+
+def _named(name: str, need: Need, kernels: Sequence[Kernel]) -> Kernel:
+    found = next((kernel for kernel in kernels if kernel.name == name), None)
+    if found is None:
+        raise UsageError(f"no kernel is called {name!r}", f"there are {', '.join(kernel.name for kernel in kernels)}")
+    if refused := refusal(found, need):
+        raise UsageError(f"kernel {name!r} cannot serve this layer here: {refused.reason}")
+    return found
+
+
+def _tell(chosen: Kernel, passed_over: Sequence[tuple[str, Refusal]]) -> None:
+    reasons = dict.fromkeys(refused.reason for _, refused in passed_over if refused.remarkable)
+    for reason in reasons:
+        _say(f"{reason}; {chosen.name} serves instead")
+
+
+@cache
+def _say(message: str) -> None:
+    """Each message once, however many layers it is about."""
+    logger.warning(message)

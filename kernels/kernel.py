@@ -1,0 +1,111 @@
+"""What a kernel is: what it serves, as data, and how a weight is prepared for it."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from ..compress.errors import CompressError
+from .weight import Weight
+
+Activations = Literal["float", "group", "token"]
+
+STEPS = 127.0
+FLOAT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
+
+
+class Unavailable(CompressError):
+    """A kernel cannot run on this machine; the message says why. Another one can: the dispatch catches this."""
+
+
+class WrongMachine(Unavailable):
+    """It was made for other hardware: nothing to repair, nothing to report."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a layer asks of its kernel.
+
+    `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
+    row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`.
+    """
+
+    bits: int
+    group: int
+    symmetric: bool = True
+    codebook: bool = False
+    activations: Activations = "float"
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+    steps: float = STEPS
+
+    @classmethod
+    def of(
+        cls,
+        weight: Weight,
+        activations: Activations = "float",
+        dtype: torch.dtype = torch.float32,
+        steps: float = STEPS,
+    ) -> "Need":
+        """What `weight` needs, for inputs of `dtype` on the weight's device."""
+        device, codebook = weight.codes.device.type, weight.codebook is not None
+        return cls(weight.bits, weight.group, weight.zero is None, codebook, activations, device, dtype, steps)
+
+
+@dataclass(frozen=True)
+class Serves:
+    """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale."""
+
+    bits: frozenset[int]
+    activations: frozenset[Activations]
+    devices: frozenset[str] | None = None
+    dtypes: frozenset[torch.dtype] | None = FLOAT_DTYPES
+    groups: frozenset[int] | None = None
+    symmetric: frozenset[bool] = frozenset({True, False})
+    codebook: frozenset[bool] = frozenset({True, False})
+
+    def refusal(self, need: Need) -> str | None:
+        """Why `need` is not met, or None where it is."""
+        asked = [
+            ("bits", need.bits, self.bits),
+            ("activations", need.activations, self.activations),
+            ("device", need.device, self.devices),
+            ("dtype", need.dtype, self.dtypes),
+            ("group", need.group, self.groups),
+            ("symmetric", need.symmetric, self.symmetric),
+            ("codebook", need.codebook, self.codebook),
+        ]
+        return next(
+            (f"{what} {value} not served" for what, value, ok in asked if ok is not None and value not in ok), None
+        )
+
+
+class Product(nn.Module):
+    """A weight in a kernel's layout: `forward` is `y = x W^T` for `x` `[m, in]`, in the dtype of `x`.
+
+    Its tensors are buffers, so it moves and is traced as any module; none of them is ever stored.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y `[m, out]`"""
+        raise NotImplementedError
+
+    def codes(self) -> Tensor:
+        """The codes uint8 `[out, in]` that were given, so that nobody has to keep them twice."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A named way to multiply by a quantized weight.
+
+    `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it. `tolerance` is the
+    largest relative error against float64 (with the activations quantized as the need says) that its self-test accepts.
+    """
+
+    name: str
+    serves: Serves
+    prepare: Callable[[Weight, Need], Product]
+    tolerance: float = 1e-5

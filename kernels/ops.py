@@ -1,0 +1,118 @@
+"""The kernels as operators of torch, with shapes for tracing: `torch.compile` and `torch.export` see through them.
+
+Eager calls go past the operators, whose bookkeeping costs more than a small product does.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .cpu import library
+from .cpu.layout import Panels
+from .cpu.product import multiply, multiply_transposed
+from .weight import SparseRows
+
+
+@torch.library.custom_op("lmpress::cpu_linear", mutates_args=(), device_types="cpu")
+def cpu_linear(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    table: Tensor | None,
+    rows: int,
+    columns: int,
+    group: int,
+    bits: int,
+    center: int,
+    instructions: str,
+    activations: str,
+    steps: float,
+) -> Tensor:
+    """`x W^T` for `x` `[m, columns]`, the weight in panels: see `cpu/product.py`."""
+    shape = (rows, columns, group, bits, center)
+    return multiply(x, codes, scales, offsets, table, *shape, instructions, activations, steps)
+
+
+@cpu_linear.register_fake
+def _(
+    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor | None, rows: int, *_: object
+) -> Tensor:
+    return x.new_empty(x.shape[0], rows)
+
+
+@torch.library.custom_op("lmpress::cpu_linear_transposed", mutates_args=(), device_types="cpu")
+def cpu_linear_transposed(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    table: Tensor | None,
+    rows: int,
+    columns: int,
+    group: int,
+    bits: int,
+    center: int,
+    instructions: str,
+) -> Tensor:
+    """`grad W` for `grad` `[m, rows]`: `[m, columns]`, exact; what `cpu_linear` sends back to its input."""
+    panels = Panels(codes, scales, offsets, table, rows, columns, group, bits, center)
+    inputs = grad.to(torch.float32).contiguous()
+    return multiply_transposed(inputs, panels, library.instruction_set(instructions)).to(grad.dtype)
+
+
+@cpu_linear_transposed.register_fake
+def _(
+    grad: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    table: Tensor | None,
+    rows: int,
+    columns: int,
+    *_: object,
+) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, codes, scales, offsets, table, *rest = inputs
+    ctx.save_for_backward(codes, scales, offsets, table)
+    ctx.shape = rest[:6]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """int8 activations pass gradients straight through, as their rounding has none."""
+    return torch.ops.lmpress.cpu_linear_transposed(grad, *ctx.saved_tensors, *ctx.shape), *(None,) * 12
+
+
+cpu_linear.register_autograd(_backward, setup_context=_remember)
+
+
+@torch.library.custom_op("lmpress::cpu_add_sparse", mutates_args=(), device_types="cpu")
+def cpu_add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`y + x S^T` for S in compressed rows; `y` `[m, rows]` and `x` `[m, width]` in float32."""
+    total = y.clone(memory_format=torch.contiguous_format)
+    library.add_sparse(total, x.contiguous(), starts, columns, values)
+    return total
+
+
+@cpu_add_sparse.register_fake
+def _(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    return torch.empty_like(y)
+
+
+def _remember_sparse(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, x, *sparse = inputs
+    ctx.width = x.shape[1]
+    ctx.save_for_backward(*sparse)
+
+
+def _backward_sparse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    starts, columns, values = ctx.saved_tensors
+    entries = grad[:, SparseRows(starts, columns, values).rows] * values
+    return grad, grad.new_zeros(grad.shape[0], ctx.width).index_add(1, columns.long(), entries), None, None, None
+
+
+cpu_add_sparse.register_autograd(_backward_sparse, setup_context=_remember_sparse)

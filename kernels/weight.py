@@ -1,0 +1,88 @@
+"""What a kernel is given: one layer's quantized weight, in no kernel's layout."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..compress.tensor import CompressedTensor
+
+
+@dataclass(frozen=True)
+class SparseRows:
+    """A sparse matrix in compressed rows: row r holds the entries `starts[r] .. starts[r + 1] - 1`.
+
+    starts   int64 `[rows + 1]`
+    columns  int32 `[entries]`
+    values   float `[entries]`
+    """
+
+    starts: Tensor
+    columns: Tensor
+    values: Tensor
+
+    @classmethod
+    def of(cls, dense: Tensor) -> "SparseRows":
+        """The entries of `dense` `[rows, columns]` that are not zero."""
+        rows, columns = dense.nonzero(as_tuple=True)
+        counts = torch.bincount(rows, minlength=len(dense))
+        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return cls(starts, columns.to(torch.int32), dense[rows, columns])
+
+    @property
+    def rows(self) -> Tensor:
+        """The row of every entry, int64 `[entries]`."""
+        return torch.repeat_interleave(self.starts.diff())
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A weight `[out, in]`: `scale * (codes - zero)`, or `scale * codebook[codes]`, plus what was kept apart.
+
+    codes     uint8 `[out, in]`, below `2**bits`
+    scale     float `[out, groups]`; group g covers the columns `g * group ..`, the last group may be shorter
+    zero      `[out, groups]`, integers or reals; None where it is `2**(bits - 1)`, and with a codebook
+    codebook  float `[2**bits]`, or None for a uniform grid
+    columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
+              codes of these columns do not count
+    residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
+    """
+
+    codes: Tensor
+    scale: Tensor
+    zero: Tensor | None
+    bits: int
+    group: int
+    codebook: Tensor | None = None
+    columns: Tensor | None = None
+    outliers: Tensor | None = None
+    residual: SparseRows | None = None
+
+    @classmethod
+    def of(cls, tensor: CompressedTensor) -> "Weight":
+        """The weight of a compressed tensor."""
+        args = tensor.args
+        return cls(tensor.codes, tensor.scale, tensor.zero, args.bits, args.columns_per_scale(tensor.shape[1]))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` computed in `dtype`: what every kernel is held against."""
+        width = self.codes.shape[1]
+        scale = self.scale.to(dtype).repeat_interleave(self.group, dim=1)[:, :width]
+        if self.codebook is not None:
+            values = self.codebook.to(dtype)[self.codes.int()]
+        elif self.zero is None:
+            values = self.codes.to(dtype) - 2 ** (self.bits - 1)
+        else:
+            values = self.codes.to(dtype) - self.zero.to(dtype).repeat_interleave(self.group, dim=1)[:, :width]
+        dense = values * scale
+        if self.columns is not None and self.outliers is not None:
+            dense[:, self.columns] = self.outliers.to(dtype)
+        if self.residual is not None:
+            place = (self.residual.rows, self.residual.columns.long())
+            dense.index_put_(place, self.residual.values.to(dtype), accumulate=True)
+        return dense

@@ -1,0 +1,130 @@
+"""The drift of a layer's output: where outputs land, the statistic itself, and what GPTQ makes of it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lmpress.calibrate.discovery import find_linears
+from lmpress.calibrate.drift import Drift, landings
+from lmpress.calibrate.rows import Rows
+from lmpress.calibrate.runner import Runner
+from lmpress.calibrate.skeleton import build
+from lmpress.calibrate.source import open_source
+from lmpress.compress.errors import UsageError
+from lmpress.compress.quantize.gptq import GPTQ, corrected, prepare
+from lmpress.compress.scheme import QuantArgs
+
+
+class Residual(nn.Module):
+    """Two linears in a row, the second added to the stream and that sum used again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 6), nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.hidden = self.up(x)
+        self.stream = x + self.down(self.hidden.relu())
+        return self.stream + x.tanh()
+
+
+def test_an_output_lands_in_the_sum_it_is_first_added_into() -> None:
+    block = Residual()
+    with landings(find_linears(block)) as found:
+        result = block(torch.randn(2, 3, 4))
+    assert found["up"] is block.hidden
+    assert found["down"] is block.stream
+    assert found["down"] is not result
+    assert not any(m._forward_hooks for m in block.modules())
+
+
+def test_streaming_equals_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    lacking, inputs = (torch.randn(30, n, generator=generator, dtype=torch.float64) for n in (5, 7))
+    drift = Drift(5, 7, torch.float64)
+    for start in range(0, 30, 10):
+        drift.update(lacking[start : start + 10], inputs[start : start + 10], sequences=2)
+    assert torch.allclose(drift.matrix(), 2 / 6 * lacking.T @ inputs)
+
+
+def test_the_corrected_weight_is_the_least_squares_answer() -> None:
+    """Without damping `W + G H^-1` is the weight whose output on `X` is nearest to what the layer should give."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    before = inputs + 0.1 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
+    weight = torch.randn(5, 12, generator=generator, dtype=torch.float64)
+    drift = Drift(5, 12, torch.float64)
+    drift.update((before - inputs) @ weight.T, inputs, sequences=1)
+    prepared = prepare(2 * inputs.T @ inputs, QuantArgs(group_size=4), GPTQ(damping=0.0))
+    expected = torch.linalg.lstsq(inputs, before @ weight.T).solution.T
+    assert torch.allclose(corrected(weight, drift.matrix(), prepared, 1.0), expected, atol=1e-9)
+    halfway = corrected(weight, drift.matrix(), prepared, 0.5)
+    assert torch.allclose(halfway, (weight + expected) / 2, atol=1e-9)
+    assert torch.equal(corrected(weight, torch.zeros(5, 12, dtype=torch.float64), prepared, 1.0), weight)
+
+
+def walked(tiny: Path, scratch: Path, ids: Tensor) -> Runner:
+    source = open_source(tiny)
+    runner = Runner(build(source), source, Rows(ids, "test", 10), scratch, reference=True)
+    runner.capture()
+    return runner
+
+
+def test_an_untouched_model_does_not_drift_and_a_broken_one_does(tiny: Path, tmp_path: Path) -> None:
+    """The statistic of the second block against outputs computed by hand, after the first block was changed."""
+    ids = torch.randint(2, 10, (6, 16), generator=torch.Generator().manual_seed(0))
+    runner = walked(tiny, tmp_path, ids)
+    first = runner.load(0)
+    names = set(find_linears(first))
+    untouched = runner.collect(0, names)
+    assert untouched.drifts.keys() == names
+    assert not any(drift.matrix().any() for drift in untouched.drifts.values())
+    with torch.no_grad():
+        first.get_submodule("mlp.down_proj").weight.mul_(0.5)
+    runner.forward(0)
+    runner.unload(0)
+    second = runner.load(1)
+    found = runner.collect(1, names)
+    seen: dict[str, list[Tensor]] = {"in": [], "out": []}
+    linear = second.get_submodule("self_attn.q_proj")
+
+    def look(module: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
+        seen["in"].append(args[0])
+        seen["out"].append(result)
+
+    hook = linear.register_forward_hook(look)
+    call = runner._calls[1][0]
+    with torch.no_grad():
+        for stream in (runner._hidden[0], runner._reference[0]):
+            result = call.replay(second, stream)
+            seen.setdefault("block", []).append(result)
+    hook.remove()
+    inputs = seen["in"][0].flatten(0, 1)
+    lacking = (seen["out"][1] - seen["out"][0]).flatten(0, 1)
+    assert torch.allclose(found.drifts["self_attn.q_proj"].matrix(), 2 / 6 * lacking.T @ inputs, atol=1e-5)
+    assert found.drifts["self_attn.q_proj"].matrix().norm() > 0
+    # the last linear of the block lands in the block's own output
+    gap = (seen["block"][1] - seen["block"][0]).flatten(0, 1)
+    held: list[Tensor] = []
+    hook = second.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda module, args: held.append(args[0]))
+    with torch.no_grad():
+        call.replay(second, runner._hidden[0])
+    hook.remove()
+    expected = 2 / 6 * gap.T @ held[0].flatten(0, 1)
+    assert torch.allclose(found.drifts["mlp.down_proj"].matrix(), expected, atol=1e-5)
+
+
+def test_groups_by_common_input(tiny: Path, tmp_path: Path) -> None:
+    runner = walked(tiny, tmp_path, torch.randint(2, 10, (2, 8), generator=torch.Generator().manual_seed(0)))
+    names = set(find_linears(runner.load(0)))
+    groups = [sorted(name.rpartition(".")[2] for name in group) for group in runner.groups(0, names)]
+    assert groups == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
+
+
+def test_shares_outside_zero_to_one_are_refused() -> None:
+    with pytest.raises(UsageError, match="drift"):
+        GPTQ(drift=1.5)
+    assert GPTQ().needs == {"hessian"}
+    assert GPTQ(drift=0.5).needs == {"hessian", "drift"}

@@ -1,0 +1,102 @@
+"""Descent over scales and codes against brute force, float64 least squares and its own bookkeeping."""
+
+from itertools import product
+
+import pytest
+import torch
+from torch import Tensor
+
+from lmpress.compress.grid import Grid
+from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.solver.loss import layer_loss
+from lmpress.compress.solver.refine import _Lattice, _move_scale, refine
+
+
+def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    inputs = torch.randn(3 * width, width, generator=generator, dtype=torch.float64)
+    inputs = inputs @ torch.randn(width, width, generator=generator, dtype=torch.float64)
+    return torch.randn(rows, width, generator=generator, dtype=torch.float64), inputs.T @ inputs / len(inputs)
+
+
+def args_for(width: int, group: int | None, symmetric: bool, bits: int = 3) -> QuantArgs:
+    strategy = "group" if group else "channel"
+    return QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=group).for_width(width)
+
+
+@pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
+@pytest.mark.parametrize(("width", "group"), [(96, 32), (172, 43), (70, None), (200, 4), (5, None), (1, None)])
+def test_the_loss_falls_by_exactly_what_is_reported(width: int, group: int | None, symmetric: bool) -> None:
+    weight, hessian = problem(9, width)
+    grid = Grid.fit(weight, args_for(width, group, symmetric))
+    codes = grid.quantize(weight)
+    before = layer_loss(weight - grid.dequantize(codes), hessian)
+    previous = before
+    for sweeps in (1, 2, 5):
+        settled, moved, fallen = refine(weight, hessian, codes, grid, sweeps)
+        after = layer_loss(weight - moved.dequantize(settled), hessian)
+        assert after == pytest.approx(before - fallen, rel=1e-9, abs=1e-12)
+        assert after <= previous * (1 + 1e-12)
+        assert settled.max() <= grid.args.maxq
+        assert torch.equal(moved.scale, moved.scale.half().double())  # what is stored is what was solved for
+        previous = after
+    if width > 5:
+        assert previous < before
+
+
+def test_no_single_code_can_be_improved_at_the_end() -> None:
+    """Brute force over every code of every weight, all others fixed."""
+    weight, hessian = problem(4, 12)
+    grid = Grid.fit(weight, args_for(12, 4, symmetric=False, bits=2))
+    codes, grid, _ = refine(weight, hessian, grid.quantize(weight), grid, 50)
+    reached = layer_loss(weight - grid.dequantize(codes), hessian)
+    for row, column, code in product(range(4), range(12), range(4)):
+        other = codes.clone()
+        other[row, column] = code
+        assert layer_loss(weight - grid.dequantize(other), hessian) >= reached - 1e-12
+
+
+def test_one_column_takes_the_best_code() -> None:
+    weight, hessian = torch.tensor([[0.83], [-0.31]], dtype=torch.float64), torch.tensor([[2.0]], dtype=torch.float64)
+    args = QuantArgs(bits=3, strategy="tensor", group_size=None)  # a tensor's scale stays
+    grid = Grid(torch.tensor([[0.25]], dtype=torch.float64), torch.tensor([[4.0]], dtype=torch.float64), args)
+    codes, moved, _ = refine(weight, hessian, torch.zeros(2, 1, dtype=torch.uint8), grid, 1)
+    best = [min(range(8), key=lambda c: (w - 0.25 * (c - 4)) ** 2) for w in weight.flatten().tolist()]
+    assert codes.flatten().tolist() == best
+    assert (moved.scale == 0.25).all()
+
+
+def test_moving_scales_alone_reaches_the_joint_least_squares_optimum() -> None:
+    """Group after group, with codes fixed and scales stored exactly, against one lstsq per row over all its scales."""
+    weight, hessian = problem(5, 24)
+    args = QuantArgs(bits=4, group_size=8, scale_dtype="float32")
+    grid = Grid.fit(weight, args)
+    codes = grid.quantize(weight)
+    lattice = _Lattice.of(codes, grid)
+    delta = weight.T - lattice.settled()
+    for _ in range(60):
+        for first in range(0, 24, 8):
+            slope = hessian @ delta
+            _move_scale(hessian, lattice, delta, slope, 0, slice(first, first + 8))
+    root = torch.linalg.cholesky(hessian).T  # 1/2 ||root (w - q)||^2 is the loss
+    for row in range(5):
+        steps = torch.zeros(24, 3, dtype=torch.float64)
+        for group in range(3):
+            part = slice(8 * group, 8 * group + 8)
+            steps[part, group] = codes[row, part].double() - grid.zero[row, group]
+        expected = torch.linalg.lstsq(root @ steps, (root @ weight[row]).unsqueeze(1)).solution.flatten()
+        assert torch.allclose(lattice.scale[:, row], expected, rtol=1e-4)
+
+
+def test_dead_and_duplicated_columns_and_zero_weights_are_survived() -> None:
+    weight, _ = problem(3, 16)
+    inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    inputs[:, 5] = inputs[:, 4]
+    hessian = inputs.T @ inputs + 0.01 * torch.eye(16, dtype=torch.float64)
+    weight[1] = 0
+    grid = Grid.fit(weight, args_for(16, 8, symmetric=True))
+    codes, moved, fallen = refine(weight, hessian, grid.quantize(weight), grid, 10)
+    assert moved.dequantize(codes).isfinite().all()
+    assert (moved.scale > 0).all()
+    assert not moved.dequantize(codes)[1].any()
+    assert fallen >= 0

@@ -1,0 +1,114 @@
+"""`verify` believes what is right, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+import lmpress
+from lmpress.cli import app
+from lmpress.compress.errors import UsageError
+from lmpress.compress.formats import shards
+from lmpress.eval import runtimes
+from lmpress.eval.render import verification
+
+LAYER = "model.layers.1.mlp.up_proj"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify")
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    lmpress.quantize(folder / "model", folder / "q", method="rtn", group_size=32)
+    return folder / "q"
+
+
+def nibble(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LAYER}.weight_packed"][5, 3] ^= 1 << 8
+
+
+def scale(tensors: dict[str, Tensor]) -> None:
+    tensors[f"{LAYER}.weight_scale"][5, 1] *= 1.5
+
+
+def permutation(tensors: dict[str, Tensor]) -> None:
+    """Rows 6 and 7 change places, with their scales."""
+    for part in ("weight_packed", "weight_scale"):
+        tensors[f"{LAYER}.{part}"][[6, 7]] = tensors[f"{LAYER}.{part}"][[7, 6]]
+
+
+@pytest.mark.parametrize("corrupt", [nibble, scale, permutation], ids=lambda f: f.__name__)
+def test_one_corruption_is_found_and_named(
+    checkpoint: Path, tmp_path: Path, corrupt: Callable[[dict[str, Tensor]], None]
+) -> None:
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    tensors = shards.read(tmp_path / "bad" / "model.safetensors")
+    corrupt(tensors)
+    shards.write(tmp_path / "bad" / "model.safetensors", tensors)
+    (finding,) = lmpress.verify(tmp_path / "bad", against=checkpoint, runtime=["lmpress"]).findings
+    assert not finding.ok and finding.error is None
+    assert finding.wrong_layers == (LAYER,) and finding.worst_layer == LAYER and finding.steps >= 0.5
+    assert finding.block == 1
+
+
+def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, tmp_path: Path) -> None:
+    """compressed-tensors as it lies, the GGUF export, and the table and exit code of the command."""
+    lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
+    found = lmpress.verify(tmp_path / "gguf", against=checkpoint, runtime=["gguf-transformers"])
+    (finding,) = found.findings
+    assert found.ok and finding.steps == 0 and finding.logits < 1e-5 and finding.top1 == 1 and finding.block is None
+    assert finding.versions.keys() == {"transformers", "torch", "gguf"}
+    done = CliRunner().invoke(app, ["verify", str(checkpoint), "--runtime", "transformers", "--json", "-"])
+    assert done.exit_code == 0 and '"steps": 0.0' in done.output
+
+
+def test_what_the_runtime_itself_says_is_reported(checkpoint: Path, tmp_path: Path) -> None:
+    shutil.copytree(checkpoint, tmp_path / "bad")
+    (tmp_path / "bad" / "model.safetensors").unlink()
+    command = ["verify", str(tmp_path / "bad"), "--against", str(checkpoint), "--runtime", "lmpress", "--json", "-"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 1 and "has no weights" in json.loads(done.stdout)["findings"][0]["error"]
+
+
+def test_wrong_requests_are_refused(checkpoint: Path) -> None:
+    with pytest.raises(UsageError, match="unknown runtime 'vllm'; runtimes: transformers"):
+        lmpress.verify(checkpoint, runtime=["vllm"])
+    with pytest.raises(UsageError, match="is not quantized"):
+        lmpress.verify(checkpoint, against=checkpoint.parent / "model")
+
+
+def test_the_served_weight_is_read_off_any_linear_module() -> None:
+    linear = nn.Linear(5, 3)
+    assert torch.allclose(runtimes.served_weight(linear, torch.float32), linear.weight, atol=1e-6)
+    without = nn.Linear(5, 3, bias=False)
+    assert torch.equal(runtimes.served_weight(without, torch.float32), without.weight)
+
+
+def test_the_table_names_tensor_and_block() -> None:
+    from lmpress.eval.verify import Finding, Verification
+
+    finding = Finding(
+        "r", {"p": "1"}, steps=2.0, worst_layer=LAYER, wrong_layers=(LAYER,), logits=1.0, kl=0.1, top1=0.5, block=1
+    )
+    console = Console(width=200)
+    with console.capture() as capture:
+        console.print(verification(Verification("a", "b", (finding,))))
+    assert f"WRONG: wrong weight of {LAYER}, outputs diverge from block 1 on" in capture.get()

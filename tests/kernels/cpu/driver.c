@@ -1,0 +1,99 @@
+/* Runs every kernel on buffers of exactly the size that it may touch, for sanitizers and for emulators of other machines.
+ * Exact products are compared with the dequantized weight, products of int8 activations with a tolerance of their own.
+ */
+#include "../../../kernels/cpu/lmpress_cpu.c"
+
+#include <math.h>
+#include <stdio.h>
+
+static uint32_t state = 1;
+static uint32_t draw(void) { return state = state * 1664525u + 1013904223u; }
+static float uniform(void) { return (float)(draw() >> 8) / (1 << 23) - 1; }
+
+static float *floats(int64_t n) {
+    float *values = malloc((size_t)n * sizeof *values);
+    for (int64_t i = 0; i < n; i++) values[i] = uniform();
+    return values;
+}
+
+static double distance(const float *y, const float *expected, int64_t n) {
+    double error = 0, size = 0;
+    for (int64_t i = 0; i < n; i++) {
+        error += pow((double)y[i] - expected[i], 2);
+        size += pow(expected[i], 2);
+    }
+    return sqrt(error / size);
+}
+
+static int check(int set, int lanes, int bits, int with_offsets, int with_table, int64_t m, int64_t rows, int64_t columns,
+                 int64_t group, int threads) {
+    Weight w = {.rows = rows, .columns = columns, .group = group, .bits = bits, .center = with_table ? 0 : 1 << (bits - 1)};
+    int64_t panels = ceil_div(rows, lanes), groups = groups_of(&w);
+    int64_t bytes = panels * row_blocks(&w) * block_vectors(bits) * 4 * lanes;
+    uint8_t *codes = malloc((size_t)bytes);
+    for (int64_t i = 0; i < bytes; i++) codes[i] = (uint8_t)(draw() >> 16);
+    float *scales = floats(panels * groups * lanes), *offsets = floats(panels * groups * lanes), *table = floats(16);
+    w.codes = codes;
+    w.scales = scales;
+    w.offsets = with_offsets ? offsets : NULL;
+    w.table = with_table ? table : NULL;
+    float *x = floats(m * columns), *y = floats(m * rows), *expected = calloc((size_t)(m * rows), sizeof *expected);
+    float *dense = floats(columns * rows);
+    lmpress_dequantize(set, &w, threads, 0, panels, dense, rows);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t n = 0; n < rows; n++) {
+            double sum = 0;
+            for (int64_t k = 0; k < columns; k++) sum += (double)x[i * columns + k] * dense[k * rows + n];
+            expected[i * rows + n] = (float)sum;
+        }
+    int failed = 0;
+    for (int activations = FLOATS; activations <= (with_table ? FLOATS : INT8_TOKENS); activations++) {
+        Mode mode = {activations, threads, 127};
+        lmpress_linear(set, &w, &mode, x, m, y);
+        double error = distance(y, expected, m * rows);
+        if (!(error <= (activations == FLOATS ? 1e-5 : 3e-2))) {
+            printf("set %d bits %d m %d rows %d columns %d group %d mode %d: error %g\n", set, bits, (int)m, (int)rows,
+                   (int)columns, (int)group, activations, error);
+            failed = 1;
+        }
+    }
+    free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
+    return failed;
+}
+
+static int check_sparse(int64_t m, int64_t rows, int64_t width) {
+    int64_t *starts = calloc((size_t)rows + 1, sizeof *starts);
+    for (int64_t r = 0; r < rows; r++) starts[r + 1] = starts[r] + draw() % 7;
+    uint32_t *columns = malloc((size_t)starts[rows] * sizeof *columns);
+    for (int64_t i = 0; i < starts[rows]; i++) columns[i] = draw() % (uint32_t)width;
+    float *values = floats(starts[rows]), *x = floats(m * width), *y = floats(m * rows), *expected = floats(m * rows);
+    for (int64_t i = 0; i < m * rows; i++) expected[i] = y[i];
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t e = starts[r]; e < starts[r + 1]; e++)
+                expected[i * rows + r] += values[e] * x[i * width + columns[e]];
+    lmpress_add_sparse(2, starts, columns, values, rows, width, x, m, y);
+    int failed = !(distance(y, expected, m * rows) <= 1e-5);
+    if (failed) printf("sparse rows %d width %d: wrong\n", (int)rows, (int)width);
+    free(starts), free(columns), free(values), free(x), free(y), free(expected);
+    return failed;
+}
+
+int main(void) {
+    static const int64_t shapes[][3] = {{20, 24, 8}, {35, 172, 43}, {16, 256, 128}, {50, 344, 344}, {7, 100, 32}, {33, 600, 300}};
+    static const int64_t batches[] = {1, 13, 67};
+    int failed = check_sparse(1, 130, 64) | check_sparse(3, 5, 1000) | check_sparse(17, 70, 33), lanes;
+    const char *name;
+    for (int set = 0; (name = lmpress_set(set, &lanes)); set++) {
+        if (!lanes) continue;
+        for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
+            for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
+                for (int bits = 2; bits <= 8; bits = bits < 4 ? bits + 1 : bits + 4)
+                    for (int extra = 0; extra < (bits == 4 ? 3 : 2); extra++)
+                        failed |= check(set, lanes, bits, extra == 1, extra == 2, batches[b], shapes[s][0], shapes[s][1],
+                                        shapes[s][2], 1);
+        failed |= check(set, lanes, 4, 1, 0, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
+        printf("%s: %s\n", name, failed ? "FAILED" : "ok");
+    }
+    return failed;
+}

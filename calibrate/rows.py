@@ -23,6 +23,7 @@ from .corpus import documents as built_in
 Split = Literal["calibration", "heldout"]
 
 BUILT_IN = "python-stdlib"
+RANDOM = "random-tokens"  # no data at all, which is enough for ZeroQuant's distillation
 BOS = "bos"  # the value of `Documents.join` that puts one BOS before every document
 BATCH = 256  # documents tokenised at a time
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
@@ -67,11 +68,18 @@ def calibration_rows(data: str, tokenizer: PreTrainedTokenizerBase, samples: int
     """`samples` random rows of `length` tokens from the calibration split of `data`, the same for the same seed.
 
     Documents are shuffled and tokenised until they suffice (joined texts are tokenised whole), then rows are drawn
-    without replacement. Fewer rows than asked for are used with a note. Raises what `documents` and `pack` raise.
+    without replacement. Fewer rows than asked for are used with a note. `random-tokens` are uniform over the vocabulary,
+    after a BOS where there is one. Raises what `documents` and `pack` raise.
     """
     if samples < 1:
         raise UsageError(f"the number of calibration samples is {samples}", "it must be at least 1")
     generator = torch.Generator().manual_seed(seed)
+    if data == RANDOM:
+        ids = torch.randint(len(tokenizer), (samples, length), generator=generator)
+        bos = cast(int | None, tokenizer.bos_token_id)
+        if bos is not None:
+            ids[:, 0] = bos
+        return Rows(ids, RANDOM, len(tokenizer))
     found = documents(data, "calibration")
     if found.join == BOS:
         order = torch.randperm(len(found.texts), generator=generator).tolist()

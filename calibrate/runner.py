@@ -5,7 +5,7 @@ each block with exactly those arguments, gathers statistics of the linears' inpu
 Where a pass asks for the drift, the original model walks along: a second stream through a copy of each block.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass, field
@@ -28,6 +28,7 @@ from .source import Source
 from .store import ActivationStore
 
 TOKENS_PER_BATCH = 4096
+TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # batches that a gradient is taken of: small, and enough to hold some out
 
 
 class _Reached(Exception):
@@ -41,7 +42,7 @@ class Call:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
-    def replay(self, block: nn.Module, hidden: Tensor) -> Tensor:
+    def replay(self, block: Callable[..., Any], hidden: Tensor) -> Tensor:
         """The block's output hidden states for the input `hidden` `[rows, length, width]`."""
         out = block(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
@@ -59,11 +60,37 @@ class Statistics:
     groups: list[list[str]] = field(default_factory=list)
 
 
+@dataclass(frozen=True)
+class BlockIO:
+    """What one block reads and gives on the calibration rows, batch by batch; all of it is read anew when asked for.
+
+    `inputs` are the hidden states `[rows, length, width]` that the compressed model hands to the block, `reference` those of
+    the original model, `original` is the block as it was. `masks` mark the real tokens; None where there is no padding.
+    """
+
+    calls: Sequence[Call]
+    inputs: ActivationStore
+    reference: ActivationStore
+    original: nn.Module
+    masks: Sequence[Tensor] | None
+    device: torch.device
+    scratch: Path
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def tokens(self, i: int, values: Tensor) -> Tensor:
+        """The values `[rows, length, width]` of batch `i` at real tokens: `[tokens, width]`."""
+        flat = values.flatten(0, 1)
+        return flat if self.masks is None else flat[self.masks[i].to(flat.device).flatten().bool()]
+
+
 class Runner:
     """Walks `model`, a skeleton of `source`, over the calibration `rows`; without rows it only loads and unloads blocks.
 
     Hidden states are float32 and lie in `scratch` when they are many. `blocks` are the decoder blocks, `prefix` their name.
-    With `reference` the original model walks along, so that the drift can be gathered.
+    With `reference` the original model walks along, so that the drift can be gathered; with `small_batches` there are as many
+    as the steps of a training want.
     """
 
     def __init__(
@@ -74,13 +101,15 @@ class Runner:
         scratch: Path,
         device: str = "cpu",
         reference: bool = False,
+        small_batches: bool = False,
     ) -> None:
         self.model, self.source, self.device = model, source, torch.device(device)
         self.names = Names(model, source)
         self.prefix, self.blocks = find_blocks(model)
-        batch = 1 if rows is None else max(1, TOKENS_PER_BATCH // rows.ids.shape[1])
+        batch = 1 if rows is None else _batch(rows.ids, small_batches)
         self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
+        self._scratch = scratch
         self._hidden = ActivationStore(scratch)
         self._reference = ActivationStore(scratch / "reference") if reference else None
         self._original: nn.Module | None = None  # the loaded block as it was, for the reference stream
@@ -181,6 +210,19 @@ class Runner:
             mask = None if self._masks is None else self._masks[i].to(self.device)
             yield call, self._hidden[i].to(self.device), mask
 
+    def io(self, index: int) -> BlockIO:
+        """What the loaded block `index` reads and gives. The runner must have been made with `reference`."""
+        assert self._reference is not None and self._original is not None
+        return BlockIO(
+            self._calls[index],
+            self._hidden,
+            self._reference,
+            self._original,
+            self._masks,
+            self.device,
+            self._scratch / "targets",
+        )
+
     @torch.no_grad()
     def forward(self, index: int) -> None:
         """Replace the stored hidden states by the output of the loaded block `index`."""
@@ -266,6 +308,13 @@ class Runner:
             hook.remove()
             self.unload(0)
         return answer[0]
+
+
+def _batch(ids: Tensor, small: bool) -> int:
+    """How many of the rows `ids` `[rows, length]` make a batch."""
+    rows, length = ids.shape
+    most = (TOKENS_PER_STEP if small else TOKENS_PER_BATCH) // length
+    return max(1, min(most, rows // FEWEST_STEPS) if small else most)
 
 
 class _Gatherer:

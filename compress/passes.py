@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
-from ..calibrate.runner import Call
+from ..calibrate.runner import BlockIO, Call
 from .errors import UsageError
 from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
 from .tensor import Compressed
@@ -28,6 +28,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "awq": ("transform.awq", "AWQ"),
     "smoothquant": ("transform.smoothquant", "SmoothQuant"),
     "rotate": ("transform.rotate", "Rotate"),
+    "zeroquant": ("quantize.zeroquant", "ZeroQuant"),
+    "lkd": ("distill.lkd", "LKD"),
+    "tune": ("distill.tune", "Tune"),
     "obq": ("quantize.obq", "OBQ"),
     "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),
@@ -47,10 +50,12 @@ class PassConfig(Protocol):
     __dataclass_fields__: ClassVar[dict[str, Any]]
 
     @property
-    def needs(self) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial"}
+    def needs(
+        self,
+    ) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial", "block_io"}
 
     @property
-    def scheme(self) -> Scheme | Pruning: ...
+    def scheme(self) -> Scheme | Pruning | None: ...  # None: the pass improves on what the pass before it has left
 
     @property
     def true_sequential(self) -> bool: ...  # statistics of a linear only after those before it are compressed
@@ -102,12 +107,13 @@ class Surroundings:
 
 @dataclass
 class Block:
-    """One decoder block: its module (weights in place) and the linears of this stage."""
+    """One decoder block: its module (weights in place), the linears of this stage, and its inputs where they were asked for."""
 
     name: str
     module: nn.Module
     linears: list[Linear]
     around: Surroundings | None = None
+    io: BlockIO | None = None
 
     def local(self) -> dict[str, Linear]:
         """The linears by their names inside the block."""
@@ -136,8 +142,8 @@ class Method:
 
     @property
     def compresses(self) -> bool:
-        """Whether the method leaves compressed weights."""
-        return "scheme" in self.options()
+        """Whether the method leaves compressed weights: transforms have no scheme, passes that go on have none of their own."""
+        return hasattr(self.config, "scheme")
 
     def preset(self, quality: str) -> Mapping[str, Any]:
         """The options that a quality stands for: none where the method has only one. Raises `UsageError`."""

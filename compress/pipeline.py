@@ -150,7 +150,9 @@ def _walk(
     device: str,
     observer: Observer,
 ) -> None:
-    runner = Runner(skeleton, source, rows, workspace.scratch, device, reference="drift" in _needs(recipe))
+    needs = _needs(recipe)
+    trains = "block_io" in needs
+    runner = Runner(skeleton, source, rows, workspace.scratch, device, trains or "drift" in needs, small_batches=trains)
     if rows is not None:
         observer(Event("capture", blocks=planned.blocks))
         runner.capture()
@@ -275,7 +277,10 @@ def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Co
 
 def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell) -> None:
     """Carry out one pass on a loaded block, in one stage or, if it asks for it, linears with a common input at a time."""
-    local = {linear.name.removeprefix(f"{block.name}."): linear for linear in block.linears}
+    local = block.local()
+    if "block_io" in entry.config.needs:
+        tell("train")
+        block = replace(block, io=runner.io(index))
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")

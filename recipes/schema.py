@@ -83,13 +83,18 @@ class Recipe(BaseModel):
                 )
         if sum(entry.registered.apply_outside is not None for entry in self.passes) > 1:
             raise UsageError("only one pass can turn the whole model", "leave out all but one")
+        compressors = [entry for entry in self.passes if entry.registered.compresses]
+        if compressors[0].config.scheme is None:
+            raise UsageError(
+                f"{compressors[0].method} has nothing to improve on", "put a quantizer such as gptq before it"
+            )
         return self
 
     @property
     def scheme(self) -> Scheme | Pruning:
-        """The scheme that the last pass leaves behind."""
-        config: PassConfig = self.passes[-1].config
-        return config.scheme
+        """The scheme that the passes leave behind: that of the last one which has one."""
+        schemes = [entry.config.scheme for entry in self.passes if entry.registered.compresses]
+        return next(scheme for scheme in reversed(schemes) if scheme is not None)
 
     def weights(self, layer: str) -> WeightArgs | None:
         """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""

@@ -13,17 +13,15 @@ from torch.optim import AdamW
 
 from ..errors import UsageError
 from ..passes import Block
-from ..tensor import CompressedTensor
-from .lattice import Lattice
-from .loop import Lesson, distil, record, targets
+from .loop import Lesson, check_softness, distil, lattices_of, record, targets
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LKD:
     """Options of LKD, for use after any quantizer.
 
-    steps  batches of about 1024 tokens that every block is trained on
-    rate   AdamW's at the start, in units of the weights; it falls to zero. ZeroQuant uses 5e-6, far too little for small models
+    steps       batches of about 1024 tokens that every block is trained on
+    rate        AdamW's at the start, in units of the weights; it falls to zero. ZeroQuant uses 5e-6, too little here
     soft, hard  how softly codes are rounded at the start and at the end (see lattice.py); `soft` 0 rounds straight through,
                 as published
     """
@@ -39,17 +37,14 @@ class LKD:
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rate <= 0:
             raise UsageError("lkd needs steps and a rate above 0", "use steps=200 and rate=5e-4")
+        check_softness(self.soft, self.hard)
 
 
 def apply(config: LKD, block: Block) -> None:
     """Train the weights of the block's quantized linears together."""
     assert block.io is not None
-    lattices = {
-        name: Lattice(linear.weight, linear.result, in_weights=True)
-        for name, linear in block.local().items()
-        if isinstance(linear.result, CompressedTensor)
-    }
-    if not lattices:
+    lattices = lattices_of(block, in_weights=True)
+    if not lattices:  # every layer of the block is kept dense
         return
     # Weight decay would draw the trained change, not the weight, towards zero; at this rate it is nothing either way.
     optimiser = AdamW([lattice.offset for lattice in lattices.values()], lr=config.rate, weight_decay=0.0)

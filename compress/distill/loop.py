@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.runner import BlockIO, Call
 from ...calibrate.store import ActivationStore
+from ..errors import UsageError
 from ..passes import Block
+from ..tensor import CompressedTensor
 from .lattice import Lattice
 
 HELD_OUT = 8  # one batch in so many is not trained on
@@ -48,6 +50,25 @@ class Outcome:
     before: float
     after: float
     step: int
+
+
+def lattices_of(block: Block, in_weights: bool = False) -> dict[str, Lattice]:
+    """The learnable form of the block's linears by their names inside it. Raises `UsageError` for what has none."""
+    lattices = {}
+    for name, linear in block.local().items():
+        if not isinstance(linear.result, CompressedTensor):
+            raise UsageError(
+                f"{linear.name} is no plain grid of codes, which is all that can be trained",
+                "put gptq, rtn or zeroquant first",
+            )
+        lattices[name] = Lattice(linear.weight, linear.result, in_weights)
+    return lattices
+
+
+def check_softness(soft: float, hard: float) -> None:
+    """Raise `UsageError` where rounding cannot sink from `soft` to `hard`."""
+    if soft and not 0 < hard <= soft:
+        raise UsageError(f"rounding cannot sink from {soft} to {hard}", "use soft=0.2 and hard=0.005, or soft=0")
 
 
 @torch.no_grad()

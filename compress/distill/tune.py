@@ -16,9 +16,7 @@ from torch.optim import Adam
 
 from ..errors import UsageError
 from ..passes import Block
-from ..tensor import CompressedTensor
-from .lattice import Lattice
-from .loop import Lesson, distil, record, targets
+from .loop import Lesson, check_softness, distil, lattices_of, record, targets
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -50,19 +48,14 @@ class Tune:
             raise UsageError(f"steps {self.steps} is not positive", "use a number such as 300")
         if min(self.rate, self.scale_rate, self.zero_rate) < 0 or not self.rate:
             raise UsageError("a learning rate is negative, or that of the offsets is 0", "use rate=0.02")
-        if not (0 < self.hard <= self.soft or self.soft == 0):
-            raise UsageError(f"rounding cannot sink from {self.soft} to {self.hard}", "use soft=0.2 and hard=0.005")
+        check_softness(self.soft, self.hard)
 
 
 def apply(config: Tune, block: Block) -> None:
     """Train every quantized linear of the block together."""
     assert block.io is not None
-    lattices = {
-        name: Lattice(linear.weight, linear.result)
-        for name, linear in block.local().items()
-        if isinstance(linear.result, CompressedTensor)
-    }
-    if not lattices:
+    lattices = lattices_of(block)
+    if not lattices:  # every layer of the block is kept dense
         return
     stretches = [lattice.stretch for lattice in lattices.values() if not lattice.rows_share_a_scale]
     zeros = [lattice.zero for lattice in lattices.values() if lattice.has_zeros and not lattice.rows_share_a_scale]

@@ -43,8 +43,7 @@ class ZeroQuant:
 def apply(config: ZeroQuant, block: Block) -> None:
     """Quantize every linear of the block."""
     for linear in block.linears:
-        assert isinstance(linear.args, QuantArgs)
-        linear.result = quantize(linear.weight, linear.args, config.runs, linear.name)
+        linear.result = quantize(linear.weight, linear.grid_args, config.runs, linear.name)
 
 
 def quantize(weight: Tensor, args: QuantArgs, runs: int = 0, name: str = "the layer") -> CompressedTensor:

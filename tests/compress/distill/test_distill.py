@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch.optim import Adam
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lmpress
 from lmpress.calibrate.rows import calibration_rows, load_tokenizer
@@ -21,12 +22,11 @@ from lmpress.compress.passes import Block
 from lmpress.compress.pipeline import RunReport
 from lmpress.compress.plan import make_plan
 from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
 from lmpress.recipes import schema
 from lmpress.recipes.schema import Recipe
 
 WEIGHTS = {"bits": 2, "symmetric": False, "strategy": "group", "group_size": 8}
-PASSES = {"tune": {"steps": 40, "rate": 0.05, "hard": 0.02}, "lkd": {"steps": 40, "rate": 0.01}}
+PASSES = {"tune": {"steps": 40, "rate": 0.05, "hard": 0.02}, "lkd": {"steps": 40, "rate": 0.01, "hard": 0.02}}
 
 
 @pytest.fixture
@@ -52,8 +52,7 @@ def loaded(model: Path, scratch: Path, text: str) -> tuple[Runner, Block]:
     module = runner.load(0)
     block = Block(runner.block_name(0), module, pipeline._linears(runner.block_name(0), module, plan), runner.io(0))
     for linear in block.linears:
-        assert isinstance(linear.args, QuantArgs)
-        linear.result = round_to_nearest(linear.weight, linear.args)
+        linear.result = round_to_nearest(linear.weight, linear.grid_args)
     return runner, block
 
 
@@ -63,6 +62,22 @@ def test_the_held_out_loss_falls_in_every_block(tiny: Path, tmp_path: Path, text
     report = lmpress.run(tiny, tmp_path / "out", recipe(text, name, first=first))
     for layer in report.layers:
         assert float(layer["block_loss"]) < float(layer["block_loss_before"]) and layer["best_step"] != 0
+
+
+def test_transposed_layouts_are_trained_too(tmp_path: Path, text: str, letters: PreTrainedTokenizerFast) -> None:
+    """GPT-2's layers hold their weights as `[in, out]`; c_attn and c_fc are not square."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=10, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, initializer_range=0.3
+            )
+        )
+    model.save_pretrained(tmp_path / "gpt2")
+    letters.save_pretrained(tmp_path / "gpt2")
+    report = lmpress.run(tmp_path / "gpt2", tmp_path / "out", recipe(text, "tune"))
+    assert len(report.layers) == 8
+    assert all(float(layer["block_loss"]) < float(layer["block_loss_before"]) for layer in report.layers)
 
 
 @pytest.mark.parametrize("name", ["tune", "lkd"])
@@ -161,6 +176,13 @@ def test_random_tokens_serve_where_there_is_no_data(tiny: Path, tmp_path: Path) 
     assert torch.equal(rows.ids, calibration_rows("random-tokens", load_tokenizer(tiny), 200, 16, seed=3).ids)
 
 
+def test_what_is_no_grid_of_codes_is_refused(tiny: Path, tmp_path: Path, text: str) -> None:
+    _, block = loaded(tiny, tmp_path, text)
+    block.linears[2].result = None
+    with pytest.raises(UsageError, match=r"v_proj is no plain grid"):
+        tune.apply(tune.Tune(steps=1), block)
+
+
 def test_tuning_needs_something_to_start_from() -> None:
     with pytest.raises(UsageError, match="nothing to improve on"):
         schema.build({"passes": [{"method": "tune"}]})
@@ -168,7 +190,13 @@ def test_tuning_needs_something_to_start_from() -> None:
 
 @pytest.mark.parametrize(
     "make",
-    [lambda: tune.Tune(steps=0), lambda: tune.Tune(rate=0), lambda: tune.Tune(hard=0.3), lambda: lkd.LKD(rate=0)],
+    [
+        lambda: tune.Tune(steps=0),
+        lambda: tune.Tune(rate=0),
+        lambda: tune.Tune(hard=0.3),
+        lambda: lkd.LKD(rate=0),
+        lambda: lkd.LKD(hard=0),
+    ],
 )
 def test_options_that_cannot_be(make: Any) -> None:
     with pytest.raises(UsageError):

@@ -104,7 +104,7 @@ class Runner:
         small_batches: bool = False,
     ) -> None:
         self.model, self.source, self.device = model, source, torch.device(device)
-        self.names = Names(model, source)
+        self.names, self._dtype = Names(model, source), model.dtype
         self.prefix, self.blocks = find_blocks(model)
         batch = 1 if rows is None else _batch(rows.ids, small_batches)
         self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
@@ -256,12 +256,12 @@ class Runner:
                 hook.remove()
             for module in loaded:
                 release(module)
+                module.to(self._dtype)  # a table that was kept as stored is one of the skeleton's again
 
     def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
         """Load an embedding as it is stored and widen what is looked up: the widened table would be the largest tensor."""
-        dtype = table.weight.dtype
         materialise(table, name, self.source, self.names, self.device, widen=False)
-        return table.register_forward_hook(lambda module, args, found: found.to(dtype))
+        return table.register_forward_hook(lambda module, args, found: found.to(self._dtype))
 
     @contextmanager
     def _blocks_recording(self) -> Iterator[None]:

@@ -69,7 +69,9 @@ def test_transposed_layouts_are_trained_too(tmp_path: Path, text: str, letters: 
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(
-            GPT2Config(10, 32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, initializer_range=0.3)
+            GPT2Config(
+                vocab_size=10, n_positions=32, n_embd=16, n_layer=2, n_head=2, bos_token_id=1, initializer_range=0.3
+            )
         )
     model.save_pretrained(tmp_path / "gpt2")
     letters.save_pretrained(tmp_path / "gpt2")

@@ -50,7 +50,8 @@ def loaded(model: Path, scratch: Path, text: str) -> tuple[Runner, Block]:
     runner = Runner(skeleton, source, rows, scratch, reference=True, small_batches=True)
     runner.capture()
     module = runner.load(0)
-    block = Block(runner.block_name(0), module, pipeline._linears(runner.block_name(0), module, plan), runner.io(0))
+    linears = pipeline._linears(runner.block_name(0), module, plan)
+    block = Block(runner.block_name(0), module, linears, io=runner.io(0))
     for linear in block.linears:
         linear.result = round_to_nearest(linear.weight, linear.grid_args)
     return runner, block

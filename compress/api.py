@@ -137,7 +137,8 @@ def quantization_recipe(
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
     known = passes.method(method)
     preset = dict(known.preset(quality))
-    size = preset.pop("group_size", None) if group_size is None else group_size
+    own_size = preset.pop("group_size", None)
+    size = own_size if group_size is None else group_size
     level, others = _split({**preset, **(options or {})}, ("level",))
     grid, rest = _split(others, GRID_OPTIONS)
     usual = _level(level["level"]) if level else known.scheme

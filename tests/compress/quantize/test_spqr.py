@@ -208,7 +208,7 @@ def test_a_checkpoint_loads_here_and_is_refused_elsewhere(tiny: Path, tmp_path: 
     (tmp_path / "text.txt").write_text("abcdefgh" * 60)
     out = tmp_path / "out"
     data = str(tmp_path / "text.txt")
-    report = lmpress.quantize(tiny, out, method="spqr", calib=data, samples=4, seq_len=16)
+    report = lmpress.quantize(tiny, out, method="spqr", group_size=8, calib=data, samples=4, seq_len=16)
     assert report.bytes_after == (out / "model.safetensors").stat().st_size
     found = lmpress.evaluate(out, data, seq_len=16, against=tiny)
     assert found.kl is not None

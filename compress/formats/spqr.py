@@ -25,7 +25,6 @@ from .bitstream import pack_rows, unpack_rows
 from .shards import NAMES, TensorSpec
 
 NAME = "spqr"
-SUFFIXES = ("weight_tiles", "weight_counts", "weight_columns", "weight_values", "weight_shape")
 LEVEL_BYTES = TILE * LEVEL.bits // 8
 FLOATS = 4  # second-level numbers of a tile
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .errors import CompressError
 from .grid import Grid, dequantize, encode, parameters
 from .scheme import PruneArgs, QuantArgs
 
@@ -36,6 +37,10 @@ class CompressedTensor:
         """Join the codes `[out, in]` and the grid that gave them."""
         rows = codes.shape[0]
         scale = grid.scale.to(grid.args.torch_scale_dtype).expand(rows, -1).contiguous()
+        if not grid.args.symmetric and bool(((grid.zero < 0) | (grid.zero > grid.args.maxq)).any()):
+            raise CompressError(
+                f"a zero of the {grid.args.formula!r} grid does not fit {grid.args.bits} bits", "use --set formula=gptq"
+            )
         zero = None if grid.args.symmetric else grid.zero.to(torch.uint8).expand(rows, -1).contiguous()
         return cls(codes.to(torch.uint8), scale, zero, grid.args)
 

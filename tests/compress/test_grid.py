@@ -124,3 +124,10 @@ def test_contradictions_are_refused() -> None:
         QuantArgs(symmetric=True, formula="awq")
     with pytest.raises(UsageError, match="has no groups"):
         QuantArgs(strategy="channel", group_size=32)
+
+
+def test_a_zero_that_cannot_be_stored_is_refused_rather_than_wrapped() -> None:
+    weight = torch.linspace(5.0, 6.0, 8).unsqueeze(0)  # far from zero: the ds grid puts its zero below code 0
+    grid = Grid.fit(weight, QuantArgs(symmetric=False, group_size=8, formula="ds"))
+    with pytest.raises(CompressError, match="does not fit 4 bits"):
+        CompressedTensor.from_grid(grid.quantize(weight), grid)

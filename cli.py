@@ -2,20 +2,33 @@
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.table import Table
 from rich.text import Text
 
-from .compress.errors import UsageError
-from .compress.report.session import Output, session
-
-if TYPE_CHECKING:
-    from .compress.pipeline import RunReport
-    from .recipes.schema import Recipe
-
-BROKEN = 3
+from .compress.report.carry import carry_out
+from .compress.report.flags import (
+    Calib,
+    Debug,
+    Device,
+    DryRun,
+    Eval,
+    Json,
+    Keep,
+    Model,
+    Out,
+    Overwrite,
+    Quiet,
+    Samples,
+    Seed,
+    SeqLen,
+    Target,
+    Threads,
+    parse_options,
+)
+from .compress.report.session import session
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,32 +38,6 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(no_args_is_help=True, help="The recipes that come with lmpress.")
 app.add_typer(recipes_app, name="recipes")
-
-Model = Annotated[
-    str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a hub model.")
-]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Directory to write. Default: beside the model.", show_default=False)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
-]
-Target = Annotated[
-    str, typer.Option("--target", help="Runtimes that must be able to serve it: vllm,llamacpp.", show_default=False)
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
-Calib = Annotated[
-    str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
-]
-Eval = Annotated[
-    str | None,
-    typer.Option("--eval", help="Evaluate the result against the original on this data.", show_default=False),
-]
-Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
 
 
 @app.command()
@@ -68,15 +55,15 @@ def quantize(
         str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
     ] = "balanced",
     calib: Calib = "python-stdlib",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
-    keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    keep: Keep = [],  # noqa: B006
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set observer=mse")
     ] = [],  # noqa: B006
     recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
     evaluate_on: Eval = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    seed: Seed = 0,
     target: Target = "",
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
@@ -108,10 +95,10 @@ def quantize(
                 seq_len=seq_len,
                 seed=seed,
                 keep=keep,
-                options=_options(options),
+                options=parse_options(options),
             )
         )
-        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output, target)
+        carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output, target)
 
 
 @app.command()
@@ -130,14 +117,14 @@ def prune(
         typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
     ] = "dense",
     calib: Calib = "python-stdlib",
-    samples: Annotated[int, typer.Option(min=1, help="Calibration rows.")] = 128,
-    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row.")] = 2048,
-    keep: Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")] = [],  # noqa: B006
+    samples: Samples = 128,
+    seq_len: SeqLen = 2048,
+    keep: Keep = [],  # noqa: B006
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set refit=true")
     ] = [],  # noqa: B006
     evaluate_on: Eval = None,
-    seed: Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")] = 0,
+    seed: Seed = 0,
     overwrite: Overwrite = False,
     dry_run: DryRun = False,
     json_file: Json = None,
@@ -163,9 +150,9 @@ def prune(
             seq_len=seq_len,
             seed=seed,
             keep=keep,
-            options=_options(options),
+            options=parse_options(options),
         )
-        _carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
 
 
 @app.command()
@@ -186,7 +173,7 @@ def run(
     with session(json_file, quiet, debug, threads) as output:
         from .recipes import schema
 
-        _carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
+        carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
 
 
 @app.command(name="eval")
@@ -311,70 +298,6 @@ def show_recipe(
 
         recipe = read(name)
         output.result(recipe.model_dump(mode="json"), Text(dump(recipe).rstrip()))
-
-
-def _carry_out(
-    model: str,
-    out: Path | None,
-    recipe: "Recipe",
-    overwrite: bool,
-    dry_run: bool,
-    evaluate_on: str | None,
-    device: str,
-    output: Output,
-    targets: str = "",
-) -> None:
-    from .compress.api import default_out
-    from .compress.pipeline import plan
-    from .compress.pipeline import run as run_recipe
-    from .compress.report.console import print_plan, print_report, watching
-    from .compress.workspace import check_target
-
-    target = out or default_out(model, recipe)
-    if not dry_run:
-        check_target(target, overwrite)
-    planned = plan(model, recipe, targets.split(",") if targets else ())
-    print_plan(output.console, planned)
-    if dry_run:
-        output.result(
-            {"bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after, "notes": planned.notes}
-        )
-        return
-    with watching(output.console, target.parent / f"{target.name}.log") as observer:
-        report = run_recipe(model, target, recipe, overwrite=overwrite, device=device, observer=observer)
-    print_report(output.console, report)
-    output.result(report.as_dict() | _evaluated(report, model, evaluate_on, device, output))
-    if report.verdict.word == "BROKEN":
-        raise typer.Exit(BROKEN)
-
-
-def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
-    if data is None:
-        return {}
-    from .compress.report.console import watching
-    from .eval.perplexity import evaluate
-    from .eval.render import table
-
-    with watching(output.console) as observer:
-        found = evaluate(report.out, data, against=model, device=device, progress=observer)
-    output.console.print(table({report.out.name: found}))
-    return {"evaluation": found.as_dict()}
-
-
-def _options(given: list[str]) -> dict[str, Any]:
-    """Turn NAME=VALUE pairs into values by YAML's rules."""
-    import yaml
-
-    options = {}
-    for pair in given:
-        name, equals, value = pair.partition("=")
-        if not equals or not name:
-            raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
-        try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
-    return options
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
     quality: Annotated[
-        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+        str,
+        typer.Option(help="fast (as published), balanced (the best the solver alone can do), best (block tuning too)."),
     ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Samples = 128,

@@ -173,7 +173,8 @@ def _walk(
             compressed = workspace.compressed(index)
             _restore(skeleton, compressed, workspace.dense(index))
         else:
-            block = Block(runner.block_name(index), module, _linears(runner.block_name(index), module, planned))
+            name = runner.block_name(index)
+            block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
             block.around = None if probe is None else _surroundings(index, runner, probe, planned)
             for entry in recipe.passes:
                 _apply(entry, block, runner, index, tell)

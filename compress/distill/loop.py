@@ -15,10 +15,12 @@ from ...calibrate.runner import BlockIO, Call
 from ...calibrate.store import ActivationStore
 from ..errors import UsageError
 from ..passes import Block
+from ..report.verdict import BEFORE_TRAINING
 from ..tensor import CompressedTensor
 from .lattice import Lattice
 
 HELD_OUT = 8  # one batch in so many is not trained on
+OF_A_LAYER = ("loss", "damped_loss", "relative_error")  # figures that training a layer outdates
 CHECKS = 8  # how often the held-out rows are looked at, evenly over the steps
 
 
@@ -80,16 +82,15 @@ def targets(io: BlockIO, inputs: ActivationStore) -> ActivationStore:
     return store
 
 
-def distil(
-    block: Block, lattices: Mapping[str, Lattice], lesson: Lesson, optimiser: Optimizer, steps: int, seed: int = 0
-) -> Outcome:
+def distil(block: Block, lattices: Mapping[str, Lattice], lesson: Lesson, optimiser: Optimizer, steps: int) -> Outcome:
     """Train `lattices` (by the linears' names inside the block) for `steps` batches, and give each linear its best result.
 
-    The rates of `optimiser` fall to zero along a half cosine. The block's module is not touched.
+    The rates of `optimiser` fall to zero along a half cosine; `block.seed` shuffles the batches. The block's module is not
+    touched.
     """
     io = block.io
     assert io is not None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(block.seed)
     shuffled = torch.randperm(len(io), generator=generator).tolist()
     count = max(1, len(io) // HELD_OUT)
     held_out, seen = shuffled[:count], shuffled[count:] or shuffled
@@ -125,9 +126,9 @@ def distil(
 
 
 def record(block: Block, outcome: Outcome) -> None:
-    """Put the outcome into the figures of the block's linears."""
+    """Put the outcome into the figures of the block's linears; what the quantizer recorded there is about its own result."""
     for linear in block.linears:
-        linear.figures |= {
+        linear.figures = {f"{k}{BEFORE_TRAINING}" if k in OF_A_LAYER else k: v for k, v in linear.figures.items()} | {
             "block_loss_before": outcome.before,
             "block_loss": outcome.after,
             "best_step": outcome.step,

@@ -76,10 +76,16 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
         calibration="none"
         if rows is None
         else f"{rows.source}, {rows.tokens:,} tokens, sha256 {rows.fingerprint[:12]}",
-        adaptations="".join(f"| adapted | {note} |\n" for note in plan.notes),
+        adaptations="".join(f"| {kind} | {note} |\n" for kind, note in _further(plan)),
         loading=_loading(plan),
         recipe=dump(recipe),
     )
+
+
+def _further(plan: Plan) -> list[tuple[str, str]]:
+    """Rows of the table that not every card has."""
+    cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, other loaders do not")]
+    return cache + [("adapted", note) for note in plan.notes]
 
 
 def _weights(plan: Plan) -> str:

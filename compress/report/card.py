@@ -114,7 +114,8 @@ def _format(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"
-    return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
+    int8 = plan.inputs is not None and all(int_quantized.holds_int8(a) for a in plan.quantized.values())
+    return f"compressed-tensors `{int_quantized.NAME if int8 else pack_quantized.NAME}`"
 
 
 def _two_level(plan: Plan) -> bool:

@@ -172,7 +172,10 @@ CACHED = Role(
     {False: (), True: ("token", "group")},
     {False: (), True: ("minmax", "mse")},
     ("spqr", "signed"),
-    {(strategy, False): "tokens are not known in advance: use dynamic: true" for strategy in STRATEGIES}
+    {
+        (strategy, False): "what calibration did not see would be cut off for good: use dynamic: true"
+        for strategy in STRATEGIES
+    }
     | {(strategy, True): GROWING for strategy in ("tensor", "channel")},
 )
 

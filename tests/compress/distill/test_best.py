@@ -16,7 +16,7 @@ from lmpress.compress.distill.loop import Outcome
 from lmpress.compress.distill.tune import Tune
 from lmpress.compress.passes import Block
 from lmpress.compress.report.verdict import judge
-from lmpress.recipes.schema import Recipe, dump, parse, read
+from lmpress.recipes.schema import Recipe, build, dump, parse, read
 
 
 def names(recipe: Recipe) -> list[str]:
@@ -135,3 +135,35 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bytes(tiny: Path, tmp_pa
         assert not (tmp_path / point).exists()
         lmpress.run(tiny, tmp_path / point, best)
         assert {path.name: path.read_bytes() for path in (tmp_path / point).iterdir()} == whole, point
+
+
+def test_training_sees_inputs_as_they_are_served(tiny: Path, tmp_path: Path, text: str) -> None:
+    """Rounded to 3 bits per token: the loss before the training is that of the block as it will be, static or not."""
+    weights = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
+    inputs = weights | {"bits": 3, "strategy": "token", "dynamic": True}
+    losses = {}
+    for name, kind in {
+        "exact": None,
+        "token": inputs,
+        "static": inputs | {"strategy": "tensor", "dynamic": False},
+    }.items():
+        passes: list[Any] = [{"method": "rtn", "scheme": {"weights": weights, "inputs": kind}}]
+        passes += [{"method": "tune", "steps": 30, "rate": 0.1}]
+        recipe = build({"passes": passes, "calibration": {"data": text, "samples": 16, "seq_len": 16}})
+        report = lmpress.run(tiny, tmp_path / name, recipe)
+        losses[name] = [float(layer["block_loss_before"]) for layer in report.layers]
+        assert name == "exact" or all(float(x["block_loss"]) < float(x["block_loss_before"]) for x in report.layers)
+    assert all(losses["exact"][0] < losses[kind][0] / 100 for kind in ("token", "static"))
+
+
+def test_lkd_makes_up_for_a_quarter_of_what_w4a8_loses(assets: Path, tmp_path: Path) -> None:
+    model, data = assets / "models/stories260K", assets / "data/tinystories"
+    inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
+    rounded = {"method": "rtn", "scheme": {"weights": {"bits": 4, "group_size": 32}, "inputs": inputs}}
+    divergence = []
+    for name, passes in {"rtn": [rounded], "lkd": [rounded, {"method": "lkd", "steps": 50, "rate": 1e-3}]}.items():
+        calibration = {"data": str(data / "train.jsonl"), "samples": 32, "seq_len": 128}
+        lmpress.run(model, tmp_path / name, build({"passes": passes, "calibration": calibration}))
+        found = lmpress.evaluate(tmp_path / name, str(data / "test.jsonl"), against=model, seq_len=128, rows=8)
+        divergence.append(found.kl or 0.0)
+    assert 0 < divergence[1] <= 0.75 * divergence[0]

@@ -101,7 +101,8 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int) -> t
     tensor = _assemble(codes, levels, values, outlier, args)
     if sweeps:  # the outliers stand where they are: the dense part descends towards what they leave
         residual = tensor.dequantize(weight.dtype) - tensor.dense(weight.dtype)
-        codes, _, _ = refine(alive - residual, prepared.damped(), codes, grid, sweeps)
+        with prepared.damped() as hessian:
+            codes, _, _ = refine(alive - residual, hessian, codes, grid, sweeps)
         tensor = replace(tensor, codes=codes)
     rounded = _Projection(grid, outlier, torch.arange(weight.shape[1], device=weight.device))
     for j in range(weight.shape[1]):

@@ -17,7 +17,7 @@ from ..errors import UsageError
 from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..solver.factor import Factor, inverse_factor, times_inverse
+from ..solver.factor import Factor, inverse_factor, solve_upper_, times_inverse_
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
@@ -112,20 +112,26 @@ class Prepared:
     order: Tensor  # int64 [in], order[i] is the i-th column to be settled
     factor: Factor  # of the Hessian in that order
 
-    def damped(self) -> Tensor:
-        """The Hessian that was factored, in natural order."""
-        damped = self.hessian.clone()
-        damped.diagonal().add_(self.factor.damping * damped.diagonal().mean())
-        return damped
+    @property
+    def shift(self) -> float:
+        """What the damping added to the diagonal."""
+        return self.factor.damping * float(self.hessian.diagonal().mean())
+
+    def slope_(self, errors: Tensor) -> Tensor:
+        """`Hd (W - Q)^T` `[in, out]` in natural order, from the errors `E^T` of the sweep, which are used up."""
+        slope = torch.empty_like(errors)
+        slope[self.order] = solve_upper_(self.factor.upper, errors)  # W - Q = E U, so Hd (W - Q)^T = U^-1 E^T
+        return slope
 
 
 @plain_dataclass(frozen=True)
 class Solution:
-    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`; `errors` are the sweep's `E^T` `[in, out]`."""
+    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`. `errors` are the sweep's `E^T` `[in, out]`
+    where it has the last word: a descent after it uses them up."""
 
     tensor: CompressedTensor
     damped_loss: float
-    errors: Tensor
+    errors: Tensor | None
 
 
 def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
@@ -151,27 +157,27 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
     """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
-    upper, order = prepared.factor.upper, prepared.order
-    repair = times_inverse(drift.to(weight.dtype)[:, order], upper)
-    target = weight.clone()
-    target[:, order] += share * repair
-    return target
+    repair = drift.to(weight.dtype).T.contiguous()[prepared.order]
+    repair = times_inverse_(repair, prepared.factor.upper)[prepared.order.argsort()]
+    return torch.add(weight, repair.T, alpha=share)
 
 
 def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
-    order = prepared.order
-    alive = weight.masked_fill(prepared.dead, 0.0)
-    columns = alive.T.contiguous()[order]
+    alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
     importance = prepared.hessian.diagonal() if config.weighted_grid else None
-    projection = GridProjection(alive, order, args, config.groups == "dynamic", importance)
+    projection = GridProjection(alive, prepared.order, args, config.groups == "dynamic", importance)
+    columns = alive.T.contiguous()[prepared.order]
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
+    del columns
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
     codes, grid = projection.result()
-    if config.refine:
-        codes, grid, fallen = refine(alive, prepared.damped(), codes, grid, config.refine)
-        loss -= fallen
-    return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
+    if not config.refine:
+        return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
+    slope = prepared.slope_(errors)
+    del errors
+    codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
+    return Solution(CompressedTensor.from_grid(codes, grid), loss - fallen, None)
 
 
 class GridProjection:

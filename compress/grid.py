@@ -25,7 +25,7 @@ from .scheme import QuantArgs
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
 # With importances the error is the layer's own, a square: a coarse search, then steps of a half and a quarter around its best.
-WEIGHTED_STRIDE, WEIGHTED_STEPS = 16, (8, 4)
+WEIGHTED_STRIDE, WEIGHTED_STEPS = 12, (6, 3)
 CACHED = 2**18  # weights searched at a time: what a search goes over again and again should stay near the processor
 
 

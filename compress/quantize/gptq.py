@@ -73,12 +73,9 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
-    "best": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 4},
-}
+# `--quality`: options by preset; `best` is trained after it (`tune`). `benchmarks/quality.py` measures what each gains.
+BEYOND = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND, "best": BEYOND}
 
 
 def apply(config: GPTQ, block: Block) -> None:

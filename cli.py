@@ -275,7 +275,7 @@ def verify(
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with session(json_file, quiet, debug) as output:
-        from .calibrate.inspect import inspect as look
+        from .eval.inspect import inspect as look
         from .eval.render import inspection
 
         found = look(model)

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.discovery import find_linears, set_weight, weight_of
+from ..calibrate.gather import Statistics
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
-from ..calibrate.runner import Runner, Statistics
+from ..calibrate.runner import Runner
 from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
@@ -173,25 +174,41 @@ def _walk(
             compressed = workspace.compressed(index)
             _restore(skeleton, compressed, workspace.dense(index))
         else:
-            name = runner.block_name(index)
-            block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
-            block.around = None if probe is None else _surroundings(index, runner, probe, planned)
-            for entry in recipe.passes:
-                _apply(entry, block, runner, index, tell)
-                if not entry.registered.compresses:
-                    _settle(block, planned)
-                    runner.retake(index)
-            compressed = _with_inputs(block, runner, index)
-            tell("write")
-            workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
+            compressed = _compress(index, module, recipe, planned, runner, workspace, probe, tell)
         if rows is not None and index + 1 < planned.blocks:
             tell("forward")
             with quantized_inputs(
                 module, {_local(name, runner.block_name(index)): t for name, t in compressed.items()}
             ):
                 runner.forward(index)
+        del compressed  # not held while the next block is at work
         runner.unload(index)
         tell("block")
+
+
+def _compress(
+    index: int,
+    module: nn.Module,
+    recipe: Recipe,
+    planned: Plan,
+    runner: Runner,
+    workspace: Workspace,
+    probe: Probe | None,
+    tell: Tell,
+) -> dict[str, Compressed]:
+    """Apply the passes to the loaded block and write what becomes of it."""
+    name = runner.block_name(index)
+    block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
+    block.around = None if probe is None else _surroundings(index, runner, probe, planned)
+    for entry in recipe.passes:
+        _apply(entry, block, runner, index, tell)
+        if not entry.registered.compresses:
+            _settle(block, planned)
+            runner.retake(index)
+    compressed = _with_inputs(block, runner, index)
+    tell("write")
+    workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
+    return compressed
 
 
 def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:

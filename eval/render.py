@@ -6,7 +6,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ..calibrate.inspect import Inspection
+from .inspect import Inspection
 from .perplexity import Evaluation
 from .verify import Finding, Verification
 

@@ -1,45 +1,52 @@
 """The module that takes a linear layer's place where inputs are quantized too (W8A8): integer codes meet integer codes."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..compress.activations import encode, ranges, scale_of
-from ..compress.formats.int_quantized import OFFSET
-from ..compress.tensor import CompressedTensor
+from ..compress.tensor import CompressedTensor, SpQRTensor
+from .kernel import Activations
+from .linear import PackedLinear
 
 
-class IntegerLinear(nn.Module):
-    """`y = scale_x * scale_w * (x_codes W_codes^T) + bias`, the plain torch form.
+class IntegerLinear(PackedLinear):
+    """`y = scale_x * scale_w * (x_codes W_codes^T) + bias`.
 
-    weight       int8 `[out, in]`
-    scale        `[out, 1]` in its stored dtype
-    input_scale  `[1]` where the inputs' scale is static, else None: found at every call, per token or per tensor
+    Scales per token are found by the kernel, on its way through the inputs. One scale for all of them, static or found at
+    every call, makes codes that an exact kernel takes as they are: products of 8-bit codes are exact in float32, and so are
+    sums up to 2**24, beyond which their rounding is 1e-7.
+
+    inputs       how inputs are quantized
+    input_scale  `[1]` where their scale is static, else None
     """
 
-    def __init__(self, tensor: CompressedTensor, bias: nn.Parameter | None) -> None:
-        super().__init__()
-        assert tensor.inputs is not None
-        self.out_features, self.in_features = tensor.shape
-        self.inputs = tensor.inputs
-        self.codes: Tensor
-        self.scale: Tensor
-        self.input_scale: Tensor | None
-        self.register_buffer("codes", (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8), persistent=False)
-        self.register_buffer("scale", tensor.scale, persistent=False)
-        self.register_buffer("input_scale", tensor.input_scale, persistent=False)
-        self.bias: nn.Parameter | None
-        self.register_parameter("bias", bias)
+    @property
+    def compressed(self) -> CompressedTensor:
+        """What the module serves."""
+        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args, self.inputs, self.input_scale)
+
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product: that is the checkpoint's choice, not the server's."""
+        return "token" if self.inputs.strategy == "token" else "float"
 
     def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
+        if self.activations == "token":
+            return super().forward(x)
+        values = x.reshape(-1, self.in_features).float()
         static = self.input_scale
         scale = scale_of(ranges(values, self.inputs), self.inputs) if static is None else static.float()
-        # Products of 8-bit codes are exact in float32, sums up to 2**24: beyond 1000 columns their rounding is 1e-7.
-        product = F.linear(encode(values, scale, self.inputs), self.codes.float())
-        out = (product * scale * self.scale.float().T).to(x.dtype)
-        return out if self.bias is None else out + self.bias
+        y = (self.product(encode(values, scale, self.inputs)) * scale).to(x.dtype)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.inputs.dynamic else "static"
-        return f"{self.in_features}, {self.out_features}, W8A8, {kind} inputs per {self.inputs.strategy}"
+        shape = f"{self.in_features}, {self.out_features}, W8A8, {kind} inputs per {self.inputs.strategy}"
+        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
+
+    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+        super()._keep(tensor)
+        assert isinstance(tensor, CompressedTensor) and tensor.inputs is not None
+        self.inputs = tensor.inputs
+        self.input_scale: Tensor | None
+        self.register_buffer("input_scale", tensor.input_scale, persistent=False)

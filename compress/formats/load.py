@@ -9,7 +9,8 @@ from transformers.utils.logging import disable_progress_bar
 
 from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
-from ...kernels.linear import Serving, replace_linear
+from ...kernels.linear import Serving
+from ...kernels.replace import replace_linear
 from ..errors import CompressError
 from .checkpoint import Checkpoint
 

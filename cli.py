@@ -272,6 +272,37 @@ def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: D
         output.result(found.as_dict(), inspection(found))
 
 
+@app.command()
+def bench(
+    shapes: Annotated[str, typer.Option(help="Weights to multiply by, OUTxIN.")] = "4096x4096,11008x4096",
+    rows: Annotated[str, typer.Option(help="Numbers of input rows.")] = "1,8,64,512",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each product is taken; medians count.")] = 15,
+    only: Annotated[str, typer.Option(help="Regular expression: the products to time.", show_default=False)] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the ratios into a file: .svg, .png, .pdf.", show_default=False)
+    ] = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = 1,
+) -> None:
+    """Time the kernels on this CPU against torch and other libraries."""
+    with session(json_file, quiet, debug, threads) as output:
+        from .compress.report.console import watching
+        from .compress.report.flags import parse_numbers
+        from .eval.bench import bench as time_all
+        from .eval.render import timings
+
+        numbers = parse_numbers(rows, "--rows")
+        with watching(output.console) as observer:
+            found = time_all(shapes.split(","), numbers, rounds=rounds, only=only, progress=observer)
+        if plot is not None:
+            from .eval.plot import save
+
+            save(found, plot)
+        output.result(found.as_dict(), timings(found))
+
+
 @recipes_app.command("list")
 def list_recipes(json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Name the shipped recipes with what each is for."""

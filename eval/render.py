@@ -1,12 +1,14 @@
 """Evaluations and inspections as tables for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from ..calibrate.inspect import Inspection
+from .bench import Bench, Timing
 from .perplexity import Evaluation
 from .verify import Finding, Verification
 
@@ -100,3 +102,26 @@ def inspection(found: Inspection) -> Group:
         rows, columns = kind.shape
         layers.add_row(Text(kind.name), kind.module, f"{rows} x {columns}", str(kind.count), Text(kind.stored))
     return Group(facts, layers)
+
+
+def timings(found: Bench) -> Group:
+    """What `compress bench` shows: a table per shape and number of input rows."""
+    machine = found.machine
+    facts = f"{machine.cpu}, {machine.threads} thread(s), torch {machine.torch}; medians of {machine.clock}"
+    rates = f"reads {machine.read_rate:.1f} GB/s, multiplies {machine.product_rate:.0f} GFLOP/s in float32"
+    groups = groupby(found.timings, key=lambda t: (t.rows, t.columns, t.inputs))
+    return Group(*(_timing_table(list(each)) for _, each in groups), Text(f"{facts}\n{rates}"))
+
+
+def _timing_table(found: Sequence[Timing]) -> Table:
+    first = found[0]
+    result = Table(title=f"{first.rows} x {first.columns}, {first.inputs} row(s) of inputs", title_justify="left")
+    for title in ("product", "ms", "times float32", "of roofline", "error"):
+        result.add_column(title, justify="left" if title == "product" else "right")
+    for each in found:
+        if each.median_ms is None or each.ratio is None or each.roofline is None:
+            result.add_row(Text(each.name), "wrong", ABSENT, ABSENT, f"{each.error:.1e}")
+        else:
+            figures = (f"{each.median_ms:.3f}", f"{each.ratio:.2f}", f"{each.roofline:.0%}", f"{each.error:.1e}")
+            result.add_row(Text(each.name), *figures)
+    return result

@@ -52,3 +52,11 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
+
+
+def parse_numbers(given: str, flag: str) -> list[int]:
+    """Positive whole numbers, separated by commas."""
+    words = given.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise UsageError(f"{flag} {given!r} holds something else than numbers from 1 on", "write for example 1,8,64")
+    return [int(word) for word in words]

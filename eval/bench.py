@@ -105,6 +105,11 @@ def bench(
     return Bench(machine, tuple(timings))
 
 
+def clock() -> Callable[[], float]:
+    """The clock that a busy machine disturbs least: the thread's own time, or with several threads the wall's."""
+    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+
+
 def _parse(shape: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", shape)
     rows, columns = (int(n) for n in found.groups()) if found else (0, 0)
@@ -120,13 +125,13 @@ def _measure(found: list[Candidate], shape: tuple[int, int], m: int, rounds: int
     right = [c for c in found if errors[c.name] <= c.tolerance]
     times: dict[str, list[float]] = {c.name: [] for c in right}
     turns = {c.name: cycle(c.ring) for c in right}
-    clock, order = _clock(), random.Random(m)  # noqa: S311
+    now, order = clock(), random.Random(m)  # noqa: S311
     for _ in range(rounds if m < MANY else max(3, rounds // 3)):
         for c in order.sample(right, len(right)):
             work = next(turns[c.name])
-            start = clock()
+            start = now()
             work(x)
-            times[c.name].append(clock() - start)
+            times[c.name].append(now() - start)
     base = statistics.median(times[BASELINE])
     return [_timing(c, shape, m, errors[c.name], times.get(c.name), base, machine) for c in found]
 
@@ -164,10 +169,6 @@ def _machine() -> Machine:
     )
 
 
-def _clock() -> Callable[[], float]:
-    return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-
-
 def _read_rate() -> float:
     """Gigabytes per second of a loop in one thread that only reads: the best of five."""
     read = build.load(STREAM).read_stream
@@ -183,11 +184,11 @@ def _product_rate() -> float:
 
 
 def _fastest(work: Callable[[], object]) -> float:
-    clock, seconds = _clock(), []
+    now, seconds = clock(), []
     for _ in range(5):
-        start = clock()
+        start = now()
         work()
-        seconds.append(clock() - start)
+        seconds.append(now() - start)
     return min(seconds)
 
 

@@ -64,14 +64,15 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     batch_size: int | None = None,
+    kernel: str | None = None,
     progress: Observer = silent,
 ) -> Evaluation:
     """Perplexity of `model` on `data`, and its divergence from `against`, both reading the same batches.
 
-    `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device` and
-    `dtype` say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that of `model`.
-    Raises UsageError for impossible requests and models of different vocabularies, CompressError for data that cannot
-    be used, a missing tokenizer, and logits that are not finite.
+    `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device`,
+    `dtype` and `kernel` say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that
+    of `model`. Raises UsageError for impossible requests and models of different vocabularies, CompressError for data
+    that cannot be used, a missing tokenizer, and logits that are not finite.
     """
     if dtype not in DTYPES:
         raise UsageError(f"dtype {dtype} is unknown", f"choose one of {', '.join(DTYPES)}")
@@ -80,7 +81,7 @@ def evaluate(
     tokenizer = load_tokenizer(_path(model))
     _check_tokenizers(tokenizer, against)
     found = documents(data, split)
-    runners = [_Runner(_opened(each, device, DTYPES[dtype])) for each in (model, against) if each is not None]
+    runners = [_Runner(_opened(each, device, DTYPES[dtype], kernel)) for each in (model, against) if each is not None]
     _check_vocabularies(runners)
     length = _row_length(seq_len, runners)
     protocol = prepare(found, tokenizer, length, stride, rows)
@@ -216,8 +217,8 @@ def _path(model: Model) -> str | Path:
     return model.name_or_path
 
 
-def _opened(model: Model, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else load(model, device, dtype)
+def _opened(model: Model, device: str, dtype: torch.dtype, kernel: str | None) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else load(model, device, dtype, kernel=kernel)
 
 
 def _row_length(asked: int | None, runners: list[_Runner]) -> int:

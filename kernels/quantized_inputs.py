@@ -3,9 +3,15 @@
 from torch import Tensor
 
 from ..compress.activations import encode, ranges, scale_of
+from ..compress.scheme import QuantArgs
 from ..compress.tensor import CompressedTensor, SpQRTensor
 from .kernel import Activations
 from .linear import PackedLinear
+
+
+def activations_of(inputs: QuantArgs) -> Activations:
+    """How inputs that are quantized by `inputs` enter the product."""
+    return "token" if inputs.strategy == "token" else "float"
 
 
 class IntegerLinear(PackedLinear):
@@ -27,7 +33,7 @@ class IntegerLinear(PackedLinear):
     @property
     def activations(self) -> Activations:
         """How inputs enter the product: that is the checkpoint's choice, not the server's."""
-        return "token" if self.inputs.strategy == "token" else "float"
+        return activations_of(self.inputs)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations == "token":

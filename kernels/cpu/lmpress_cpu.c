@@ -535,6 +535,51 @@ TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
 
 #endif
 
+/* A table of 16 floats as the kernels hold it, and the four columns of a quad (each byte below 16) by it. */
+#if defined(__x86_64__) && LANES == 8
+
+/* Bytes are looked up 32 at a time: one table for each byte of a float, whose results are joined again. */
+typedef struct {
+    __m256i bytes[4];
+} ISA(Table);
+
+TARGET INLINE ISA(Table) ISA(table_from)(const float *values) {
+    uint8_t bytes[4][32];
+    for (int at = 0; at < 64; at++)
+        for (int half = 0; half < 32; half += 16) bytes[at % 4][half + at / 4] = (uint8_t)(bits_of(values[at / 4]) >> (8 * (at % 4)));
+    ISA(Table) table;
+    memcpy(table.bytes, bytes, sizeof bytes);
+    return table;
+}
+
+TARGET INLINE void ISA(lookup_quad)(Floats *columns, const ISA(Table) * table, Words quad) {
+    const __m256i rows_together = _mm256_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0, 15, 11, 7, 3, 14, 10, 6, 2,
+                                                  13, 9, 5, 1, 12, 8, 4, 0);
+    __m256i index = _mm256_shuffle_epi8((__m256i)quad, rows_together);
+    __m256i first = _mm256_shuffle_epi8(table->bytes[0], index), second = _mm256_shuffle_epi8(table->bytes[1], index);
+    __m256i third = _mm256_shuffle_epi8(table->bytes[2], index), fourth = _mm256_shuffle_epi8(table->bytes[3], index);
+    __m256i low = _mm256_unpacklo_epi8(first, second), low_above = _mm256_unpacklo_epi8(third, fourth);
+    __m256i high = _mm256_unpackhi_epi8(first, second), high_above = _mm256_unpackhi_epi8(third, fourth);
+    columns[0] = (Floats)_mm256_unpacklo_epi16(low, low_above);
+    columns[1] = (Floats)_mm256_unpackhi_epi16(low, low_above);
+    columns[2] = (Floats)_mm256_unpacklo_epi16(high, high_above);
+    columns[3] = (Floats)_mm256_unpackhi_epi16(high, high_above);
+}
+
+#else
+
+typedef struct {
+    const float *values;
+} ISA(Table);
+
+TARGET INLINE ISA(Table) ISA(table_from)(const float *values) { return (ISA(Table)){values}; }
+
+TARGET INLINE void ISA(lookup_quad)(Floats *columns, const ISA(Table) * table, Words quad) {
+    for (int j = 0; j < 4; j++) columns[j] = ISA(lookup)(table->values, quad >> (8 * j));
+}
+
+#endif
+
 TARGET INLINE Words ISA(load_words)(const uint8_t *from) {
     Words words;
     memcpy(&words, from, sizeof words);
@@ -677,22 +722,26 @@ TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, i
 }
 
 TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const float *x, int bits, int rows, int lookup,
-                                    const float *table, float center) {
+                                    const ISA(Table) * table, float center) {
     fetch_ahead(codes, block_vectors(bits) * 4 * LANES);
     int ways = rows == 1 ? 4 : 1; /* one row has but one sum per lane: four of them hide the latency of the additions */
 #pragma GCC unroll 8
-    for (int q = 0; q < block_columns(bits) / 4; q++)
+    for (int q = 0; q < block_columns(bits) / 4; q++) {
+        Floats w[4];
+        if (lookup) ISA(lookup_quad)(w, table, ISA(quad)(codes, q, bits));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            Floats w = ISA(decode)(codes, q, j, bits, lookup, table, center);
+            if (!lookup) w[j] = ISA(decode)(codes, q, j, bits, 0, NULL, center);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) sums[r + j % ways] += w * x[(4 * q + j) * rows + r];
+            for (int r = 0; r < rows; r++) sums[r + j % ways] += w[j] * x[(4 * q + j) * rows + r];
         }
+    }
 }
 
 TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t start, int bits, int rows, int lookup,
-                                    const float *table, Floats *y) {
+                                    const float *values, Floats *y) {
     const Weight *w = p->w;
+    ISA(Table) table = ISA(table_from)(values);
     int block_bytes = block_vectors(bits) * 4 * LANES;
     float center = (float)w->center;
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
@@ -705,7 +754,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
             Floats sums[MAX_ROWS] = {{0}};
             left -= blocks;
             for (; blocks > 0; blocks--, codes += block_bytes, x += block_columns(bits) * rows)
-                ISA(float_block)(sums, codes, x, bits, rows, lookup, table, center);
+                ISA(float_block)(sums, codes, x, bits, rows, lookup, &table, center);
             if (rows == 1) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) y[r] += scale * sums[r];

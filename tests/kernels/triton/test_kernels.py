@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmpress.kernels import selftest
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import Need, WrongMachine
 from lmpress.kernels.triton import configs
 from lmpress.kernels.triton.layout import pack, unpack
 from lmpress.kernels.triton.product import TRITON, TritonProduct
@@ -154,6 +154,23 @@ def test_split_sums_are_the_same_bits_every_time(batch: int, activations, device
     first = product(x.to(device))
     assert error(first, inputs @ dense(weight).T) < 1e-6
     assert torch.equal(product(x.to(device)), first)
+
+
+@pytest.mark.parametrize(("bits", "group", "activations"), [(8, 192, "token"), (4, 64, "group"), (4, 64, "token")])
+def test_many_rows_of_int8_inputs(bits: int, group: int, activations, device: str) -> None:
+    """More than 64 take tiles of their own."""
+    weight = random_weight(140, 192, bits, group, "integer")
+    x = random_inputs(70, 192, torch.float16)
+    inputs = as_int8(x, group if activations == "group" else 192)
+    y = TritonProduct(on(device, weight), Need.of(weight, activations, torch.float16))(x.to(device))
+    assert error(y, inputs @ dense(weight).T) < 1e-3
+
+
+def test_what_it_has_no_kernel_for_is_refused() -> None:
+    table = Weight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), None, 4, 64, codebook=NF4)
+    for activations in ("group", "token"):
+        with pytest.raises(WrongMachine, match="codebooks"):
+            TritonProduct(table, Need.of(table, activations))
 
 
 def test_int8_sums_are_exact_integers(device: str) -> None:

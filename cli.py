@@ -54,7 +54,8 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
     quality: Annotated[
-        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+        str,
+        typer.Option(help="fast (as published), balanced (the best the solver alone can do), best (block tuning too)."),
     ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
@@ -198,6 +199,13 @@ def eval_(
     speed: Annotated[
         bool, typer.Option("--speed", help="Tokens per second too, beside those of --against, and peak memory.")
     ] = False,
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(help="Pack the keys and values of past tokens: 2 to 8; 16: never.", show_default=False),
+    ] = None,
+    kv_window: Annotated[
+        int | None, typer.Option(min=0, help="Latest tokens that are not packed. Default: 64", show_default=False)
+    ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -221,6 +229,8 @@ def eval_(
                 device=device,
                 dtype=dtype,
                 kernel=kernel,
+                kv_bits=kv_bits,
+                kv_window=kv_window,
                 progress=observer,
             )
             timed = []
@@ -288,7 +298,7 @@ def inspect(
     with session(json_file, quiet, debug) as output:
         from dataclasses import asdict
 
-        from .calibrate.inspect import inspect as look
+        from .eval.inspect import inspect as look
         from .eval.render import inspection
         from .eval.served import served
 

@@ -10,8 +10,8 @@ from ..compress.errors import UsageError
 from ..compress.formats.checkpoint import Checkpoint
 from ..compress.scheme import QuantArgs
 from ..kernels import dispatch
-from ..kernels.kernel import Activations, Need
-from ..kernels.quantized_inputs import activations_of
+from ..kernels.kernel import STEPS, Need
+from ..kernels.quantized_inputs import entering
 
 UNFOLDED = "unfolded for every product"
 
@@ -61,9 +61,9 @@ def served(
 
 
 def _need(args: QuantArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype) -> Need:
-    activations: Activations = activations_of(inputs) if inputs else "float" if exact else "group"
+    activations, steps = entering(inputs) if inputs else ("float" if exact else "group", STEPS)
     where = torch.device(device).type
-    return Need(args.bits, args.columns_per_scale(width), args.symmetric, False, activations, where, dtype)
+    return Need(args.bits, args.columns_per_scale(width), args.symmetric, False, activations, where, dtype, steps)
 
 
 def _choose(layer: str, need: Need | None, count: int, kernel: str | None) -> Served:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..compress.scheme import QuantArgs
 from ..compress.tensor import CompressedTensor, SpQRTensor, TwoLevel
 from . import apart, dispatch
-from .kernel import Activations, Need, Product
+from .kernel import STEPS, Activations, Need, Product
 from .weight import Weight
 
 LEVEL_PARTS = ("codes", "scale", "zero")
@@ -65,6 +65,11 @@ class PackedLinear(nn.Module):
         """How inputs enter the product."""
         return self.serving.activations
 
+    @property
+    def steps(self) -> float:
+        """A scale of int8 inputs is `absmax / steps`."""
+        return STEPS
+
     def serve(self, serving: Serving) -> None:
         """Choose a kernel anew and arrange the weight for it."""
         self._arrange(self.compressed, serving)
@@ -90,7 +95,7 @@ class PackedLinear(nn.Module):
     def _arrange(self, tensor: CompressedTensor | SpQRTensor, serving: Serving) -> None:
         self.serving = serving
         weight = Weight.of(tensor)
-        need = Need.of(weight, self.activations, serving.dtype)
+        need = Need.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = apart.prepare(chosen, weight, need)
         self.kernel = chosen.name

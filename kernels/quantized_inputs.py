@@ -1,58 +1,72 @@
-"""The module that takes a linear layer's place where inputs are quantized too (W8A8): integer codes meet integer codes."""
+"""The module that takes a linear layer's place where inputs are quantized too: integer codes meet integer codes."""
 
 from torch import Tensor
 
-from ..compress.activations import encode, ranges, scale_of
+from ..compress.activations import encode, extremes, grid_of
 from ..compress.scheme import QuantArgs
 from ..compress.tensor import CompressedTensor, SpQRTensor
-from .kernel import Activations
+from .kernel import STEPS, Activations
 from .linear import PackedLinear
 
 
-def activations_of(inputs: QuantArgs) -> Activations:
-    """How inputs that are quantized by `inputs` enter the product."""
-    return "token" if inputs.strategy == "token" else "float"
+def entering(inputs: QuantArgs) -> tuple[Activations, float]:
+    """How inputs that are quantized by `inputs` enter the product, and the steps of a scale: `absmax / steps`.
+
+    Kernels find symmetric scales per token on their way through the inputs; any other grid makes codes before.
+    """
+    if inputs.strategy == "token" and inputs.symmetric:
+        return "token", 2.0 ** (inputs.bits - 1) - 1
+    return "float", STEPS
 
 
 class IntegerLinear(PackedLinear):
-    """`y = scale_x * scale_w * (x_codes W_codes^T) + bias`.
+    """`y = scale_x * ((x_codes - zero_x) W^T) + bias`, W packed.
 
-    Scales per token are found by the kernel, on its way through the inputs. One scale for all of them, static or found at
-    every call, makes codes that an exact kernel takes as they are: products of 8-bit codes are exact in float32, and so are
-    sums up to 2**24, beyond which their rounding is 1e-7.
+    Codes that are made before the product enter an exact kernel as they are: products of 8-bit codes are exact in float32,
+    and so are sums up to 2**24, beyond which their rounding is 1e-7.
 
-    inputs       how inputs are quantized
-    input_scale  `[1]` where their scale is static, else None
+    inputs                   how inputs are quantized
+    input_scale, input_zero  `[1]`: their grid where it is static, else None
     """
 
     @property
     def compressed(self) -> CompressedTensor:
         """What the module serves."""
-        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args, self.inputs, self.input_scale)
+        static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
+        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args, self.inputs, static)
 
     @property
     def activations(self) -> Activations:
         """How inputs enter the product: that is the checkpoint's choice, not the server's."""
-        return activations_of(self.inputs)
+        return entering(self.inputs)[0]
+
+    @property
+    def steps(self) -> float:
+        """A scale of inputs is `absmax / steps`."""
+        return entering(self.inputs)[1]
 
     def forward(self, x: Tensor) -> Tensor:
         if self.activations == "token":
             return super().forward(x)
         values = x.reshape(-1, self.in_features).float()
-        static = self.input_scale
-        scale = scale_of(ranges(values, self.inputs), self.inputs) if static is None else static.float()
-        y = (self.product(encode(values, scale, self.inputs)) * scale).to(x.dtype)
+        if self.input_scale is None or self.input_zero is None:
+            grid = grid_of(*extremes(values, self.inputs), self.inputs)
+        else:
+            grid = self.input_scale.float(), self.input_zero.float()
+        y = (self.product(encode(values, grid, self.inputs)) * grid[0]).to(x.dtype)
         y = y.view(*x.shape[:-1], self.out_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         kind = "dynamic" if self.inputs.dynamic else "static"
-        shape = f"{self.in_features}, {self.out_features}, W8A8, {kind} inputs per {self.inputs.strategy}"
-        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
+        return f"{super().extra_repr()}, {kind} int{self.inputs.bits} inputs per {self.inputs.strategy}"
 
     def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
         super()._keep(tensor)
         assert isinstance(tensor, CompressedTensor) and tensor.inputs is not None
         self.inputs = tensor.inputs
+        scale, zero = tensor.input_grid or (None, None)
         self.input_scale: Tensor | None
-        self.register_buffer("input_scale", tensor.input_scale, persistent=False)
+        self.input_zero: Tensor | None
+        self.register_buffer("input_scale", scale, persistent=False)
+        self.register_buffer("input_zero", zero, persistent=False)

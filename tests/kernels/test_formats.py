@@ -63,7 +63,7 @@ def dequantized(path: Path) -> PreTrainedModel:
         linear.weight = nn.Parameter(tensor.dequantize(), requires_grad=False)
         linear.bias = packed.bias
         if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-            rounding = (tensor.inputs, tensor.input_scale)
+            rounding = (tensor.inputs, tensor.input_grid)
             linear.register_forward_pre_hook(lambda module, args, by=rounding: (fake_quantize(args[0], *by),))
         parent, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(parent), leaf, linear)

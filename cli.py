@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
@@ -17,6 +18,7 @@ from .compress.report.flags import (
     Eval,
     Json,
     Keep,
+    KernelName,
     Model,
     Out,
     Overwrite,
@@ -193,6 +195,10 @@ def eval_(
     stride: Annotated[int | None, typer.Option(min=1, help="Default: the row length.", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows only.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    kernel: KernelName = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Tokens per second too, beside those of --against, and peak memory.")
+    ] = False,
     kv_bits: Annotated[
         int | None,
         typer.Option(help="Pack the keys and values of past tokens: 2 to 8; 16: never.", show_default=False),
@@ -209,8 +215,8 @@ def eval_(
     """Measure the perplexity of MODEL, and its divergence from a base model."""
     with session(json_file, quiet, debug, threads) as output:
         from .compress.report.console import watching
-        from .eval.perplexity import evaluate
-        from .eval.render import table
+        from .eval.perplexity import DTYPES, evaluate
+        from .eval.render import speeds, table
 
         with watching(output.console) as observer:
             found = evaluate(
@@ -222,11 +228,19 @@ def eval_(
                 against=against,
                 device=device,
                 dtype=dtype,
+                kernel=kernel,
                 kv_bits=kv_bits,
                 kv_window=kv_window,
                 progress=observer,
             )
-        output.result(found.as_dict(), table({Path(model).name: found}))
+            timed = []
+            if speed:
+                from .eval.speed import speed as time_models
+
+                options = {"device": device, "dtype": DTYPES[dtype], "kernel": kernel, "progress": observer}
+                timed = time_models(model, against=against, **options)
+        content = found.as_dict() | ({"speed": [each.as_dict() for each in timed]} if speed else {})
+        output.result(content, Group(table({Path(model).name: found}), *([speeds(timed)] if speed else [])))
 
 
 @app.command()
@@ -272,14 +286,56 @@ def verify(
 
 
 @app.command()
-def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
-    """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
+def inspect(
+    model: Model,
+    kernel: KernelName = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    device: Device = "cpu",
+) -> None:
+    """Show what MODEL is made of: blocks, linear layers, how they are stored and served. Loads no weights."""
     with session(json_file, quiet, debug) as output:
+        from dataclasses import asdict
+
         from .eval.inspect import inspect as look
         from .eval.render import inspection
+        from .eval.served import served
 
         found = look(model)
-        output.result(found.as_dict(), inspection(found))
+        kernels = served(model, kernel=kernel, device=device) if found.quantization else []
+        output.result(found.as_dict() | {"kernels": [asdict(each) for each in kernels]}, inspection(found, kernels))
+
+
+@app.command()
+def bench(
+    shapes: Annotated[str, typer.Option(help="Weights to multiply by, OUTxIN.")] = "4096x4096,11008x4096",
+    rows: Annotated[str, typer.Option(help="Numbers of input rows.")] = "1,8,64,512",
+    rounds: Annotated[int, typer.Option(min=1, help="Times that each product is taken; medians count.")] = 15,
+    only: Annotated[str, typer.Option(help="Regular expression: the products to time.", show_default=False)] = "",
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the ratios into a file: .svg, .png, .pdf.", show_default=False)
+    ] = None,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = 1,
+) -> None:
+    """Time the kernels on this CPU against torch and other libraries."""
+    with session(json_file, quiet, debug, threads) as output:
+        from .compress.report.console import watching
+        from .compress.report.flags import parse_numbers
+        from .eval.bench import bench as time_all
+        from .eval.render import timings
+
+        numbers = parse_numbers(rows, "--rows")
+        with watching(output.console) as observer:
+            found = time_all(shapes.split(","), numbers, rounds=rounds, only=only, progress=observer)
+        if plot is not None:
+            from .eval.plot import save
+
+            save(found, plot)
+        output.result(found.as_dict(), timings(found))
 
 
 @recipes_app.command("list")

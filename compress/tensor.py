@@ -120,6 +120,10 @@ class TwoLevel:
         codes = codes.transpose(1, 2).flatten(0, 1)[:rows].to(torch.uint8)
         return cls(codes, scale.half(), zero.half())
 
+    def to(self, device: torch.device | str) -> "TwoLevel":
+        """The same on `device`."""
+        return TwoLevel(self.codes.to(device), self.scale.to(device), self.zero.to(device))
+
     def values(self, dtype: torch.dtype) -> Tensor:
         """The numbers that are served `[out, groups]`, computed in `dtype`."""
         rows = len(self.codes)
@@ -149,6 +153,11 @@ class SpQRTensor:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)"""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def to(self, device: torch.device | str) -> "SpQRTensor":
+        """The same on `device`."""
+        residual = (self.counts.to(device), self.columns.to(device), self.values.to(device))
+        return SpQRTensor(self.codes.to(device), self.scale.to(device), self.zero.to(device), *residual, self.args)
 
     def grid(self, dtype: torch.dtype = torch.float32) -> Grid:
         """The served scales and real zeros `[out, groups]`."""

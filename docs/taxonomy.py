@@ -8,7 +8,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 from lmpress.compress.errors import UsageError
-from lmpress.compress.formats import int_quantized
 from lmpress.compress.formats.storage import format_of
 from lmpress.compress.formats.targets import TARGETS, faults
 from lmpress.compress.passes import METHODS, method
@@ -29,7 +28,7 @@ from lmpress.compress.scheme import (
 from lmpress.kernels.cache.cache import PackedCache
 from lmpress.kernels.dispatch import KERNELS
 from lmpress.kernels.kernel import Need
-from lmpress.kernels.quantized_inputs import IntegerLinear, RoundedInputs
+from lmpress.kernels.quantized_inputs import IntegerLinear
 from lmpress.recipes.schema import build
 
 BITS = range(2, 9)
@@ -101,21 +100,16 @@ def _grids(role: Role, strategy: Strategy, dynamic: bool) -> Iterator[QuantArgs]
 
 
 def _weights(args: QuantArgs) -> tuple[str, str, str]:
-    return _listed(_methods(Scheme(args))), _weight_formats(args), _listed(_kernels(args)) or "dequantized"
+    return _listed(_methods(Scheme(args))), _weight_formats(args), _listed(_kernels(args))
 
 
 def _inputs(args: QuantArgs) -> tuple[str, str, str]:
-    weights = {IntegerLinear: signed_weights("channel"), RoundedInputs: QuantArgs(bits=4)}
     formats = dict.fromkeys(
         group["format"]
-        for each in weights.values()
+        for each in (signed_weights("channel"), QuantArgs(bits=4))
         for group in format_of(each, args).quantization_config({"layer": each}, [])["config_groups"].values()
     )
-    modules = [
-        f"{module.__name__} ({'int8 rows' if int_quantized.holds_int8(each) else 'other weights'})"
-        for module, each in weights.items()
-    ]
-    return _listed(_methods(Scheme(signed_weights("channel"), args))), _listed(formats), _listed(modules)
+    return _listed(_methods(Scheme(signed_weights("channel"), args))), _listed(formats), IntegerLinear.__name__
 
 
 def _cached(args: QuantArgs) -> tuple[str, str, str]:
@@ -155,8 +149,6 @@ def _weight_formats(args: QuantArgs) -> str:
 
 
 def _kernels(args: QuantArgs) -> Iterator[str]:
-    if args.scale_dtype == "bilevel":
-        return
     group = args.columns_per_scale(WIDTH)
     for kernel in KERNELS:
         needs = {bits: [Need(bits, group, args.symmetric, device=d) for d in ("cpu", "cuda")] for bits in BITS}

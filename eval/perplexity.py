@@ -69,14 +69,16 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     batch_size: int | None = None,
+    kernel: str | None = None,
     kv_bits: int | None = None,
     kv_window: int | None = None,
     progress: Observer = silent,
 ) -> Evaluation:
     """Perplexity of `model` on `data`, and its divergence from `against`, both reading the same batches.
 
-    `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device` and
-    `dtype` say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that of `model`.
+    `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device`, `dtype` and
+    `kernel` (for `model` alone) say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that
+    of `model`.
 
     With `kv_bits` (see `load`), or where the checkpoint says so, every prediction of `model` reads the packed keys and values
     that generating it would read, and `against` is by default the same model with its cache in full precision.
@@ -91,7 +93,7 @@ def evaluate(
     tokenizer = load_tokenizer(_path(model))
     _check_tokenizers(tokenizer, against)
     found = documents(data, split)
-    opened = _opened(model, device, DTYPES[dtype])
+    opened = _opened(model, device, DTYPES[dtype], kernel)
     scheme = cache_scheme(opened.config, kv_bits, kv_window)
     base = opened if against is None and scheme is not None else against
     runners = [_Runner(opened, scheme)] + ([] if base is None else [_Runner(_opened(base, device, DTYPES[dtype]))])
@@ -246,8 +248,8 @@ def _path(model: Model) -> str | Path:
     return model.name_or_path
 
 
-def _opened(model: Model, device: str, dtype: torch.dtype) -> PreTrainedModel:
-    return model if isinstance(model, PreTrainedModel) else load(model, device, dtype)
+def _opened(model: Model, device: str, dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
+    return model if isinstance(model, PreTrainedModel) else load(model, device, dtype, kernel=kernel)
 
 
 def _row_length(asked: int | None, runners: list[_Runner]) -> int:

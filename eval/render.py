@@ -1,13 +1,17 @@
 """Evaluations and inspections as tables for people."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import groupby
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from .bench import Bench, Timing
 from .inspect import Inspection
 from .perplexity import Evaluation
+from .served import Served
+from .speed import ANSWER, PROMPT, ROUNDS, Speed
 from .verify import Finding, Verification
 
 ABSENT = "-"
@@ -89,7 +93,7 @@ def _verdict(finding: Finding) -> str:
     return f"WRONG: {tensors}{block}"
 
 
-def inspection(found: Inspection) -> Group:
+def inspection(found: Inspection, kernels: Sequence[Served] = ()) -> Group:
     """What `compress inspect` shows."""
     facts = Table.grid(padding=(0, 2))
     context = "no limit" if found.context is None else f"{found.context:,} tokens"
@@ -114,4 +118,56 @@ def inspection(found: Inspection) -> Group:
     for kind in found.linears:
         rows, columns = kind.shape
         layers.add_row(Text(kind.name), kind.module, f"{rows} x {columns}", str(kind.count), Text(kind.stored))
-    return Group(facts, layers)
+    return Group(facts, layers, *([_kernels(kernels)] if kernels else []))
+
+
+def _kernels(kernels: Sequence[Served]) -> Table:
+    passed_over = {name: reason for each in kernels for name, reason in each.passed_over.items()}
+    caption = Text("\n".join(f"not {name}: {reason}" for name, reason in passed_over.items()))
+    result = Table("packed layer", "count", "served as", "inputs", "kernel", caption=caption, caption_justify="left")
+    for each in kernels:
+        result.add_row(Text(each.layer), str(each.count), Text(each.stored), each.inputs, Text(each.kernel))
+    return result
+
+
+def timings(found: Bench) -> Group:
+    """What `compress bench` shows: a table per shape and number of input rows."""
+    machine = found.machine
+    facts = f"{machine.cpu}, {machine.threads} thread(s), torch {machine.torch}; medians of {machine.clock}"
+    rates = f"reads {machine.read_rate:.1f} GB/s, multiplies {machine.product_rate:.0f} GFLOP/s in float32"
+    groups = groupby(found.timings, key=lambda t: (t.rows, t.columns, t.inputs))
+    return Group(*(_timing_table(list(each)) for _, each in groups), Text(f"{facts}\n{rates}"))
+
+
+def _timing_table(found: Sequence[Timing]) -> Table:
+    first = found[0]
+    result = Table(title=f"{first.rows} x {first.columns}, {first.inputs} row(s) of inputs", title_justify="left")
+    for title in ("product", "ms", "times float32", "of roofline", "error"):
+        result.add_column(title, justify="left" if title == "product" else "right")
+    for each in found:
+        if each.median_ms is None or each.ratio is None or each.roofline is None:
+            result.add_row(Text(each.name), "wrong", ABSENT, ABSENT, f"{each.error:.1e}")
+        else:
+            figures = (f"{each.median_ms:.3f}", f"{each.ratio:.2f}", f"{each.roofline:.0%}", f"{each.error:.1e}")
+            result.add_row(Text(each.name), *figures)
+    return result
+
+
+def speeds(found: Sequence[Speed]) -> Table:
+    """What `compress eval --speed` adds: a line per model."""
+    result = Table(
+        caption=f"{PROMPT} tokens read, {ANSWER} written, one at a time; medians of {ROUNDS} rounds",
+        caption_justify="left",
+    )
+    for title in ("model", "reads, tok/s", "writes, tok/s", "weights", "peak memory", "kernels"):
+        result.add_column(title, justify="left" if title in ("model", "kernels") else "right")
+    for each in found:
+        kernels = ", ".join(f"{count} {name}" for name, count in each.kernels.items())
+        rates = (_rate(each.prefill, each.prefill_ratio), _rate(each.decode, each.decode_ratio))
+        sizes = (f"{n / 1e6:,.1f} MB" for n in (each.weight_bytes, each.peak_bytes))
+        result.add_row(Text(each.name), *rates, *sizes, Text(kernels or ABSENT))
+    return result
+
+
+def _rate(rate: float, ratio: float | None) -> str:
+    return f"{rate:,.1f}" + ("" if ratio is None else f" ({ratio:.2f}x)")

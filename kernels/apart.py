@@ -1,5 +1,7 @@
 """What a weight keeps apart from its codes, served around any kernel: 16-bit columns (LLM.int8) and sparse residuals (SpQR)."""
 
+from importlib.util import find_spec
+
 import torch
 from torch import Tensor
 
@@ -52,13 +54,19 @@ class WithResidual(Product):
         self.register_buffer("indices", residual.columns, persistent=False)
         self.register_buffer("values", residual.values.float(), persistent=False)
         self.compiled = residual.values.device.type == "cpu" and _has_library()
+        self.on_gpu = residual.values.is_cuda and find_spec("triton") is not None
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x).float()
-        if not self.compiled:
+        traced = torch.compiler.is_compiling() or y.requires_grad
+        if self.on_gpu and not traced:
+            from .triton.launch import added_sparse
+
+            y = added_sparse(y, x, self.starts, self.indices, self.values)
+        elif not self.compiled:
             entries = x.float()[:, self.indices.long()] * self.values
             y = y.index_add(1, SparseRows(self.starts, self.indices, self.values).rows, entries)
-        elif torch.compiler.is_compiling() or y.requires_grad:
+        elif traced:
             y = torch.ops.lmpress.cpu_add_sparse(y, x.float(), self.starts, self.indices, self.values)
         else:
             library.add_sparse(y, x.float().contiguous(), self.starts, self.indices, self.values)

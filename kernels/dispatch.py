@@ -1,7 +1,7 @@
 """Which kernel serves: the first of the list that meets the need, runs here and passes its self-test.
 
-The chain on CPUs: compiled kernels, best instruction set first; torch's int4 product where int8 activations were allowed;
-dequantizing. The last one always runs, so no machine is an error.
+On GPUs the Triton kernels serve. The chain on CPUs: compiled kernels, best instruction set first; torch's int4 product where
+int8 activations were allowed; dequantizing. The last one always runs, anywhere, so no machine is an error.
 """
 
 import logging
@@ -13,8 +13,9 @@ from ..compress.errors import UsageError
 from . import aten, reference, selftest
 from .cpu import product
 from .kernel import Kernel, Need, Unavailable, WrongMachine
+from .triton.product import TRITON
 
-KERNELS: tuple[Kernel, ...] = (*product.KERNELS, aten.INT4, reference.REFERENCE)
+KERNELS: tuple[Kernel, ...] = (*product.KERNELS, TRITON, aten.INT4, reference.REFERENCE)
 
 logger = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""The module that takes a linear layer's place: its weight stays packed in memory."""
+"""The modules that take a linear layer's place: their weights stay packed in memory."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -7,14 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..compress.formats.int_quantized import holds_int8
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import Compressed, CompressedTensor
+from ..compress.tensor import CompressedTensor, SpQRTensor, TwoLevel
 from . import apart, dispatch
-from .kernel import Activations, Need, Product
-from .quantized_inputs import IntegerLinear, RoundedInputs
-from .stored import StoredLinear
+from .kernel import STEPS, Activations, Need, Product
 from .weight import Weight
+
+LEVEL_PARTS = ("codes", "scale", "zero")
 
 
 @dataclass(frozen=True)
@@ -45,22 +44,31 @@ class PackedLinear(nn.Module):
     Raises `UsageError` where `serving` names a kernel that cannot serve.
     """
 
-    def __init__(self, tensor: CompressedTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
+    def __init__(
+        self, tensor: CompressedTensor | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args: QuantArgs = tensor.args
-        self.scale: Tensor
-        self.zero: Tensor | None
-        self.register_buffer("scale", tensor.scale, persistent=False)
-        self.register_buffer("zero", tensor.zero, persistent=False)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
+        self._keep(tensor)
         self._arrange(tensor, serving or Serving())
 
     @property
-    def compressed(self) -> CompressedTensor:
+    def compressed(self) -> CompressedTensor | SpQRTensor:
         """What the module serves."""
         return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args)
+
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product."""
+        return self.serving.activations
+
+    @property
+    def steps(self) -> float:
+        """A scale of int8 inputs is `absmax / steps`."""
+        return STEPS
 
     def serve(self, serving: Serving) -> None:
         """Choose a kernel anew and arrange the weight for it."""
@@ -74,25 +82,63 @@ class PackedLinear(nn.Module):
         args = self.args
         kind = "symmetric" if args.symmetric else "asymmetric"
         shape = f"{self.in_features}, {self.out_features}, int{args.bits} {kind}, group_size={args.group_size}"
-        return f"{shape}, kernel={self.kernel}, activations={self.serving.activations}"
+        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
 
-    def _arrange(self, tensor: CompressedTensor, serving: Serving) -> None:
+    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+        """Register what `compressed` needs besides the codes: buffers that no cast changes."""
+        assert isinstance(tensor, CompressedTensor)
+        self.scale: Tensor
+        self.zero: Tensor | None
+        self.register_buffer("scale", tensor.scale, persistent=False)
+        self.register_buffer("zero", tensor.zero, persistent=False)
+
+    def _arrange(self, tensor: CompressedTensor | SpQRTensor, serving: Serving) -> None:
+        self.serving = serving
         weight = Weight.of(tensor)
-        need = Need.of(weight, serving.activations, serving.dtype)
+        need = Need.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = apart.prepare(chosen, weight, need)
-        self.serving, self.kernel = serving, chosen.name
+        self.kernel = chosen.name
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
-        place = fn(torch.empty(0, dtype=self.serving.dtype, device=self.scale.device))
-        stays = place.device == self.scale.device and place.dtype == self.serving.dtype
-        scale, stored = self.scale, None if stays or place.is_meta else self.compressed
+        kept = dict(self.named_buffers(recurse=False))
+        before = next(iter(kept.values())).device
+        place = fn(torch.empty(0, dtype=self.serving.dtype, device=before))
+        stays = place.device == before and place.dtype == self.serving.dtype
+        stored = None if stays or place.is_meta else self.compressed
         super()._apply(fn, recurse=place.is_meta)  # nothing computes on meta, so its layout may stay
-        self.scale = scale.to(place.device)
+        for name, part in kept.items():
+            self._buffers[name] = part.to(place.device)
         if stored is not None:
             self._arrange(stored.to(place.device), replace(self.serving, dtype=place.dtype))
         return self
+
+
+class SpQRLinear(PackedLinear):
+    """`y = x (W + S)^T + bias` with W kept as codes of two-level scales and real zeros, and S sparse.
+
+    scale_codes, scale_scale, scale_zero  the two levels of the scales (see `TwoLevel`); `zero_codes`, ... those of the zeros
+    product  codes, scales and zeros in float32, and the sparse rows, in the layout of the kernel
+    """
+
+    @property
+    def compressed(self) -> SpQRTensor:
+        """What the module serves."""
+        rows = self.product
+        assert isinstance(rows, apart.WithResidual)
+        residual = (rows.starts.diff(), rows.indices.long(), rows.values.half())
+        return SpQRTensor(rows.codes(), self._level("scale"), self._level("zero"), *residual, self.args)
+
+    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+        assert isinstance(tensor, SpQRTensor)
+        for which, level in (("scale", tensor.scale), ("zero", tensor.zero)):
+            for part in LEVEL_PARTS:
+                self.register_buffer(f"{which}_{part}", getattr(level, part), persistent=False)
+
+    def _level(self, which: str) -> TwoLevel:
+        codes, scale, zero = (self.get_buffer(f"{which}_{part}") for part in LEVEL_PARTS)
+        return TwoLevel(codes, scale, zero)
 
 
 def serve(model: nn.Module, serving: Serving) -> None:
@@ -103,24 +149,7 @@ def serve(model: nn.Module, serving: Serving) -> None:
 
 def kernels_of(model: nn.Module) -> dict[str, int]:
     """How many packed layers of `model` each kernel serves, by name and activations: `{"c-avx2 float": 224}`."""
-    return dict(Counter(f"{layer.kernel} {layer.serving.activations}" for layer in _packed(model)))
-
-
-def replace_linear(
-    model: nn.Module, name: str, tensor: Compressed, serving: Serving | None = None, device: torch.device | str = "cpu"
-) -> None:
-    """Put a module that serves `tensor` on `device` at the dotted `name`, keeping the bias parameter that stands there."""
-    parent, _, leaf = name.rpartition(".")
-    bias = getattr(model.get_submodule(name), "bias", None)
-    if not isinstance(tensor, CompressedTensor):
-        module = StoredLinear(tensor, bias)
-    elif tensor.inputs is not None and holds_int8(tensor.args):
-        module = IntegerLinear(tensor, bias).to(device)
-    else:
-        module = PackedLinear(tensor.to(device), bias, serving)
-        if tensor.inputs is not None:
-            module = RoundedInputs(tensor.to(device), module)
-    setattr(model.get_submodule(parent), leaf, module)
+    return dict(Counter(f"{layer.kernel} {layer.activations}" for layer in _packed(model)))
 
 
 def _packed(model: nn.Module) -> list[PackedLinear]:

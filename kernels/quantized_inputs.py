@@ -1,75 +1,72 @@
-"""The modules that take a linear layer's place where inputs are quantized too: integer codes meet integer codes (W8A8), or
-inputs are rounded before they meet weights of fewer bits."""
+"""The module that takes a linear layer's place where inputs are quantized too: integer codes meet integer codes."""
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..compress.activations import encode, extremes, fake_quantize, grid_of
-from ..compress.formats.int_quantized import OFFSET
+from ..compress.activations import encode, extremes, grid_of
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor
+from ..compress.tensor import CompressedTensor, SpQRTensor
+from .kernel import STEPS, Activations
+from .linear import PackedLinear
 
 
-class QuantizedInputs(nn.Module):
-    """What layers with inputs quantized by `inputs` share: the static grid, scale and zero `[1]`, where there is one."""
+def entering(inputs: QuantArgs) -> tuple[Activations, float]:
+    """How inputs that are quantized by `inputs` enter the product, and the steps of a scale: `absmax / steps`.
 
-    def __init__(self, tensor: CompressedTensor) -> None:
-        super().__init__()
-        assert tensor.inputs is not None
-        self.out_features, self.in_features = tensor.shape
-        self.inputs: QuantArgs = tensor.inputs
+    Kernels find symmetric scales per token on their way through the inputs; any other grid makes codes before.
+    """
+    if inputs.strategy == "token" and inputs.symmetric:
+        return "token", 2.0 ** (inputs.bits - 1) - 1
+    return "float", STEPS
+
+
+class IntegerLinear(PackedLinear):
+    """`y = scale_x * ((x_codes - zero_x) W^T) + bias`, W packed.
+
+    Codes that are made before the product enter an exact kernel as they are: products of 8-bit codes are exact in float32,
+    and so are sums up to 2**24, beyond which their rounding is 1e-7.
+
+    inputs                   how inputs are quantized
+    input_scale, input_zero  `[1]`: their grid where it is static, else None
+    """
+
+    @property
+    def compressed(self) -> CompressedTensor:
+        """What the module serves."""
+        static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
+        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args, self.inputs, static)
+
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product: that is the checkpoint's choice, not the server's."""
+        return entering(self.inputs)[0]
+
+    @property
+    def steps(self) -> float:
+        """A scale of inputs is `absmax / steps`."""
+        return entering(self.inputs)[1]
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.activations == "token":
+            return super().forward(x)
+        values = x.reshape(-1, self.in_features).float()
+        if self.input_scale is None or self.input_zero is None:
+            grid = grid_of(*extremes(values, self.inputs), self.inputs)
+        else:
+            grid = self.input_scale.float(), self.input_zero.float()
+        y = (self.product(encode(values, grid, self.inputs)) * grid[0]).to(x.dtype)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        kind = "dynamic" if self.inputs.dynamic else "static"
+        return f"{super().extra_repr()}, {kind} int{self.inputs.bits} inputs per {self.inputs.strategy}"
+
+    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+        super()._keep(tensor)
+        assert isinstance(tensor, CompressedTensor) and tensor.inputs is not None
+        self.inputs = tensor.inputs
         scale, zero = tensor.input_grid or (None, None)
         self.input_scale: Tensor | None
         self.input_zero: Tensor | None
         self.register_buffer("input_scale", scale, persistent=False)
         self.register_buffer("input_zero", zero, persistent=False)
-
-    @property
-    def static(self) -> tuple[Tensor, Tensor] | None:
-        """The calibrated grid in float32; None where grids are found at every call."""
-        if self.input_scale is None or self.input_zero is None:
-            return None
-        return self.input_scale.float(), self.input_zero.float()
-
-    def extra_repr(self) -> str:
-        kind = "dynamic" if self.inputs.dynamic else "static"
-        return (
-            f"{self.in_features}, {self.out_features}, {kind} int{self.inputs.bits} inputs per {self.inputs.strategy}"
-        )
-
-
-class IntegerLinear(QuantizedInputs):
-    """`y = scale_x * scale_w * ((x_codes - zero_x) W_codes^T) + bias`, the plain torch form.
-
-    codes  int8 `[out, in]`
-    scale  `[out, 1]` in its stored dtype
-    """
-
-    def __init__(self, tensor: CompressedTensor, bias: nn.Parameter | None) -> None:
-        super().__init__(tensor)
-        self.codes: Tensor
-        self.scale: Tensor
-        self.register_buffer("codes", (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8), persistent=False)
-        self.register_buffer("scale", tensor.scale, persistent=False)
-        self.bias: nn.Parameter | None
-        self.register_parameter("bias", bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        values = x.float()
-        grid = self.static or grid_of(*extremes(values, self.inputs), self.inputs)
-        # Products of 8-bit codes are exact in float32, sums up to 2**24: beyond 1000 columns their rounding is 1e-7.
-        product = F.linear(encode(values, grid, self.inputs), self.codes.float())
-        out = (product * grid[0] * self.scale.float().T).to(x.dtype)
-        return out if self.bias is None else out + self.bias
-
-
-class RoundedInputs(QuantizedInputs):
-    """`y = Q(x) W^T + bias`, where `packed` serves the weight."""
-
-    def __init__(self, tensor: CompressedTensor, packed: nn.Module) -> None:
-        super().__init__(tensor)
-        self.packed = packed
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.packed(fake_quantize(x, self.inputs, self.static))

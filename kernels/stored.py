@@ -1,11 +1,11 @@
-"""The module of weights that no kernel multiplies as they are stored: sparse ones, and SpQR's."""
+"""The module of weights that no kernel multiplies as they are stored: pruned ones."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ..compress.formats.storage import format_of
-from ..compress.tensor import Compressed, PrunedTensor, SpQRTensor
+from ..compress.tensor import Compressed, PrunedTensor
 
 
 class StoredLinear(nn.Module):
@@ -14,7 +14,7 @@ class StoredLinear(nn.Module):
     Buffers are the tensors of the weight's format by their last names.
     """
 
-    def __init__(self, tensor: PrunedTensor | SpQRTensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, tensor: PrunedTensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args = tensor.args

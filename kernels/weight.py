@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compress.tensor import CompressedTensor
+from ..compress.tensor import CompressedTensor, SpQRTensor
 
 
 @dataclass(frozen=True)
@@ -59,10 +59,15 @@ class Weight:
     residual: SparseRows | None = None
 
     @classmethod
-    def of(cls, tensor: CompressedTensor) -> "Weight":
-        """The weight of a compressed tensor."""
-        args = tensor.args
-        return cls(tensor.codes, tensor.scale, tensor.zero, args.bits, args.columns_per_scale(tensor.shape[1]))
+    def of(cls, tensor: CompressedTensor | SpQRTensor) -> "Weight":
+        """The weight of a compressed tensor; two-level scales and zeros become float32."""
+        bits, group = tensor.args.bits, tensor.args.columns_per_scale(tensor.shape[1])
+        if isinstance(tensor, CompressedTensor):
+            return cls(tensor.codes, tensor.scale, tensor.zero, bits, group)
+        grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
+        starts[1:] = tensor.counts.cumsum(0)
+        residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
+        return cls(tensor.codes, grid.scale, grid.zero, bits, group, residual=residual)
 
     @property
     def shape(self) -> tuple[int, int]:

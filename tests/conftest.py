@@ -7,6 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+
+# Triton asks for this once, when it is imported, and transformers imports it: without a GPU its interpreter runs the kernels.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
@@ -66,6 +71,12 @@ def assets(request: pytest.FixtureRequest) -> Path:
             "set COMPRESS_ASSETS to a folder that has them"
         )
     return folder
+
+
+@pytest.fixture
+def device() -> str:
+    """Where the GPU's kernels are tested: on one if there is one, else in Triton's interpreter."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def letters_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:

@@ -15,7 +15,7 @@ from ...calibrate.discovery import find_blocks, weight_of
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
-from ..scheme import WeightArgs
+from ..scheme import QuantArgs, WeightArgs
 from ..tensor import Compressed
 from . import int_quantized
 from .export import awq, gptq
@@ -28,7 +28,7 @@ UNRELATED = "the checkpoint and its config do not belong together"
 
 @dataclass(frozen=True)
 class Reader:
-    """How one format is read; `optional` tensors of a layer may be absent.
+    """How one format is read; `optional` tensors of a layer may be absent. `inputs` says how layers' inputs are quantized.
 
     arguments  of every layer that a `quantization_config` and the specs of the stored tensors speak of
     specs      of a layer's tensors, from its name, arguments, rows and columns
@@ -38,6 +38,7 @@ class Reader:
     specs: Callable[[str, Any, int, int], dict[str, TensorSpec]]
     unpack: Callable[[str, Mapping[str, Tensor], Any], Compressed]
     optional: tuple[str, ...] = ()
+    inputs: QuantArgs | None = None
 
 
 def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Reader:
@@ -48,8 +49,10 @@ def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Read
     if config.get("quant_method") == "awq":
         return Reader(awq.read_config, awq.spec, awq.unpack)
     ours = format_that_wrote(config)
-    layers = IntQuantized(int_quantized.read_inputs(config, stored)) if ours is int_quantized else ours
-    return Reader(ours.read_config, layers.spec, layers.unpack)
+    if ours is not int_quantized:
+        return Reader(ours.read_config, ours.spec, ours.unpack)
+    layers = IntQuantized(int_quantized.read_inputs(config, stored))
+    return Reader(ours.read_config, layers.spec, layers.unpack, inputs=layers.inputs)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,8 @@ DOING = {
     "write": "writing",
     "assemble": "putting the checkpoint together",
     "evaluate": "evaluating",
+    "bench": "timing kernels",
+    "speed": "timing the models",
 }
 
 

@@ -32,6 +32,9 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but erro
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default=False)]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
+KernelName = Annotated[
+    str | None, typer.Option("--kernel", help="Force a kernel on packed layers by its name.", show_default=False)
+]
 Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
 SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a row.")]
 Keep = Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")]
@@ -52,3 +55,11 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
+
+
+def parse_numbers(given: str, flag: str) -> list[int]:
+    """Positive whole numbers, separated by commas."""
+    words = given.split(",")
+    if not all(word.strip().isdecimal() and int(word) for word in words):
+        raise UsageError(f"{flag} {given!r} holds something else than numbers from 1 on", "write for example 1,8,64")
+    return [int(word) for word in words]

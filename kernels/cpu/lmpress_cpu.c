@@ -404,24 +404,47 @@ void lmpress_dequantize(int index, const Weight *w, int threads, int64_t first, 
 
 typedef float Four __attribute__((vector_size(16)));
 
-typedef struct {
+typedef struct Sparse {
     const int64_t *starts;
     const uint32_t *columns;
     const float *values, *x; /* x [m][width], or [width][8] for up to 8 rows side by side */
     float *y;
     int64_t m, rows, width;
+    float (*dot)(const struct Sparse *, int64_t start, int64_t end);
 } Sparse;
 
-enum { SPARSE_ROWS = 64 };
+enum { SPARSE_ROWS = 64, SPARSE_AHEAD = 256 };
 
 /* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
-INLINE float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
+static float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
     float sum[4] = {0};
     for (; i + 4 <= end; i += 4)
         for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * s->x[s->columns[i + j]];
     for (; i < end; i++) sum[0] += s->values[i] * s->x[s->columns[i]];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
+
+#if defined(__x86_64__)
+/* Eight entries at a time, the last few under a mask. */
+__attribute__((target("avx2,fma"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
+    __m256 sum = _mm256_setzero_ps();
+    for (; i + 8 <= end; i += 8) {
+        __builtin_prefetch(s->values + i + SPARSE_AHEAD);
+        __builtin_prefetch(s->columns + i + SPARSE_AHEAD);
+        __m256i columns = _mm256_loadu_si256((const __m256i *)(s->columns + i));
+        sum = _mm256_fmadd_ps(_mm256_loadu_ps(s->values + i), _mm256_i32gather_ps(s->x, columns, 4), sum);
+    }
+    if (i < end) {
+        __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(end - i)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+        __m256i columns = _mm256_maskload_epi32((const int *)(s->columns + i), there);
+        __m256 x = _mm256_mask_i32gather_ps(_mm256_setzero_ps(), s->x, columns, _mm256_castsi256_ps(there), 4);
+        sum = _mm256_fmadd_ps(_mm256_maskload_ps(s->values + i, there), x, sum);
+    }
+    __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
+    four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+}
+#endif
 
 /* The same for 8 rows side by side: entries with even and with odd numbers add up apart, for the same reason. */
 INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
@@ -444,7 +467,7 @@ static void sparse_share(void *context, int64_t share) {
     int64_t last = smaller(s->rows, (share + 1) * SPARSE_ROWS);
     for (int64_t row = share * SPARSE_ROWS; row < last; row++) {
         if (s->m == 1) {
-            s->y[row] += sparse_dot(s, s->starts[row], s->starts[row + 1]);
+            s->y[row] += s->dot(s, s->starts[row], s->starts[row + 1]);
             continue;
         }
         float sums[8];
@@ -457,10 +480,14 @@ static void sparse_share(void *context, int64_t share) {
  * Returns 0, or -1 where there is no memory to put the rows of x side by side. */
 int lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
                        int64_t width, const float *x, int64_t m, float *y) {
+    float (*dot)(const Sparse *, int64_t, int64_t) = sparse_dot;
+#if defined(__x86_64__)
+    if (has_avx2()) dot = sparse_dot_avx2;
+#endif
     float *side_by_side = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
     if (m > 1 && !side_by_side) return -1;
     for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
-        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width};
+        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, dot};
         if (sparse.m > 1) {
             sparse.x = side_by_side;
             for (int64_t k = 0; k < width; k++)
@@ -531,6 +558,51 @@ TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
 TARGET INLINE Ints ISA(widen)(Ints sum) { return sum; }
 TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
     return (Floats){table[index[0] & 15], table[index[1] & 15], table[index[2] & 15], table[index[3] & 15]};
+}
+
+#endif
+
+/* A table of 16 floats as the kernels hold it, and the four columns of a quad (each byte below 16) by it. */
+#if defined(__x86_64__) && LANES == 8
+
+/* Bytes are looked up 32 at a time: one table for each byte of a float, whose results are joined again. */
+typedef struct {
+    __m256i bytes[4];
+} ISA(Table);
+
+TARGET INLINE ISA(Table) ISA(table_from)(const float *values) {
+    uint8_t bytes[4][32];
+    for (int at = 0; at < 64; at++)
+        for (int half = 0; half < 32; half += 16) bytes[at % 4][half + at / 4] = (uint8_t)(bits_of(values[at / 4]) >> (8 * (at % 4)));
+    ISA(Table) table;
+    memcpy(table.bytes, bytes, sizeof bytes);
+    return table;
+}
+
+TARGET INLINE void ISA(lookup_quad)(Floats *columns, const ISA(Table) * table, Words quad) {
+    const __m256i rows_together = _mm256_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0, 15, 11, 7, 3, 14, 10, 6, 2,
+                                                  13, 9, 5, 1, 12, 8, 4, 0);
+    __m256i index = _mm256_shuffle_epi8((__m256i)quad, rows_together);
+    __m256i first = _mm256_shuffle_epi8(table->bytes[0], index), second = _mm256_shuffle_epi8(table->bytes[1], index);
+    __m256i third = _mm256_shuffle_epi8(table->bytes[2], index), fourth = _mm256_shuffle_epi8(table->bytes[3], index);
+    __m256i low = _mm256_unpacklo_epi8(first, second), low_above = _mm256_unpacklo_epi8(third, fourth);
+    __m256i high = _mm256_unpackhi_epi8(first, second), high_above = _mm256_unpackhi_epi8(third, fourth);
+    columns[0] = (Floats)_mm256_unpacklo_epi16(low, low_above);
+    columns[1] = (Floats)_mm256_unpackhi_epi16(low, low_above);
+    columns[2] = (Floats)_mm256_unpacklo_epi16(high, high_above);
+    columns[3] = (Floats)_mm256_unpackhi_epi16(high, high_above);
+}
+
+#else
+
+typedef struct {
+    const float *values;
+} ISA(Table);
+
+TARGET INLINE ISA(Table) ISA(table_from)(const float *values) { return (ISA(Table)){values}; }
+
+TARGET INLINE void ISA(lookup_quad)(Floats *columns, const ISA(Table) * table, Words quad) {
+    for (int j = 0; j < 4; j++) columns[j] = ISA(lookup)(table->values, quad >> (8 * j));
 }
 
 #endif
@@ -677,22 +749,26 @@ TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, i
 }
 
 TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const float *x, int bits, int rows, int lookup,
-                                    const float *table, float center) {
+                                    const ISA(Table) * table, float center) {
     fetch_ahead(codes, block_vectors(bits) * 4 * LANES);
     int ways = rows == 1 ? 4 : 1; /* one row has but one sum per lane: four of them hide the latency of the additions */
 #pragma GCC unroll 8
-    for (int q = 0; q < block_columns(bits) / 4; q++)
+    for (int q = 0; q < block_columns(bits) / 4; q++) {
+        Floats w[4];
+        if (lookup) ISA(lookup_quad)(w, table, ISA(quad)(codes, q, bits));
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            Floats w = ISA(decode)(codes, q, j, bits, lookup, table, center);
+            if (!lookup) w[j] = ISA(decode)(codes, q, j, bits, 0, NULL, center);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) sums[r + j % ways] += w * x[(4 * q + j) * rows + r];
+            for (int r = 0; r < rows; r++) sums[r + j % ways] += w[j] * x[(4 * q + j) * rows + r];
         }
+    }
 }
 
 TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t start, int bits, int rows, int lookup,
-                                    const float *table, Floats *y) {
+                                    const float *values, Floats *y) {
     const Weight *w = p->w;
+    ISA(Table) table = ISA(table_from)(values);
     int block_bytes = block_vectors(bits) * 4 * LANES;
     float center = (float)w->center;
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
@@ -705,7 +781,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
             Floats sums[MAX_ROWS] = {{0}};
             left -= blocks;
             for (; blocks > 0; blocks--, codes += block_bytes, x += block_columns(bits) * rows)
-                ISA(float_block)(sums, codes, x, bits, rows, lookup, table, center);
+                ISA(float_block)(sums, codes, x, bits, rows, lookup, &table, center);
             if (rows == 1) sums[0] = (sums[0] + sums[1]) + (sums[2] + sums[3]);
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) y[r] += scale * sums[r];

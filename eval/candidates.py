@@ -1,0 +1,184 @@
+"""What `compress bench` times: our kernels, torch's own products, and those of other libraries that are installed."""
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..kernels import apart, dispatch
+from ..kernels.kernel import Activations, Kernel, Need
+from ..kernels.weight import SparseRows, Weight
+
+RING_BYTES = 4 * 32 << 20
+GROUP = 128
+NEGATIVE = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
+POSITIVE = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
+NF4 = torch.tensor([*NEGATIVE, *POSITIVE])
+BASELINE = "torch float32"
+UNTIMED = ("c-portable", "torch-dequantize")  # for machines and layers that have nothing better
+
+Call = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A product under test: `ring` holds what multiplies by copies of the same weight, `dense`; `bytes` are read per call."""
+
+    name: str
+    ring: list[Call]
+    bytes: int
+    dense: Callable[[], Tensor]
+    tolerance: float
+
+
+def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
+    """torch's float32 product first, then its 16-bit ones, ours, and everyone else's, as far as the regular expression
+    `only` finds something in their names. `columns` is a multiple of 128."""
+    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
+    yield _dense(BASELINE, dense, 1e-5)
+    int4, int8 = _rounded(dense, 4, GROUP), _rounded(dense, 8, columns)
+    for name, make in _others(dense, int4, int8).items():
+        if re.search(only, name):
+            yield make(name)
+    for kernel in dispatch.KERNELS:
+        for name, (weight, activations) in _weights(dense, int4, int8).items():
+            full, need = f"{kernel.name} {name}", Need.of(weight, activations)
+            if kernel.name in UNTIMED or not re.search(only, full):
+                continue
+            if dispatch.refusal(kernel, need) is None:
+                yield _ours(full, kernel, weight, need)
+
+
+def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight, Activations]]:
+    """What our kernels are given, and how inputs enter the product."""
+    int3, int2 = _rounded(dense, 3, GROUP), _rounded(dense, 2, GROUP)
+    return {
+        "w4a8": (int4, "group"), "w4a32": (int4, "float"), "w8a8": (int8, "token"), "w8a32": (int8, "float"),
+        "w3a8": (int3, "group"), "w3a32": (int3, "float"), "w2a8": (int2, "group"), "w2a32": (int2, "float"),
+        "nf4": (_nearest_in_table(dense), "float"),
+        "w4a8 + 1% sparse": (_with_residual(int4), "group"),
+        "llm.int8, 0.5% columns": (_with_columns(int8, dense), "token"),
+    }  # fmt: skip
+
+
+def _others(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, Callable[[str], Candidate]]:
+    """torch's own products, and those of libraries that are installed."""
+    found: dict[str, Callable[[str], Candidate]] = {
+        "torch bfloat16": lambda name: _dense(name, dense.bfloat16(), 2e-2),
+        "torch float16": lambda name: _dense(name, dense.half(), 2e-2),
+        "torch dynamic int8": lambda name: _torch_dynamic_int8(name, int8),
+        "torch int8, bfloat16": lambda name: _torch_int8_bf16(name, int8),
+    }
+    if find_spec("onnxruntime") and find_spec("onnx"):
+        found["onnxruntime int4, int8 inputs"] = lambda name: _onnxruntime_int4(name, int4, level=4, tolerance=1e-2)
+        found["onnxruntime int4, float32 inputs"] = lambda name: _onnxruntime_int4(name, int4, level=1, tolerance=1e-5)
+    return found
+
+
+def _dense(name: str, weight: Tensor, tolerance: float) -> Candidate:
+    def make() -> Call:
+        own = weight.clone()
+        return lambda x: F.linear(x.to(own.dtype), own).float()
+
+    return Candidate(name, _ring(make, weight.nbytes), weight.nbytes, weight.float, tolerance)
+
+
+def _ours(name: str, kernel: Kernel, weight: Weight, need: Need) -> Candidate:
+    first = apart.prepare(kernel, weight, need)
+    exact = kernel.tolerance <= 1e-5 and need.activations == "float"
+    products = _ring(lambda: apart.prepare(kernel, weight, need), _size(first))
+    return Candidate(name, products, _size(first), weight.dequantize, 1e-5 if exact else 1e-2)
+
+
+def _torch_dynamic_int8(name: str, weight: Weight) -> Candidate:
+    """torch's dynamic int8 product, 7 bits (`reduce_range`): with 8 it saturates silently on machines without VNNI."""
+    scales, zeros = weight.scale.flatten().double(), torch.zeros(len(weight.scale), dtype=torch.long)
+    with warnings.catch_warnings(
+        action="ignore"
+    ):  # these tensors are deprecated, the products of models that have them are not
+        codes = torch._make_per_channel_quantized_tensor((weight.codes.int() - 128).to(torch.int8), scales, zeros, 0)  # type: ignore[attr-defined]
+
+    def make() -> Call:
+        packed = torch.ops.quantized.linear_prepack(codes, None)
+        return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
+
+    return Candidate(name, _ring(make, weight.codes.nbytes), weight.codes.nbytes, weight.dequantize, 3e-2)
+
+
+def _torch_int8_bf16(name: str, weight: Weight) -> Candidate:
+    """torch's weight-only int8 product; only its bfloat16 form is quick."""
+    stored, scales = (weight.codes.int() - 128).to(torch.int8), weight.scale.flatten().bfloat16()
+
+    def make() -> Call:
+        own = stored.clone()
+        return lambda x: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), own, scales).float()
+
+    return Candidate(name, _ring(make, stored.nbytes), stored.nbytes, weight.dequantize, 1e-2)
+
+
+def _onnxruntime_int4(name: str, weight: Weight, level: int, tolerance: float) -> Candidate:
+    """MatMulNBits; accuracy level 4 makes the activations int8, level 1 keeps them in float32."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows, columns = weight.shape
+    nibbles = (weight.codes[:, ::2] | weight.codes[:, 1::2] << 4).view(rows, columns // GROUP, GROUP // 2)
+    scales = weight.scale.float().flatten()
+    node = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scales"], ["y"], domain="com.microsoft",
+        K=columns, N=rows, bits=4, block_size=GROUP, accuracy_level=level,
+    )  # fmt: skip
+    inputs = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["m", columns])
+    outputs = helper.make_tensor_value_info("y", TensorProto.FLOAT, ["m", rows])
+    constants = [numpy_helper.from_array(nibbles.numpy(), "codes"), numpy_helper.from_array(scales.numpy(), "scales")]
+    graph = helper.make_graph([node], "product", [inputs], [outputs], constants)
+    domains = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
+    settings = onnxruntime.SessionOptions()
+    settings.intra_op_num_threads = torch.get_num_threads()
+
+    def make() -> Call:
+        session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])
+        return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
+
+    read = nibbles.nbytes + scales.nbytes
+    return Candidate(name, _ring(make, read), read, weight.dequantize, tolerance)
+
+
+def _rounded(dense: Tensor, bits: int, group: int) -> Weight:
+    """Symmetric rounding to nearest."""
+    groups = dense.unflatten(1, (-1, group))
+    scale = (groups.abs().amax(-1) / (2 ** (bits - 1) - 0.5)).half()
+    codes = (groups / scale.float().unsqueeze(-1)).round_().add_(2 ** (bits - 1)).clamp_(0, 2**bits - 1)
+    return Weight(codes.flatten(1).to(torch.uint8), scale, None, bits, group)
+
+
+def _nearest_in_table(dense: Tensor) -> Weight:
+    groups = dense.unflatten(1, (-1, 64))
+    scale = groups.abs().amax(-1)
+    edges = (NF4[1:] + NF4[:-1]) / 2
+    codes = torch.bucketize(groups / scale.unsqueeze(-1), edges).flatten(1).to(torch.uint8)
+    return Weight(codes, scale, None, 4, 64, codebook=NF4)
+
+
+def _with_residual(weight: Weight) -> Weight:
+    chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.01
+    return Weight(weight.codes, weight.scale, None, 4, GROUP, residual=SparseRows.of(chosen * 0.1))
+
+
+def _with_columns(weight: Weight, dense: Tensor) -> Weight:
+    columns = torch.arange(0, weight.shape[1], 200)
+    return Weight(weight.codes, weight.scale, None, 8, weight.group, columns=columns, outliers=dense[:, columns].half())
+
+
+def _ring(make: Callable[[], Call], bytes_each: int) -> list[Call]:
+    return [make() for _ in range(max(2, RING_BYTES // bytes_each + 1))]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(buffer.nbytes for buffer in module.buffers())

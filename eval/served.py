@@ -1,0 +1,82 @@
+"""Which kernel serves each layer of a packed checkpoint on this machine, before any weight is loaded."""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..compress.errors import UsageError
+from ..compress.formats.checkpoint import Checkpoint
+from ..compress.scheme import QuantArgs
+from ..kernels import dispatch
+from ..kernels.kernel import STEPS, Need
+from ..kernels.quantized_inputs import entering
+
+UNFOLDED = "unfolded for every product"
+
+
+@dataclass(frozen=True)
+class Served:
+    """`count` layers of one name and kind, and what serves them.
+
+    kernel      the name of the kernel, or that there is none
+    inputs      how inputs enter the product (see `Need`)
+    passed_over the kernels that were tried before it, each with the reason why it does not serve
+    """
+
+    layer: str
+    stored: str
+    count: int
+    kernel: str
+    inputs: str
+    passed_over: dict[str, str]
+
+
+def served(
+    path: str | Path,
+    *,
+    exact: bool = True,
+    kernel: str | None = None,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> list[Served]:
+    """What serves the packed layers of the checkpoint at `path` under these arguments of `lmpress.load`.
+
+    Nothing where it is dense, or quantized in a way that lmpress does not read. Raises `UsageError` for a `kernel` that
+    cannot serve here.
+    """
+    try:
+        checkpoint = Checkpoint.open(path)
+    except UsageError:
+        return []
+    inputs = None if checkpoint.reader is None else checkpoint.reader.inputs
+    kinds: Counter[tuple[str, Need | None]] = Counter()
+    for name, args in checkpoint.layers.items():
+        need = None
+        if isinstance(args, QuantArgs):
+            need = _need(args, checkpoint.shape(name)[1], inputs, exact, device, dtype)
+        kinds[name.rpartition(".")[2], need] += 1
+    return [_choose(layer, need, count, kernel) for (layer, need), count in kinds.items()]
+
+
+def _need(args: QuantArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype) -> Need:
+    activations, steps = entering(inputs) if inputs else ("float" if exact else "group", STEPS)
+    where = torch.device(device).type
+    return Need(args.bits, args.columns_per_scale(width), args.symmetric, False, activations, where, dtype, steps)
+
+
+def _choose(layer: str, need: Need | None, count: int, kernel: str | None) -> Served:
+    if need is None:
+        return Served(layer, "pruned", count, UNFOLDED, "float", {})
+    choice = dispatch.choose(need, kernel)
+    reasons = {name: refusal.reason for name, refusal in choice.passed_over}
+    kind = "symmetric" if need.symmetric else "asymmetric"
+    return Served(
+        layer,
+        f"int{need.bits} {kind}, groups of {need.group}",
+        count,
+        choice.kernel.name,
+        need.activations,
+        reasons,
+    )

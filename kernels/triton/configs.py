@@ -1,0 +1,64 @@
+"""Which tile a product takes, by the number of its rows: a short table instead of a search at the first call.
+
+None of these has been timed on a GPU yet. They are what compiles without spills, with wide loads and with matrix instructions
+(`tests/kernels/triton/test_machine_code.py` holds them to that), and what is known of other kernels of this kind.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from ..kernel import Activations
+
+MOST_ROWS = 128  # of exact products; more are dequantized and multiplied by the vendor's kernel
+FEWEST_SLABS = 4  # of one program: less is all start and end
+HOPPER = 9
+
+
+@dataclass(frozen=True)
+class Config:
+    """Rows of the weight and of the inputs in a tile, warps, stages of the pipeline, programs that a processor wants."""
+
+    block_n: int
+    block_m: int
+    warps: int
+    stages: int
+    programs: int = 4
+
+
+GEMV = Config(32, 1, 4, 1, programs=8)
+
+
+def config(m: int, activations: Activations, bits: int, table: bool, capability: int) -> Config:
+    """The tile for `m` rows of inputs and a weight of `bits` bits, perhaps of a `table`, on GPUs of a major `capability`.
+
+    Operands that are made in registers cannot be copied to where they are used: on Hopper the pipeline would load them 8
+    bytes at a time, and anywhere the entries of a table one by one. Many programs hide each other's latency instead.
+    """
+    as_stored = activations != "float" and bits == 8
+    stages = 3 if as_stored or (capability < HOPPER and not table) else 1
+    if activations != "float" and m > 64:
+        return Config(128, 128 if as_stored else 64, 8, stages, programs=1)
+    return Config(64, 16 if m <= 16 else 32 if m <= 32 else 64, 4, stages)
+
+
+def splits(tiles: int, slabs: int, programs: int) -> int:
+    """How many programs share the columns of one tile, so that all `tiles` together are about `programs`."""
+    return max(1, min(programs // tiles, slabs // FEWEST_SLABS))
+
+
+def processors_of(tensor: Tensor) -> int:
+    """Multiprocessors of the device that holds `tensor`; 1 where that is no GPU (the interpreter)."""
+    return _properties(tensor.get_device()).multi_processor_count if tensor.is_cuda else 1
+
+
+def capability_of(tensor: Tensor) -> int:
+    """Major compute capability of the device that holds `tensor`."""
+    return _properties(tensor.get_device()).major if tensor.is_cuda else HOPPER
+
+
+@cache
+def _properties(device: int) -> "torch._C._CudaDeviceProperties":
+    return torch.cuda.get_device_properties(device)

@@ -1,0 +1,187 @@
+"""The kernels as calls on tensors. Importing this module imports Triton; it asks no GPU anything."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ..kernel import Activations
+from . import configs
+from .configs import Config, capability_of, config, processors_of, splits
+from .device.dequantize import dequantize
+from .device.gemv import gemv
+from .device.linear import add_up, linear
+from .device.quantize import quantize
+from .device.sparse import add_sparse
+from .layout import Tiles
+
+SLAB = 1024  # rows of the weight that are floats at a time
+DEQUANTIZE_ROWS = 32
+ADD_UP_BLOCK = 1024
+QUANTIZE_BLOCK = 1024
+SPARSE_BLOCK = 32
+
+
+def multiply(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -> Tensor:
+    """`x W^T` for `x` `[m, columns]`: `[m, rows]`, in the dtype of `x`."""
+    x = x.contiguous()
+    if activations != "float":
+        return _multiply_int8(x, tiles, activations, steps)
+    if x.shape[0] > configs.MOST_ROWS:
+        return _multiply_by_slabs(x, tiles)
+    inputs = _filled_up(x, tiles) if tiles.padded else x
+    if x.shape[0] == 1:
+        return _multiply_row(inputs, tiles)
+    return _multiply_tiles(inputs, None, tiles, "float", x.dtype)
+
+
+def multiply_transposed(grad: Tensor, tiles: Tiles) -> Tensor:
+    """`grad W` for `grad` `[m, rows]`: `[m, columns]`, exact."""
+    out = torch.zeros(grad.shape[0], tiles.columns, dtype=torch.float32, device=grad.device)
+    for rows, slab in slabs(tiles, grad.dtype):
+        out += grad[:, rows] @ slab
+    return out.to(grad.dtype)
+
+
+def slabs(tiles: Tiles, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight as floats `[rows, columns]`, up to SLAB at a time, in memory that is used again."""
+    memory = torch.empty(min(SLAB, tiles.rows), tiles.columns, dtype=dtype, device=tiles.low.device)
+    for start in range(0, tiles.rows, SLAB):
+        count = min(SLAB, tiles.rows - start)
+        grid = (triton.cdiv(count, DEQUANTIZE_ROWS), tiles.slabs)
+        _run(
+            dequantize, grid, *_tensors(tiles), memory, start, count, tiles.rows, tiles.columns, tiles.group,
+            tiles.scales.shape[0], *_strides(tiles), **_constants(tiles, per_row=False), BLOCK_N=DEQUANTIZE_ROWS,
+        )  # fmt: skip
+        yield slice(start, start + count), memory[:count]
+
+
+def quantized(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -> tuple[Tensor, Tensor]:
+    """int8 codes of `x` in the columns of `tiles`, and their scales float32 `[m, spans]`."""
+    m, columns = x.shape
+    group_width = tiles.group_parts * tiles.width
+    padded = tiles.scales.shape[0] * group_width
+    span, padded_span = (tiles.group, group_width) if activations == "group" else (columns, padded)
+    spans = triton.cdiv(columns, span)
+    if activations == "token" and tiles.padded:
+        x, span, columns = _filled_up(x, tiles), padded, padded
+    codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
+    scales = torch.empty(m, spans, dtype=torch.float32, device=x.device)
+    block = min(QUANTIZE_BLOCK, triton.next_power_of_2(padded_span))
+    if m:
+        numbers = (columns, span, padded_span, spans, padded, steps)
+        _run(quantize, (m, spans), x, codes, scales, *numbers, BLOCK=block)
+    return codes, scales
+
+
+def added_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
+    """`y + x S^T` for S in compressed rows; `y` float32 `[m, rows]`, `x` `[m, width]`."""
+    (m, n), x = y.shape, x.contiguous()
+    total = torch.empty_like(y, memory_format=torch.contiguous_format)
+    block = min(16, triton.next_power_of_2(max(1, m)))
+    if m:
+        tensors, grid = (y.contiguous(), x, starts, columns, values, total), (n, triton.cdiv(m, block))
+        _run(add_sparse, grid, *tensors, m, n, x.shape[1], BLOCK_M=block, BLOCK_E=SPARSE_BLOCK)
+    return total
+
+
+def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+    """Start `kernel` on a grid of programs: Triton's own call, which no type checker understands."""
+    kernel[grid](*arguments, **constants)
+
+
+def _multiply_int8(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -> Tensor:
+    if tiles.scales.shape[0] == 1:
+        activations = "token"
+    codes, scales = quantized(x, tiles, activations, steps)
+    return _multiply_tiles(codes, scales, tiles, activations, x.dtype)
+
+
+def _multiply_tiles(
+    x: Tensor, x_scales: Tensor | None, tiles: Tiles, activations: Activations, dtype: torch.dtype
+) -> Tensor:
+    m = x.shape[0]
+    if not m:
+        return x.new_empty(0, tiles.rows, dtype=dtype)
+    chosen = config(m, activations, tiles.bits, tiles.table is not None, capability_of(x))
+    split = _splits(x, tiles, chosen)
+    y = _output(x, (m, tiles.rows), split, dtype)
+    grid = (triton.cdiv(tiles.rows, chosen.block_n), triton.cdiv(m, chosen.block_m), split)
+    _run(
+        linear, grid, x, x if x_scales is None else x_scales, *_tensors(tiles), y, m, tiles.rows, x.shape[1],
+        tiles.scales.shape[0], *_strides(tiles), tiles.slabs, **_constants(tiles), INPUTS=activations,
+        BLOCK_N=chosen.block_n, BLOCK_M=chosen.block_m, SPLIT=split, num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    return _added_up(y, dtype)
+
+
+def _multiply_row(x: Tensor, tiles: Tiles) -> Tensor:
+    chosen = configs.GEMV
+    split = _splits(x, tiles, chosen)
+    y = _output(x, (1, tiles.rows), split, x.dtype)
+    grid = (triton.cdiv(tiles.rows, chosen.block_n), split)
+    _run(
+        gemv, grid, x, *_tensors(tiles), y, tiles.rows, x.shape[1], tiles.scales.shape[0],
+        *_strides(tiles), tiles.slabs, **_constants(tiles), BLOCK_N=chosen.block_n, SPLIT=split,
+        num_warps=chosen.warps, num_stages=chosen.stages,
+    )  # fmt: skip
+    return _added_up(y, x.dtype)
+
+
+def _multiply_by_slabs(x: Tensor, tiles: Tiles) -> Tensor:
+    return torch.cat([F.linear(x, slab) for _, slab in slabs(tiles, x.dtype)], dim=1)
+
+
+def _splits(x: Tensor, tiles: Tiles, chosen: Config) -> int:
+    count = triton.cdiv(tiles.rows, chosen.block_n) * triton.cdiv(x.shape[0], chosen.block_m)
+    return splits(count, tiles.slabs, chosen.programs * processors_of(x))
+
+
+def _output(x: Tensor, shape: tuple[int, int], split: int, dtype: torch.dtype) -> Tensor:
+    """Where the kernel writes: the result, or a part of the sum for each split."""
+    return x.new_empty(shape, dtype=dtype) if split == 1 else x.new_empty((split, *shape), dtype=torch.float32)
+
+
+def _added_up(y: Tensor, dtype: torch.dtype) -> Tensor:
+    if y.dim() == 2:
+        return y
+    total = torch.empty_like(y[0], dtype=dtype)
+    grid = (triton.cdiv(total.numel(), ADD_UP_BLOCK),)
+    _run(add_up, grid, y, total, total.numel(), SPLIT=y.shape[0], BLOCK=ADD_UP_BLOCK)
+    return total
+
+
+def _filled_up(x: Tensor, tiles: Tiles) -> Tensor:
+    """`x` with zeros where the weight's groups are filled up."""
+    groups = F.pad(x, (0, -x.shape[1] % tiles.group)).unflatten(1, (-1, tiles.group))
+    return F.pad(groups, (0, tiles.group_parts * tiles.width - tiles.group)).flatten(1)
+
+
+def _tensors(tiles: Tiles) -> tuple[Tensor, ...]:
+    """What stands in the place of an absent tensor is not read."""
+    low = tiles.low
+    return low, _or(tiles.high, low), tiles.scales, _or(tiles.zeros, tiles.scales), _or(tiles.table, low)
+
+
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _strides(tiles: Tiles) -> tuple[int, int]:
+    return tiles.low.stride(0), 0 if tiles.high is None else tiles.high.stride(0)
+
+
+def _constants(tiles: Tiles, per_row: bool = True) -> dict[str, Any]:
+    zeros = "none" if tiles.zeros is None else "real" if tiles.real else "integer"
+    alone = per_row and tiles.scales.shape[0] == 1
+    return {
+        "BITS": tiles.bits,
+        "WIDTH": tiles.width,
+        "PARTS": tiles.parts,
+        "GROUP_PARTS": 0 if alone else tiles.group_parts,
+        "ZEROS": zeros,
+        "TABLE": tiles.table is not None,
+    }

@@ -1,0 +1,108 @@
+"""Every packed format, loaded and asked for 64 tokens: the answer of the model with the dequantized weights."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedModel
+
+import lmpress
+from lmpress.compress.activations import fake_quantize
+from lmpress.compress.formats.checkpoint import Checkpoint
+from lmpress.compress.tensor import CompressedTensor
+from lmpress.kernels import dispatch
+from lmpress.kernels.kernel import Need
+from lmpress.kernels.linear import PackedLinear, Serving, kernels_of, serve
+
+CALIBRATION = {"samples": 8, "seq_len": 128}
+FORMATS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pack-quantized, 4 bits": ("quantize", {"method": "rtn", "bits": 4, "group_size": 32}),
+    "pack-quantized, 3 bits asymmetric": ("quantize", {"method": "rtn", "bits": 3, "group_size": 32, "symmetric": False}),
+    "pack-quantized, 8 bits per row": ("quantize", {"method": "rtn", "bits": 8, "group_size": -1}),
+    "spqr": ("quantize", {"method": "spqr", "quality": "fast", **CALIBRATION}),
+    "int-quantized, per token": ("quantize", {"method": "smoothquant", "level": "O1", **CALIBRATION}),
+    "int-quantized, per tensor": ("quantize", {"method": "smoothquant", "level": "O2", **CALIBRATION}),
+    "int-quantized, static": ("quantize", {"method": "smoothquant", "level": "O3", **CALIBRATION}),
+    "bitmask": ("prune", {"method": "magnitude", "sparsity": 0.5, "format": "bitmask"}),
+    "2:4": ("prune", {"method": "magnitude", "pattern": "2:4", "format": "2:4"}),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def checkpoints() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def checkpoint(request: pytest.FixtureRequest, assets: Path, checkpoints, tmp_path_factory) -> Path:
+    """The checkpoint of a format, made once."""
+    name = request.param
+    if name not in checkpoints:
+        command, options = FORMATS[name]
+        out = tmp_path_factory.mktemp("formats") / "out"
+        if options["method"] not in ("rtn", "magnitude"):
+            options = options | {"calib": str(assets / "data/tinystories/valid.jsonl")}
+        level = {"options": {"level": options["level"]}} if "level" in options else {}
+        options = {key: value for key, value in options.items() if key != "level"}
+        getattr(lmpress, command)(assets / "models/stories260K", out, **options, **level)
+        checkpoints[name] = out
+    return checkpoints[name]
+
+
+each_format = pytest.mark.parametrize("checkpoint", FORMATS, indirect=True)
+
+
+def dequantized(path: Path) -> PreTrainedModel:
+    """The model with plain linear layers in place of the packed ones, their inputs rounded where the format says so."""
+    model, stored = lmpress.load(path), Checkpoint.open(path)
+    for name in stored.layers:
+        tensor, packed = stored.layer(name), model.get_submodule(name)
+        linear = nn.Linear(*reversed(tensor.shape), bias=packed.bias is not None)
+        linear.weight = nn.Parameter(tensor.dequantize(), requires_grad=False)
+        linear.bias = packed.bias
+        if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
+            rounding = (tensor.inputs, tensor.input_grid)
+            linear.register_forward_pre_hook(lambda module, args, by=rounding: (fake_quantize(args[0], *by),))
+        parent, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(parent), leaf, linear)
+    return model
+
+
+def answer(model: PreTrainedModel, assets: Path) -> torch.Tensor:
+    prompt = AutoTokenizer.from_pretrained(assets / "models/stories260K")("Once upon a time", return_tensors="pt")
+    return model.generate(**prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)
+
+
+@each_format
+@torch.no_grad()
+def test_greedy_answers_are_those_of_the_dequantized_weights(checkpoint: Path, assets: Path) -> None:
+    expected = answer(dequantized(checkpoint), assets)
+    model = lmpress.load(checkpoint)
+    assert torch.equal(answer(model, assets), expected)
+    packed = [module for module in model.modules() if isinstance(module, PackedLinear)]
+    for kernel in dispatch.KERNELS if packed else ():
+        needs = {
+            Need(m.args.bits, m.args.columns_per_scale(m.in_features), m.args.symmetric, activations=m.activations)
+            for m in packed
+        }
+        if all(dispatch.refusal(kernel, need) is None for need in needs):
+            serve(model, Serving(kernel=kernel.name))
+            assert {name.split()[0] for name in kernels_of(model)} == {kernel.name}
+            assert torch.equal(answer(model, assets), expected), kernel.name
+
+
+@each_format
+@torch.no_grad()
+def test_casts_and_copies_keep_what_is_served(checkpoint: Path) -> None:
+    model = lmpress.load(checkpoint)
+    before = {name: module.compressed for name, module in model.named_modules() if hasattr(module, "compressed")}
+    stored = Checkpoint.open(checkpoint)
+    model.half().float()
+    for name, tensor in before.items():
+        module = model.get_submodule(name)
+        assert torch.equal(module.compressed.dequantize(), tensor.dequantize())
+        assert torch.equal(module.compressed.dequantize(), stored.layer(name).dequantize())
+        assert module.compressed.args == tensor.args
+    assert before

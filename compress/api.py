@@ -39,13 +39,13 @@ def quantize(
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
-    for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
-    and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
-    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which `options`
-    go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`),
-    and `level` (O1, O2, O3: SmoothQuant's). `target` names the runtimes that must be able to serve the result (see
-    `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything
-    is written, `CompressError` later.
+    for `awq` asymmetric ones, for `nf4` blocks of 64, for `smoothquant` 8 bits with one scale per output row (which is what
+    `group_size` -1 means) and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest.
+    `keep` are patterns of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`),
+    over which `options` go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`,
+    `scale_dtype`, `outliers`), and `level` (O1, O2, O3: SmoothQuant's). `target` names the runtimes that must be able to
+    serve the result (see `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises
+    `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
@@ -144,7 +144,8 @@ def quantization_recipe(
     usual = _level(level["level"]) if level else known.scheme
     asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
     if size is not None:
-        asked["strategy"], asked["group_size"] = group_strategy(size)
+        flat = usual.weights.strategy == "flat"
+        asked["strategy"], asked["group_size"] = ("flat", size) if flat else group_strategy(size)
     scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     return schema.build(

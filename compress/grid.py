@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .errors import CompressError
+from .errors import CompressError, UsageError
 from .scheme import QuantArgs
 
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
@@ -42,8 +42,10 @@ class Grid:
     def fit(cls, weight: Tensor, args: QuantArgs, importance: Tensor | None = None) -> "Grid":
         """Fit the grid of `weight` `[out, in]`; `args.group_size` must divide `in` (see `QuantArgs.for_width`).
 
-        `importance` `[in]` weighs the errors of the columns where the observer searches.
+        `importance` `[in]` weighs the errors of the columns where the observer searches. Raises `UsageError` for codebooks.
         """
+        if args.kind == "nf4":
+            raise UsageError("NF4 is a codebook, not a grid that codes can be solved on", "use --method nf4")
         rows = weight.reshape(1, -1) if args.strategy == "tensor" else weight
         groups = rows.unflatten(1, (-1, args.columns_per_scale(rows.shape[1])))
         if importance is not None:

@@ -31,6 +31,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "zeroquant": ("quantize.zeroquant", "ZeroQuant"),
     "lkd": ("distill.lkd", "LKD"),
     "tune": ("distill.tune", "Tune"),
+    "nf4": ("quantize.nf4", "NF4"),
     "obq": ("quantize.obq", "OBQ"),
     "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),

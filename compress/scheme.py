@@ -14,10 +14,12 @@ from pydantic.dataclasses import dataclass
 
 from .errors import UsageError
 
-Strategy = Literal["tensor", "channel", "group", "token"]
-Formula = Literal["gptq", "signed", "ds", "awq", "spqr"]
+Strategy = Literal["tensor", "channel", "group", "flat", "token"]
+Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4"]
 Observer = Literal["minmax", "mse"]
-ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel"]
+FloatDtype = Literal["float16", "bfloat16", "float32"]
+ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested"]
+Kind = Literal["grid", "two-level", "nf4"]
 
 # The named grids of the literature: which formulas exist in a symmetric and which in an asymmetric form.
 GRIDS: dict[Formula, tuple[bool, ...]] = {
@@ -26,18 +28,21 @@ GRIDS: dict[Formula, tuple[bool, ...]] = {
     "ds": (True, False),
     "awq": (False,),
     "spqr": (False,),
+    "nf4": (True,),
 }
+FLAT_SIZES = tuple(2**n for n in range(5, 13))  # blocks that bitsandbytes knows
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class QuantArgs:
-    """One tensor's integer grid: `dequantized = scale * (code - zero)`, `code` in `0 .. 2**bits - 1`.
+    """One tensor's grid: `dequantized = scale * (code - zero)`, `code` in `0 .. 2**bits - 1`; `scale * NF4[code]` for `nf4`.
 
     `strategy` says which values share a scale: the whole tensor, an output row (`channel`), `group_size` neighbouring
-    input columns of a row (`group`), or a row of activations (`token`). `formula` picks the published definition of
-    scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how the scale is stored: as a float, or
-    quantized itself (`bilevel`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual. `dynamic`
-    ranges are found anew at every call: activations only.
+    input columns of a row (`group`), as many of the flattened matrix (`flat`), or a row of activations (`token`). `formula`
+    picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how
+    the scale is stored: as a float, or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of
+    weights that keep a 16-bit residual. `dynamic` ranges are found anew at every call: activations only. `dtype` is that of
+    the original weight, which the plan finds out where a format says it (`nf4`).
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -51,25 +56,46 @@ class QuantArgs:
     scale_dtype: ScaleDtype = "float16"
     dynamic: bool = False
     outliers: float = 0.0
+    dtype: FloatDtype | None = None
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise UsageError(f"bits {self.bits} is outside 2..8", "use --bits 2 to --bits 8")
         if self.strategy == "group" and (self.group_size is None or self.group_size < 1):
             raise UsageError(f"group size {self.group_size} is not a positive number of columns", GROUP_HINT)
-        if self.strategy != "group" and self.group_size is not None:
+        if self.strategy not in ("group", "flat") and self.group_size is not None:
             raise UsageError(f"strategy {self.strategy!r} has no groups, but group_size is {self.group_size}")
         if self.symmetric not in GRIDS[self.formula]:
             kind = "symmetric" if self.symmetric else "asymmetric"
             others = ", ".join(name for name, forms in GRIDS.items() if self.symmetric in forms)
             raise UsageError(f"the {self.formula!r} grid has no {kind} form", f"use one of: {others}")
-
+        self._check_nf4()
         if self.scale_dtype == "bilevel" and (self.formula != "spqr" or self.strategy != "group"):
             raise UsageError("two-level scales need the 'spqr' grid and groups", "use --method spqr --group-size 32")
         if self.outliers and self.scale_dtype != "bilevel":
             raise UsageError("only weights with two-level scales are stored with outliers", "use --method spqr")
         if not 0 <= self.outliers < 1:
             raise UsageError(f"outliers {self.outliers} is no share of the weights", "use for example 0.01")
+
+    def _check_nf4(self) -> None:
+        if self.formula != "nf4":
+            if self.strategy == "flat" or self.scale_dtype == "nested":
+                raise UsageError("only NF4 has blocks of the flattened matrix and nested scales", "use --method nf4")
+            return
+        if self.bits != 4:
+            raise UsageError(f"NF4 has 16 values, which is 4 bits, not {self.bits}", "use --bits 4")
+        if self.strategy != "flat" or self.group_size not in FLAT_SIZES:
+            sizes = ", ".join(map(str, FLAT_SIZES))
+            raise UsageError(f"NF4 has no blocks of {self.group_size}", f"use strategy flat, --group-size {sizes}")
+        if self.scale_dtype not in ("nested", "float32") or self.observer != "minmax":
+            raise UsageError("NF4 divides by the largest magnitude, float32 or nested", "use --set scale_dtype=nested")
+
+    @property
+    def kind(self) -> Kind:
+        """What a weight quantized so is made of: codes of a grid, SpQR's two levels, or NF4's blocks."""
+        if self.formula == "nf4":
+            return "nf4"
+        return "two-level" if self.scale_dtype == "bilevel" else "grid"
 
     @property
     def maxq(self) -> int:
@@ -79,7 +105,8 @@ class QuantArgs:
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         """The dtype in which scales are stored, those of the second level where there are two."""
-        return torch.float16 if self.scale_dtype == "bilevel" else getattr(torch, self.scale_dtype)
+        quantized = {"bilevel": torch.float16, "nested": torch.float32}
+        return quantized.get(self.scale_dtype) or getattr(torch, self.scale_dtype)
 
     def columns_per_scale(self, width: int) -> int:
         """How many of `width` input columns share one scale."""
@@ -98,6 +125,12 @@ class QuantArgs:
         if size == width:
             return replace(self, strategy="channel", group_size=None)
         return replace(self, group_size=size)
+
+
+def float_name(dtype: torch.dtype) -> FloatDtype:
+    """`torch.float16` as `float16`; whatever is none of the three that models are stored in counts as float32."""
+    names: dict[torch.dtype, FloatDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
+    return names.get(dtype, "float32")
 
 
 GROUP_HINT = "use a multiple of 8 such as 32, 64 or 128, or -1 for one scale per output row"

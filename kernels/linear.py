@@ -3,12 +3,13 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import Compressed, CompressedTensor
+from ..compress.tensor import Compressed, CompressedTensor, NF4Tensor, Served, parts
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
 from .quantized_inputs import IntegerLinear
@@ -35,31 +36,32 @@ class Serving:
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + bias` with `W = scale * (codes - zero)` kept as codes.
+    """`y = x W^T + bias` with `W` kept as codes.
 
     product  the weight in the layout of the kernel that serves it
-    scale    `[out, groups]` in its stored dtype
-    zero     uint8 `[out, groups]`, None for symmetric grids
 
-    Raises `UsageError` where `serving` names a kernel that cannot serve.
+    What the codes stand for are buffers in their stored dtypes, called as the fields of the tensor: `scale` and `zero` of a
+    grid, `absmax` of NF4. Raises `UsageError` where `serving` names a kernel that cannot serve.
     """
 
-    def __init__(self, tensor: CompressedTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
+    def __init__(self, tensor: Served, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args: QuantArgs = tensor.args
-        self.scale: Tensor
-        self.zero: Tensor | None
-        self.register_buffer("scale", tensor.scale, persistent=False)
-        self.register_buffer("zero", tensor.zero, persistent=False)
+        self._kind: type[Served] = type(tensor)
+        self._stored = [name for name in parts(tensor) if name != "codes"]
+        for name, part in parts(tensor).items():
+            if name != "codes":
+                self.register_buffer(name, part, persistent=False)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self._arrange(tensor, serving or Serving())
 
     @property
-    def compressed(self) -> CompressedTensor:
+    def compressed(self) -> Served:
         """What the module serves."""
-        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args)
+        stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
+        return self._kind(codes=self.product.codes(), args=self.args, **stored)
 
     def serve(self, serving: Serving) -> None:
         """Choose a kernel anew and arrange the weight for it."""
@@ -72,10 +74,11 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         args = self.args
         kind = "symmetric" if args.symmetric else "asymmetric"
-        shape = f"{self.in_features}, {self.out_features}, int{args.bits} {kind}, group_size={args.group_size}"
+        grid = args.kind if args.kind == "nf4" else f"int{args.bits} {kind}"
+        shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
         return f"{shape}, kernel={self.kernel}, activations={self.serving.activations}"
 
-    def _arrange(self, tensor: CompressedTensor, serving: Serving) -> None:
+    def _arrange(self, tensor: Served, serving: Serving) -> None:
         weight = Weight.of(tensor)
         need = Need.of(weight, serving.activations, serving.dtype)
         chosen = dispatch.choose(need, serving.kernel).kernel
@@ -84,13 +87,15 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
         """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
-        place = fn(torch.empty(0, dtype=self.serving.dtype, device=self.scale.device))
-        stays = place.device == self.scale.device and place.dtype == self.serving.dtype
-        scale, stored = self.scale, None if stays or place.is_meta else self.compressed
+        stored = {name: part for name in self._stored if (part := self._buffers[name]) is not None}
+        device = next(iter(stored.values())).device
+        place = fn(torch.empty(0, dtype=self.serving.dtype, device=device))
+        stays = place.device == device and place.dtype == self.serving.dtype
+        tensor = None if stays or place.is_meta else self.compressed
         super()._apply(fn, recurse=place.is_meta)  # nothing computes on meta, so its layout may stay
-        self.scale = scale.to(place.device)
-        if stored is not None:
-            self._arrange(stored.to(place.device), replace(self.serving, dtype=place.dtype))
+        self._buffers.update({name: part.to(place.device) for name, part in stored.items()})
+        if tensor is not None:
+            self._arrange(tensor.to(place.device), replace(self.serving, dtype=place.dtype))
         return self
 
 
@@ -111,13 +116,17 @@ def replace_linear(
     """Put a module that serves `tensor` on `device` at the dotted `name`, keeping the bias parameter that stands there."""
     parent, _, leaf = name.rpartition(".")
     bias = getattr(model.get_submodule(name), "bias", None)
-    if not isinstance(tensor, CompressedTensor):
-        module = StoredLinear(tensor, bias)
-    elif tensor.inputs is not None:
-        module = IntegerLinear(tensor, bias).to(device)
-    else:
-        module = PackedLinear(tensor.to(device), bias, serving)
-    setattr(model.get_submodule(parent), leaf, module)
+    setattr(model.get_submodule(parent), leaf, _module(tensor, bias, serving, device))
+
+
+def _module(
+    tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None, device: torch.device | str
+) -> nn.Module:
+    if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
+        return IntegerLinear(tensor, bias).to(device)
+    if isinstance(tensor, CompressedTensor) or (isinstance(tensor, NF4Tensor) and tensor.rows_are_blocks):
+        return PackedLinear(tensor.to(device), bias, serving)
+    return StoredLinear(tensor, bias)
 
 
 def _packed(model: nn.Module) -> list[PackedLinear]:

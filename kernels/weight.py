@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compress.tensor import CompressedTensor
+from ..compress.quantize.codebook import nf4_values
+from ..compress.tensor import NF4Tensor, Served
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,14 @@ class Weight:
     residual: SparseRows | None = None
 
     @classmethod
-    def of(cls, tensor: CompressedTensor) -> "Weight":
-        """The weight of a compressed tensor."""
-        args = tensor.args
-        return cls(tensor.codes, tensor.scale, tensor.zero, args.bits, args.columns_per_scale(tensor.shape[1]))
+    def of(cls, tensor: Served) -> "Weight":
+        """The weight of a compressed tensor; blocks of NF4 must not reach over rows."""
+        args, codes = tensor.args, tensor.codes
+        if isinstance(tensor, NF4Tensor):
+            assert tensor.rows_are_blocks and args.group_size is not None
+            scale = tensor.scales().view(len(codes), -1)
+            return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
+        return cls(codes, tensor.scale, tensor.zero, args.bits, args.columns_per_scale(tensor.shape[1]))
 
     @property
     def shape(self) -> tuple[int, int]:

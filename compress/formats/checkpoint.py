@@ -18,7 +18,7 @@ from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
 from ..tensor import Compressed
 from . import int_quantized
-from .export import awq, gptq
+from .export import awq, bitsandbytes, gptq
 from .int_quantized import IntQuantized
 from .shards import TensorSpec
 from .storage import format_that_wrote
@@ -47,6 +47,8 @@ def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Read
         return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
     if config.get("quant_method") == "awq":
         return Reader(awq.read_config, awq.spec, awq.unpack)
+    if bitsandbytes.wrote(config):
+        return Reader(bitsandbytes.read_config, bitsandbytes.as_stored(stored), bitsandbytes.unpack)
     ours = format_that_wrote(config)
     layers = IntQuantized(int_quantized.read_inputs(config, stored)) if ours is int_quantized else ours
     return Reader(ours.read_config, layers.spec, layers.unpack)

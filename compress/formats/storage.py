@@ -9,11 +9,13 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-from ..scheme import PruneArgs, QuantArgs, WeightArgs
+from ..scheme import Kind, PruneArgs, QuantArgs, WeightArgs
 from . import int_quantized, pack_quantized, sparse, spqr
+from .export import bitsandbytes
 from .int_quantized import IntQuantized
 
 Format = ModuleType | IntQuantized
+OF_KIND: dict[Kind, Format] = {"grid": pack_quantized, "two-level": spqr, "nf4": bitsandbytes}
 
 
 def format_of(args: WeightArgs, inputs: QuantArgs | None = None) -> Format:
@@ -22,12 +24,14 @@ def format_of(args: WeightArgs, inputs: QuantArgs | None = None) -> Format:
         return IntQuantized(inputs)
     if isinstance(args, PruneArgs):
         return sparse
-    return spqr if args.scale_dtype == "bilevel" else pack_quantized
+    return OF_KIND[args.kind]
 
 
 def format_that_wrote(config: Mapping[str, Any]) -> ModuleType:
     """The format that a checkpoint's `quantization_config` speaks of. Raises `ValueError` for what lmpress does not read."""
-    found = next((each for each in (sparse, spqr, int_quantized, pack_quantized) if each.wrote(config)), None)
+    found = next(
+        (each for each in (bitsandbytes, sparse, spqr, int_quantized, pack_quantized) if each.wrote(config)), None
+    )
     if found is None:
         raise ValueError(f"quantization method {config.get('quant_method')!r}, format {config.get('format')!r}")
     return found

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor
+from .tensor import Compressed, CompressedTensor, MixedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -44,14 +44,23 @@ def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed]) -> 
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
     with ExitStack() as hooks:
         for name, tensor in compressed.items():
-            if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-                rounding = _rounding(tensor.inputs, tensor.input_scale)
-                hooks.callback(block.get_submodule(name).register_forward_pre_hook(rounding).remove)
+            if isinstance(tensor, CompressedTensor | MixedTensor) and tensor.inputs is not None:
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(_rounding(tensor)).remove)
         yield
 
 
-def _rounding(args: QuantArgs, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def decompose(x: Tensor, args: QuantArgs, columns: Tensor) -> Tensor:
+    """`x` `[..., width]` rounded but for `columns` and those that reach the threshold, which widen no scale (LLM.int8)."""
+    apart = (x.abs() >= args.threshold).flatten(0, -2).any(0) if args.threshold else x.new_zeros(x.shape[-1]).bool()
+    apart[columns] = True
+    return torch.where(apart, x, fake_quantize(x.masked_fill(apart, 0), args))
+
+
+def _rounding(tensor: CompressedTensor | MixedTensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize(inputs[0], args, scale), *inputs[1:])
+        assert tensor.inputs is not None
+        if isinstance(tensor, MixedTensor):
+            return (decompose(inputs[0], tensor.inputs, tensor.columns), *inputs[1:])
+        return (fake_quantize(inputs[0], tensor.inputs, tensor.input_scale), *inputs[1:])
 
     return hook

@@ -13,6 +13,7 @@ from .pipeline import RunReport
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Pruning, Scheme, group_strategy
 
+INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
 
 
@@ -140,6 +141,7 @@ def quantization_recipe(
     own_size = preset.pop("group_size", None)
     size = own_size if group_size is None else group_size
     level, others = _split({**preset, **(options or {})}, ("level",))
+    of_inputs, others = _split(others, INPUT_OPTIONS)
     grid, rest = _split(others, GRID_OPTIONS)
     usual = _level(level["level"]) if level else known.scheme
     asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
@@ -147,6 +149,10 @@ def quantization_recipe(
         flat = usual.weights.strategy == "flat"
         asked["strategy"], asked["group_size"] = ("flat", size) if flat else group_strategy(size)
     scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
+    if of_inputs:
+        if usual.inputs is None:
+            raise UsageError(f"{method} leaves the inputs as they are: no {', '.join(of_inputs)}", "use llm-int8")
+        scheme["inputs"] = asdict(usual.inputs) | of_inputs
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     return schema.build(
         {

@@ -25,6 +25,7 @@ from .scheme import QuantArgs
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
 # With importances the error is the layer's own, a square; every fourth step loses nothing that refinement does not regain.
 WEIGHTED_STRIDE = 4
+OF_ONE_METHOD = {"nf4": "nf4", "columns": "llm-int8"}  # kinds that no solver of grids leaves
 
 
 @dataclass(frozen=True)
@@ -42,10 +43,8 @@ class Grid:
     def fit(cls, weight: Tensor, args: QuantArgs, importance: Tensor | None = None) -> "Grid":
         """Fit the grid of `weight` `[out, in]`; `args.group_size` must divide `in` (see `QuantArgs.for_width`).
 
-        `importance` `[in]` weighs the errors of the columns where the observer searches. Raises `UsageError` for codebooks.
+        `importance` `[in]` weighs the errors of the columns where the observer searches.
         """
-        if args.kind == "nf4":
-            raise UsageError("NF4 is a codebook, not a grid that codes can be solved on", "use --method nf4")
         rows = weight.reshape(1, -1) if args.strategy == "tensor" else weight
         groups = rows.unflatten(1, (-1, args.columns_per_scale(rows.shape[1])))
         if importance is not None:
@@ -80,8 +79,13 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, args: QuantArgs) -> Tens
 def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero of every group: `groups [..., n]` gives two tensors `[...]`; `importance` broadcasts to `groups`.
 
-    Raises `CompressError` where a scale does not fit its stored dtype.
+    Raises `CompressError` where a scale does not fit its stored dtype, `UsageError` for other kinds of weights.
     """
+    if args.kind in OF_ONE_METHOD:
+        raise UsageError(
+            f"a weight of the kind {args.kind!r} is not a plain grid, to be solved or clipped",
+            f"use --method {OF_ONE_METHOD[args.kind]}, after awq with clip=false",
+        )
     low, high = groups.amin(-1), groups.amax(-1)
     if args.observer == "minmax":
         return parameters(low, high, args)

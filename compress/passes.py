@@ -32,6 +32,7 @@ METHODS: dict[str, tuple[str, str]] = {
     "lkd": ("distill.lkd", "LKD"),
     "tune": ("distill.tune", "Tune"),
     "nf4": ("quantize.nf4", "NF4"),
+    "llm-int8": ("quantize.llm_int8", "LLMInt8"),
     "obq": ("quantize.obq", "OBQ"),
     "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),

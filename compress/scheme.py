@@ -19,7 +19,7 @@ Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4"]
 Observer = Literal["minmax", "mse"]
 FloatDtype = Literal["float16", "bfloat16", "float32"]
 ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested"]
-Kind = Literal["grid", "two-level", "nf4"]
+Kind = Literal["grid", "two-level", "nf4", "columns"]
 
 # The named grids of the literature: which formulas exist in a symmetric and which in an asymmetric form.
 GRIDS: dict[Formula, tuple[bool, ...]] = {
@@ -41,8 +41,9 @@ class QuantArgs:
     input columns of a row (`group`), as many of the flattened matrix (`flat`), or a row of activations (`token`). `formula`
     picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how
     the scale is stored: as a float, or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of
-    weights that keep a 16-bit residual. `dynamic` ranges are found anew at every call: activations only. `dtype` is that of
-    the original weight, which the plan finds out where a format says it (`nf4`).
+    weights that keep a 16-bit residual (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the
+    original weight, which the plan finds out where a format says it (`nf4`). Of activations only: `dynamic` ranges are found
+    anew at every call, and columns with a value of `threshold` or more are not quantized (0: all are).
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -57,6 +58,7 @@ class QuantArgs:
     dynamic: bool = False
     outliers: float = 0.0
     dtype: FloatDtype | None = None
+    threshold: float = 0.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -72,8 +74,13 @@ class QuantArgs:
         self._check_nf4()
         if self.scale_dtype == "bilevel" and (self.formula != "spqr" or self.strategy != "group"):
             raise UsageError("two-level scales need the 'spqr' grid and groups", "use --method spqr --group-size 32")
-        if self.outliers and self.scale_dtype != "bilevel":
-            raise UsageError("only weights with two-level scales are stored with outliers", "use --method spqr")
+        if self.outliers and self.scale_dtype != "bilevel" and (self.strategy, self.formula) != ("channel", "signed"):
+            raise UsageError(
+                "outliers are kept beside two-level scales, or as columns beside signed codes with a scale per row",
+                "use --method spqr or llm-int8",
+            )
+        if self.threshold < 0:
+            raise UsageError(f"threshold {self.threshold} is negative", "use 6, or 0 for none")
         if not 0 <= self.outliers < 1:
             raise UsageError(f"outliers {self.outliers} is no share of the weights", "use for example 0.01")
 
@@ -92,10 +99,12 @@ class QuantArgs:
 
     @property
     def kind(self) -> Kind:
-        """What a weight quantized so is made of: codes of a grid, SpQR's two levels, or NF4's blocks."""
+        """What a weight quantized so is made of: a grid, SpQR's two levels, NF4's blocks, a grid and 16-bit columns."""
         if self.formula == "nf4":
             return "nf4"
-        return "two-level" if self.scale_dtype == "bilevel" else "grid"
+        if self.scale_dtype == "bilevel":
+            return "two-level"
+        return "columns" if self.outliers else "grid"
 
     @property
     def maxq(self) -> int:
@@ -167,8 +176,13 @@ class Scheme:
     def __post_init__(self) -> None:
         if self.weights.dynamic or self.weights.strategy == "token":
             raise UsageError("weights do not change from call to call", "give them static scales")
+        decomposed = self.inputs is not None and (self.inputs.dynamic, self.inputs.strategy) == (True, "token")
+        if self.weights.kind == "columns" and not (decomposed and self.weights.bits == 8):
+            raise UsageError("16-bit columns are kept beside 8-bit weights for 8-bit tokens", "use --method llm-int8")
         if self.inputs is None:
             return
+        if self.inputs.threshold and self.weights.kind != "columns":
+            raise UsageError("a threshold of the inputs needs weights with 16-bit columns", "use --method llm-int8")
         if self.inputs.strategy not in ("token", "tensor"):
             raise UsageError(f"inputs cannot have scales per {self.inputs.strategy}", "use strategy token or tensor")
         if self.inputs.strategy == "token" and not self.inputs.dynamic:
@@ -177,14 +191,20 @@ class Scheme:
             raise UsageError(f"inputs have no {self.inputs.formula!r} grid", "use formula signed: symmetric")
 
 
-def inputs_per(strategy: Strategy, dynamic: bool, bits: int = 8) -> QuantArgs:
+def inputs_per(strategy: Strategy, dynamic: bool, bits: int = 8, threshold: float = 0.0) -> QuantArgs:
     """The usual arguments of quantized inputs: symmetric integers, a scale per token or per tensor."""
-    return QuantArgs(bits=bits, strategy=strategy, group_size=None, formula="signed", dynamic=dynamic)
+    return QuantArgs(
+        bits=bits, strategy=strategy, dynamic=dynamic, threshold=threshold, group_size=None, formula="signed"
+    )
 
 
-def signed_weights(strategy: Strategy, bits: int = 8) -> QuantArgs:
+def signed_weights(
+    strategy: Strategy, bits: int = 8, outliers: float = 0.0, scale_dtype: ScaleDtype = "float16"
+) -> QuantArgs:
     """Weights that meet quantized inputs: the signed grid, a scale per row (`channel`) or for the matrix (`tensor`)."""
-    return QuantArgs(bits=bits, strategy=strategy, group_size=None, formula="signed")
+    return QuantArgs(
+        bits=bits, strategy=strategy, group_size=None, formula="signed", scale_dtype=scale_dtype, outliers=outliers
+    )
 
 
 # The levels of SmoothQuant: from the most careful to the fastest.

@@ -1,7 +1,7 @@
 """What a pass leaves in place of a weight: one of the kinds of `Compressed`. Formats write it, kernels serve it."""
 
 from dataclasses import dataclass, fields, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -217,15 +217,55 @@ class NF4Tensor:
         return nf4_values(self.codes.device).to(dtype)[self.codes.int()] * scale.view(self.shape)
 
 
-Compressed = CompressedTensor | PrunedTensor | SpQRTensor | NF4Tensor
-Served = CompressedTensor | NF4Tensor  # those whose codes a kernel multiplies
-AnyServed = TypeVar("AnyServed", CompressedTensor, NF4Tensor)
+@dataclass(frozen=True)
+class MixedTensor:
+    """A weight matrix `[out, in]` in 8 bits with some input columns in 16 (LLM.int8), for inputs that are quantized too.
+
+    codes    uint8 `[out, in]`, those of the 16-bit columns among them: other runtimes have only these
+    scale    float `[out, 1]`: `scale * (codes - 128)`
+    columns  int64 `[kept]`, ascending, and `outliers` float16 `[out, kept]`, their weights
+    inputs   a dynamic scale per token; columns that reach its threshold are not quantized
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: Tensor
+    outliers: Tensor
+    args: QuantArgs
+    inputs: QuantArgs
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def grid(self) -> CompressedTensor:
+        """The 8-bit part alone, which covers all columns."""
+        return CompressedTensor(self.codes, self.scale, None, replace(self.args, outliers=0.0))
+
+    def to(self, device: torch.device | str) -> "MixedTensor":
+        """The same on `device`."""
+        return moved(self, device)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` that is served, computed in `dtype`."""
+        return self.grid.dequantize(dtype).index_copy_(1, self.columns, self.outliers.to(dtype))
+
+
+Compressed = CompressedTensor | PrunedTensor | SpQRTensor | NF4Tensor | MixedTensor
+Served = CompressedTensor | NF4Tensor | MixedTensor  # those whose codes a kernel multiplies
+AnyServed = TypeVar("AnyServed", CompressedTensor, NF4Tensor, MixedTensor)
 
 
 def parts(tensor: Served) -> dict[str, Tensor | None]:
     """The tensors of `tensor` by their fields' names, `None` where one is left out."""
-    found = {field.name: getattr(tensor, field.name) for field in fields(tensor)}
-    return {name: part for name, part in found.items() if part is None or isinstance(part, Tensor)}
+    return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.type in (Tensor, Tensor | None)}
+
+
+def settings(tensor: Served) -> dict[str, Any]:
+    """What else a tensor knows of itself: its arguments."""
+    return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.name not in parts(tensor)}
 
 
 def moved(tensor: AnyServed, device: torch.device | str) -> AnyServed:

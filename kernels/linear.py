@@ -9,7 +9,17 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.scheme import QuantArgs
-from ..compress.tensor import Compressed, CompressedTensor, NF4Tensor, Served, parts
+from ..compress.tensor import (
+    Compressed,
+    CompressedTensor,
+    MixedTensor,
+    NF4Tensor,
+    PrunedTensor,
+    Served,
+    SpQRTensor,
+    parts,
+    settings,
+)
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
 from .quantized_inputs import IntegerLinear
@@ -49,6 +59,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = tensor.shape
         self.args: QuantArgs = tensor.args
         self._kind: type[Served] = type(tensor)
+        self._settings = settings(tensor)
         self._stored = [name for name in parts(tensor) if name != "codes"]
         for name, part in parts(tensor).items():
             if name != "codes":
@@ -61,7 +72,7 @@ class PackedLinear(nn.Module):
     def compressed(self) -> Served:
         """What the module serves."""
         stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
-        return self._kind(codes=self.product.codes(), args=self.args, **stored)
+        return self._kind(codes=self.product.codes(), **stored, **self._settings)
 
     def serve(self, serving: Serving) -> None:
         """Choose a kernel anew and arrange the weight for it."""
@@ -74,13 +85,14 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         args = self.args
         kind = "symmetric" if args.symmetric else "asymmetric"
-        grid = args.kind if args.kind == "nf4" else f"int{args.bits} {kind}"
+        grid = f"int{args.bits} {kind}" if args.kind == "grid" else args.kind
         shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
-        return f"{shape}, kernel={self.kernel}, activations={self.serving.activations}"
+        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
 
     def _arrange(self, tensor: Served, serving: Serving) -> None:
         weight = Weight.of(tensor)
-        need = Need.of(weight, serving.activations, serving.dtype)
+        self.activations: Activations = "token" if isinstance(tensor, MixedTensor) else serving.activations
+        need = Need.of(weight, self.activations, serving.dtype)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = apart.prepare(chosen, weight, need)
         self.serving, self.kernel = serving, chosen.name
@@ -107,7 +119,7 @@ def serve(model: nn.Module, serving: Serving) -> None:
 
 def kernels_of(model: nn.Module) -> dict[str, int]:
     """How many packed layers of `model` each kernel serves, by name and activations: `{"c-avx2 float": 224}`."""
-    return dict(Counter(f"{layer.kernel} {layer.serving.activations}" for layer in _packed(model)))
+    return dict(Counter(f"{layer.kernel} {layer.activations}" for layer in _packed(model)))
 
 
 def replace_linear(
@@ -124,9 +136,9 @@ def _module(
 ) -> nn.Module:
     if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
         return IntegerLinear(tensor, bias).to(device)
-    if isinstance(tensor, CompressedTensor) or (isinstance(tensor, NF4Tensor) and tensor.rows_are_blocks):
-        return PackedLinear(tensor.to(device), bias, serving)
-    return StoredLinear(tensor, bias)
+    if isinstance(tensor, PrunedTensor | SpQRTensor) or (isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks):
+        return StoredLinear(tensor, bias)
+    return PackedLinear(tensor.to(device), bias, serving)
 
 
 def _packed(model: nn.Module) -> list[PackedLinear]:

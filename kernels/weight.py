@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import NF4Tensor, Served
+from ..compress.tensor import MixedTensor, NF4Tensor, Served
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Weight:
     codebook  float `[2**bits]`, or None for a uniform grid
     columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
               codes of these columns do not count
+    threshold  from which on a value of the inputs takes its column out of the int8 product; 0: none does
     residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
     """
 
@@ -57,6 +58,7 @@ class Weight:
     codebook: Tensor | None = None
     columns: Tensor | None = None
     outliers: Tensor | None = None
+    threshold: float = 0.0
     residual: SparseRows | None = None
 
     @classmethod
@@ -67,6 +69,9 @@ class Weight:
             assert tensor.rows_are_blocks and args.group_size is not None
             scale = tensor.scales().view(len(codes), -1)
             return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
+        if isinstance(tensor, MixedTensor):
+            apart = (tensor.columns, tensor.outliers, tensor.inputs.threshold)
+            return cls(codes, tensor.scale, None, args.bits, tensor.shape[1], None, *apart)
         return cls(codes, tensor.scale, tensor.zero, args.bits, args.columns_per_scale(tensor.shape[1]))
 
     @property

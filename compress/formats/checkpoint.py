@@ -17,9 +17,8 @@ from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
 from ..scheme import WeightArgs
 from ..tensor import Compressed
-from . import int_quantized
+from . import int_quantized, llm_int8
 from .export import awq, bitsandbytes, gptq
-from .int_quantized import IntQuantized
 from .shards import TensorSpec
 from .storage import format_that_wrote
 
@@ -48,9 +47,10 @@ def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Read
     if config.get("quant_method") == "awq":
         return Reader(awq.read_config, awq.spec, awq.unpack)
     if bitsandbytes.wrote(config):
-        return Reader(bitsandbytes.read_config, bitsandbytes.as_stored(stored), bitsandbytes.unpack)
+        specs = bitsandbytes.as_stored(stored)
+        return Reader(bitsandbytes.read_config, specs, bitsandbytes.unpack, optional=("weight_format",))
     ours = format_that_wrote(config)
-    layers = IntQuantized(int_quantized.read_inputs(config, stored)) if ours is int_quantized else ours
+    layers = ours.of_config(config, stored) if ours in (int_quantized, llm_int8) else ours
     return Reader(ours.read_config, layers.spec, layers.unpack)
 
 

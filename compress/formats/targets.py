@@ -52,7 +52,9 @@ NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
 TARGETS: dict[str, tuple[Container, ...]] = {
     "lmpress": (
-        Container("pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, kinds=("grid", "two-level", "nf4")),
+        Container(
+            "pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, kinds=("grid", "two-level", "nf4", "columns")
+        ),
     ),
     "transformers": (PACKED, NF4),
     "gptqmodel": (GPTQ, AWQ),

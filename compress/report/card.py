@@ -52,6 +52,10 @@ NF4 = """\
 `AutoModelForCausalLM.from_pretrained(path)` loads it in plain transformers with `bitsandbytes` installed
 (checked with transformers 5.23.0 and bitsandbytes 0.50.2).
 """
+COLUMNS = """\
+No other runtime keeps columns in 16 bits; `compress export --format bitsandbytes` writes the 8-bit part of all columns for
+bitsandbytes' own LLM.int8.
+"""
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
@@ -105,7 +109,7 @@ def _tags(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return "pruned, lmpress"
-    kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes"}
+    kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes", "columns": "llm-int8"}
     return f"quantized, {kinds[args.kind]}, lmpress"
 
 
@@ -114,7 +118,8 @@ def _format(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"
     if args.kind != "grid":
-        return {"two-level": "SpQR tiles of lmpress", "nf4": "bitsandbytes NF4"}[args.kind]
+        own = {"two-level": "SpQR tiles of lmpress", "columns": "int8 with 16-bit columns, of lmpress"}
+        return own.get(args.kind, "bitsandbytes NF4")
     return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
 
 
@@ -124,7 +129,7 @@ def _loading(plan: Plan) -> str:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
     args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
     if args[0].kind != "grid":
-        return {"two-level": SPQR, "nf4": NF4}[args[0].kind]
+        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS}[args[0].kind]
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     if not all(a.symmetric for a in args):

@@ -214,9 +214,24 @@ def test_what_nf4_is_not(tiny: Path, tmp_path: Path, options: dict, message: str
 
 def test_no_solver_takes_the_codebook_and_no_checkpoint_two_formats(tiny: Path, tmp_path: Path) -> None:
     scheme = {"weights": {"strategy": "flat", "group_size": 64, "formula": "nf4", "scale_dtype": "nested"}}
-    with pytest.raises(UsageError, match="not a grid"):
+    with pytest.raises(UsageError, match="not a plain grid"):
         lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "rtn", "scheme": scheme}]}))
     grid = {"strategy": "group", "group_size": 16, "formula": "gptq", "scale_dtype": "float16"}
     mixed = build({"passes": [{"method": "nf4"}], "overrides": {"*.down_proj": grid}})
     with pytest.raises(UsageError, match="no checkpoint holds together"):
         lmpress.run(tiny, tmp_path / "out", mixed)
+
+
+def test_transforms_come_before_it_and_clipping_is_refused(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh" * 60)
+    calibration = {"data": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 16}
+    for clip in (False, True):
+        passes = [{"method": "awq", "ratios": 2, "clip": clip}, {"method": "nf4"}]
+        recipe = build({"passes": passes, "calibration": calibration})
+        if clip:
+            with pytest.raises(UsageError, match="clip=false"):
+                lmpress.run(tiny, tmp_path / "clipped", recipe)
+        else:
+            lmpress.run(tiny, tmp_path / "out", recipe)
+    found = lmpress.evaluate(tmp_path / "out", str(tmp_path / "text.txt"), seq_len=16, against=tiny)
+    assert found.kl is not None and found.kl < 0.1

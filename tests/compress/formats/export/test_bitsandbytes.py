@@ -7,13 +7,21 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import lmpress
+from lmpress.calibrate.discovery import set_weight
 from lmpress.compress.formats import shards
 from lmpress.compress.formats.export import bitsandbytes as ours
+from lmpress.compress.quantize import llm_int8
 from lmpress.compress.quantize.nf4 import SCHEME
-from lmpress.compress.tensor import NF4Tensor
+from lmpress.compress.tensor import MixedTensor, NF4Tensor
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -117,3 +125,59 @@ def test_conv1d_layers_are_served_too(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
     expected = logits(lmpress.load(tmp_path / "out"))
     assert (logits(model.train()) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def test_llm_int8_is_exported_and_served_by_bitsandbytes(
+    llama: Path, letters: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    (tmp_path / "text.txt").write_text("abcdefgh" * 60)
+    letters.save_pretrained(llama)
+    options = {"calib": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 16}
+    lmpress.quantize(llama, tmp_path / "mixed", method="llm-int8", quality="fast", **options)
+    lmpress.export(tmp_path / "mixed", tmp_path / "out", format="bitsandbytes")
+    stored = shards.read(tmp_path / "out" / "model.safetensors")
+    weight = lmpress.load(llama).model.layers[0].self_attn.q_proj.weight
+    codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
+    ours_codes = stored["model.layers.0.self_attn.q_proj.weight"]
+    assert (ours_codes.int() - codes.int()).abs().max() <= 1  # theirs rounds the weight to float16 first
+    assert (ours_codes == codes).float().mean() > 0.98
+    assert torch.allclose(stored["model.layers.0.self_attn.q_proj.SCB"], scales, rtol=1e-3)
+    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
+    assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    expected = logits(by_hand(llama, tmp_path / "out"))
+    assert (logits(lmpress.load(tmp_path / "out")) - expected).abs().max() < 1e-4 * expected.std()
+    assert (logits(model) - expected).abs().max() < 0.2 * expected.std()  # it rounds the inputs too
+
+
+def test_llm_int8_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path) -> None:
+    kind = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(llama, quantization_config=kind).save_pretrained(tmp_path / "own")
+    expected = logits(by_hand(llama, tmp_path / "own"))
+    assert (logits(lmpress.load(tmp_path / "own")) - expected).abs().max() < 1e-4 * expected.std()
+
+
+def by_hand(model: Path, out: Path) -> nn.Module:
+    """The original model with the weights that int8 codes and the largest magnitudes of their rows stand for."""
+    dense, stored = lmpress.load(model), shards.read(out / "model.safetensors")
+    layers = [name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")]
+    assert len(layers) == 14
+    for name in layers:
+        weight = stored[f"{name}.weight"].float() * stored[f"{name}.SCB"].unsqueeze(1) / 127
+        set_weight(dense.get_submodule(name), weight)
+    return dense
+
+
+def test_loud_columns_widen_the_exported_scales_where_they_must() -> None:
+    weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
+    weight[:8, 5] *= 30
+    args = replace(llm_int8.SCHEME.weights, outliers=1 / 64)
+    others = torch.arange(64) != 5
+    scale = weight[:, others].abs().amax(1, keepdim=True) / 127
+    codes = ((weight / scale).round().clamp(-128, 127) + 128).to(torch.uint8)
+    tensor = MixedTensor(codes, scale, torch.tensor([5]), weight[:, [5]].half(), args, llm_int8.SCHEME.inputs)
+    packed = ours.pack("p", tensor)
+    served = packed["p.weight"].float() * packed["p.SCB"].unsqueeze(1) / 127
+    assert ((served - weight).abs() <= 1.01 * packed["p.SCB"].unsqueeze(1) / 127).all()
+    quiet = weight[:, 5].abs() <= 127.5 * scale[:, 0]
+    assert 0 < quiet.sum() < 16
+    assert torch.equal(packed["p.SCB"][quiet], scale[quiet, 0] * 127)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor, MixedTensor
+from .tensor import Compressed, CompressedTensor, LowRankTensor, MixedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -43,7 +43,8 @@ def fake_quantize(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Te
 def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed]) -> Iterator[None]:
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
     with ExitStack() as hooks:
-        for name, tensor in compressed.items():
+        for name, whole in compressed.items():
+            tensor = whole.base if isinstance(whole, LowRankTensor) else whole
             if isinstance(tensor, CompressedTensor | MixedTensor) and tensor.inputs is not None:
                 hooks.callback(block.get_submodule(name).register_forward_pre_hook(_rounding(tensor)).remove)
         yield

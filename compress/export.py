@@ -120,6 +120,8 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
     """Why a format of integer codes cannot hold the layer."""
     if isinstance(args, PruneArgs):
         return f"{wanted.name} stores integer codes, this layer is pruned"
+    if args.rank:
+        return f"{wanted.name} readers know no low-rank terms beside the codes"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

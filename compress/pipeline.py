@@ -30,7 +30,7 @@ from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import Compressed, CompressedTensor
+from .tensor import Compressed, CompressedTensor, LowRankTensor
 from .transform.recording import inputs_seen
 from .workspace import Workspace, check_target
 
@@ -176,6 +176,8 @@ def _walk(
             block = Block(runner.block_name(index), module, _linears(runner.block_name(index), module, planned))
             block.around = None if probe is None else _surroundings(index, runner, probe, planned)
             for entry in recipe.passes:
+                if "original" in needs and entry.registered.compresses and entry.config.scheme is not None:
+                    _keep_originals(block)
                 _apply(entry, block, runner, index, tell)
                 if not entry.registered.compresses:
                     _settle(block, planned)
@@ -201,6 +203,12 @@ def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
         for name, linear in found.items()
         if name in args
     ]
+
+
+def _keep_originals(block: Block) -> None:
+    """Let the linears' weights be copies, which stay as they are when the module's own are replaced."""
+    for linear in block.linears:
+        linear.weight = linear.weight.clone()
 
 
 def _local(name: str, block: str) -> str:
@@ -263,7 +271,8 @@ def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Co
             largest[name] = torch.maximum(largest.get(name, torch.zeros((), device=x.device)), x.abs().amax())
     widest = max(largest.values(), default=torch.zeros(()))  # for experts that no token reached
     for name, linear in block.local().items():
-        if isinstance(linear.result, CompressedTensor) and linear.inputs is not None:
+        base = linear.result.base if isinstance(linear.result, LowRankTensor) else linear.result
+        if isinstance(base, CompressedTensor) and linear.inputs is not None:
             scale = None
             if name in static:
                 scale = (
@@ -271,7 +280,8 @@ def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Co
                     .to(linear.inputs.torch_scale_dtype)
                     .reshape(1)
                 )
-            linear.result = replace(linear.result, inputs=linear.inputs, input_scale=scale)
+            told = replace(base, inputs=linear.inputs, input_scale=scale)
+            linear.result = replace(linear.result, base=told) if isinstance(linear.result, LowRankTensor) else told
     return {linear.name: linear.result for linear in block.linears if linear.result is not None}
 
 

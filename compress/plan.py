@@ -186,6 +186,9 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         )
         if args.kind == "nf4":
             args = replace(args, dtype=float_name(stored))
+        for entry in recipe.passes:
+            if entry.registered.adapt is not None:
+                args = entry.registered.adapt(entry.config, args, (rows, columns))
     storing = format_of(args, _inputs(recipe))
     reason = storing.supports(args)
     if reason:

@@ -19,7 +19,7 @@ Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4"]
 Observer = Literal["minmax", "mse"]
 FloatDtype = Literal["float16", "bfloat16", "float32"]
 ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested"]
-Kind = Literal["grid", "two-level", "nf4", "columns"]
+Kind = Literal["grid", "two-level", "nf4", "columns", "low-rank"]
 
 # The named grids of the literature: which formulas exist in a symmetric and which in an asymmetric form.
 GRIDS: dict[Formula, tuple[bool, ...]] = {
@@ -42,7 +42,8 @@ class QuantArgs:
     picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how
     the scale is stored: as a float, or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of
     weights that keep a 16-bit residual (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the
-    original weight, which the plan finds out where a format says it (`nf4`). Of activations only: `dynamic` ranges are found
+    original weight, which the plan finds out where a format says it (`nf4`), `rank` that of a low-rank term beside the codes,
+    which the pass `lorc` says. Of activations only: `dynamic` ranges are found
     anew at every call, and columns with a value of `threshold` or more are not quantized (0: all are).
 
     Raises `UsageError` where the values contradict each other.
@@ -59,6 +60,7 @@ class QuantArgs:
     outliers: float = 0.0
     dtype: FloatDtype | None = None
     threshold: float = 0.0
+    rank: int = 0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -79,6 +81,8 @@ class QuantArgs:
                 "outliers are kept beside two-level scales, or as columns beside signed codes with a scale per row",
                 "use --method spqr or llm-int8",
             )
+        if self.rank < 0:
+            raise UsageError(f"rank {self.rank} is negative", "use for example 8, or 0 for no low-rank term")
         if self.threshold < 0:
             raise UsageError(f"threshold {self.threshold} is negative", "use 6, or 0 for none")
         if not 0 <= self.outliers < 1:
@@ -99,7 +103,10 @@ class QuantArgs:
 
     @property
     def kind(self) -> Kind:
-        """What a weight quantized so is made of: a grid, SpQR's two levels, NF4's blocks, a grid and 16-bit columns."""
+        """What a weight quantized so is made of: a grid, SpQR's two levels, NF4's blocks, a grid and 16-bit
+        columns, or any of these and a low-rank term."""
+        if self.rank:
+            return "low-rank"
         if self.formula == "nf4":
             return "nf4"
         if self.scale_dtype == "bilevel":

@@ -12,6 +12,7 @@ from ..compress.scheme import QuantArgs
 from ..compress.tensor import (
     Compressed,
     CompressedTensor,
+    LowRankTensor,
     MixedTensor,
     NF4Tensor,
     PrunedTensor,
@@ -22,6 +23,7 @@ from ..compress.tensor import (
 )
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
+from .low_rank import LowRankLinear
 from .quantized_inputs import IntegerLinear
 from .stored import StoredLinear
 from .weight import Weight
@@ -134,6 +136,8 @@ def replace_linear(
 def _module(
     tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None, device: torch.device | str
 ) -> nn.Module:
+    if isinstance(tensor, LowRankTensor):
+        return LowRankLinear(_module(tensor.base, bias, serving, device), tensor).to(device)
     if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
         return IntegerLinear(tensor, bias).to(device)
     if isinstance(tensor, PrunedTensor | SpQRTensor) or (isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks):

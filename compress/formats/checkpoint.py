@@ -1,7 +1,7 @@
 """A checkpoint with quantized layers, ours or others': which layers, how each is quantized, and its tensor when asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,12 @@ from ...calibrate.discovery import find_blocks, weight_of
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
-from ..scheme import WeightArgs
-from ..tensor import Compressed
+from ..scheme import QuantArgs, WeightArgs
+from ..tensor import Compressed, LowRankTensor
 from . import int_quantized, llm_int8
 from .export import awq, bitsandbytes, gptq
 from .shards import TensorSpec
-from .storage import format_that_wrote
+from .storage import LOW_RANK, format_that_wrote, low_rank_spec
 
 UNRELATED = "the checkpoint and its config do not belong together"
 
@@ -41,6 +41,8 @@ class Reader:
 
 def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Reader:
     """The reader of a checkpoint with this `quantization_config` and these tensors. Raises `ValueError` without one."""
+    if config.get("format") == LOW_RANK:
+        return _with_low_rank(_reader(config["base"], stored))
     if config.get("quant_method") == "gptq":
         unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
         return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
@@ -52,6 +54,23 @@ def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Read
     ours = format_that_wrote(config)
     layers = ours.of_config(config, stored) if ours in (int_quantized, llm_int8) else ours
     return Reader(ours.read_config, layers.spec, layers.unpack)
+
+
+def _with_low_rank(base: Reader) -> Reader:
+    """The reader of a checkpoint whose layers have a low-rank term beside what `base` reads."""
+
+    def arguments(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, WeightArgs]:
+        ranks = {name: group["rank"] for group in config["config_groups"] for name in group["targets"]}
+        return {name: replace(args, rank=ranks[name]) for name, args in base.arguments(config["base"], stored).items()}
+
+    def specs(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+        return base.specs(name, replace(args, rank=0), rows, columns) | low_rank_spec(name, args, rows, columns)
+
+    def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> LowRankTensor:
+        quantized: Any = base.unpack(name, tensors, replace(args, rank=0))
+        return LowRankTensor(quantized, tensors[f"{name}.weight_left"], tensors[f"{name}.weight_right"])
+
+    return Reader(arguments, specs, unpack, base.optional)
 
 
 @dataclass(frozen=True)

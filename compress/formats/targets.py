@@ -53,7 +53,10 @@ ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
 TARGETS: dict[str, tuple[Container, ...]] = {
     "lmpress": (
         Container(
-            "pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, kinds=("grid", "two-level", "nf4", "columns")
+            "pack-quantized",
+            bits=(2, 3, 4, 5, 6, 7, 8),
+            conv1d=True,
+            kinds=("grid", "two-level", "nf4", "columns", "low-rank"),
         ),
     ),
     "transformers": (PACKED, NF4),

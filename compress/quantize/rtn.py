@@ -36,6 +36,7 @@ def round_to_nearest(weight: Tensor, args: QuantArgs) -> CompressedTensor:
 
 def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
     """What `weight` `[out, in]` becomes by rounding alone, of whatever kind it is to be; 16-bit columns are rounded too."""
+    args = replace(args, rank=0)
     if args.kind == "nf4":
         return NF4Tensor.of(weight, args).dequantize(weight.dtype)
     return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()

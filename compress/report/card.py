@@ -56,6 +56,9 @@ COLUMNS = """\
 No other runtime keeps columns in 16 bits; `compress export --format bitsandbytes` writes the 8-bit part of all columns for
 bitsandbytes' own LLM.int8.
 """
+LOW_RANK = """\
+No other runtime adds the low-rank terms to the weights: transformers refuses the checkpoint.
+"""
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
@@ -96,7 +99,8 @@ def _weights(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return f"{args.pattern or f'{args.sparsity:.1%}'} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
-    word = "NF4" if args.kind == "nf4" else f"int{args.bits} {kind}"
+    word = "NF4" if args.formula == "nf4" else f"int{args.bits} {kind}"
+    word += f" with terms of rank {args.rank}" if args.rank else ""
     inputs = (
         ""
         if plan.inputs is None
@@ -110,6 +114,7 @@ def _tags(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return "pruned, lmpress"
     kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes", "columns": "llm-int8"}
+    kinds |= {"low-rank": "lorc"}
     return f"quantized, {kinds[args.kind]}, lmpress"
 
 
@@ -119,6 +124,7 @@ def _format(plan: Plan) -> str:
         return f"`{args.storage}`"
     if args.kind != "grid":
         own = {"two-level": "SpQR tiles of lmpress", "columns": "int8 with 16-bit columns, of lmpress"}
+        own |= {"low-rank": "packed codes and low-rank terms of lmpress"}
         return own.get(args.kind, "bitsandbytes NF4")
     return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
 
@@ -129,7 +135,7 @@ def _loading(plan: Plan) -> str:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
     args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
     if args[0].kind != "grid":
-        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS}[args[0].kind]
+        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK}[args[0].kind]
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     if not all(a.symmetric for a in args):

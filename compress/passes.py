@@ -18,7 +18,8 @@ from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import BlockIO, Call
 from .errors import UsageError
-from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
+from .prune.args import Pruning
+from .scheme import PruneArgs, QuantArgs, Scheme, WeightArgs
 from .tensor import Compressed
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
@@ -120,6 +121,7 @@ class Block:
     linears: list[Linear]
     around: Surroundings | None = None
     io: BlockIO | None = None
+    seed: int = 0  # the recipe's: of whatever a pass chooses at random
 
     def local(self) -> dict[str, Linear]:
         """The linears by their names inside the block."""

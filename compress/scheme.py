@@ -1,23 +1,25 @@
-"""How a tensor is quantized or pruned, as a value: `QuantArgs`, `PruneArgs` for one tensor, `Scheme`, `Pruning` for a layer.
+"""How a tensor is quantized, as a value: `QuantArgs` for one tensor, `Scheme` for a layer (`prune/args.py` for pruning).
 
-Field names follow compressed-tensors where it has one. All validation of bits, groups, grids and patterns lives here.
+Field names follow compressed-tensors where it has one. All validation of bits, groups and grids lives here.
 """
 
 import math
-import re
+from collections.abc import Mapping
+from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from .errors import UsageError
+from .prune.args import FloatDtype, PruneArgs
 
 Strategy = Literal["tensor", "channel", "group", "flat", "token"]
 Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4"]
-Observer = Literal["minmax", "mse"]
-FloatDtype = Literal["float16", "bfloat16", "float32"]
+STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "group", "token")  # of grids; a codebook's blocks are `flat`
+Observer = Literal["minmax", "mse", "percentile", "average"]
 ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested"]
 Kind = Literal["grid", "two-level", "nf4", "columns", "low-rank"]
 
@@ -39,12 +41,13 @@ class QuantArgs:
 
     `strategy` says which values share a scale: the whole tensor, an output row (`channel`), `group_size` neighbouring
     input columns of a row (`group`), as many of the flattened matrix (`flat`), or a row of activations (`token`). `formula`
-    picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found, `scale_dtype` how
-    the scale is stored: as a float, or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of
-    weights that keep a 16-bit residual (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the
-    original weight, which the plan finds out where a format says it (`nf4`), `rank` that of a low-rank term beside the codes,
-    which the pass `lorc` says. Of activations only: `dynamic` ranges are found
-    anew at every call, and columns with a value of `threshold` or more are not quantized (0: all are).
+    picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found (`percentile`: what so
+    many hundredths of the values stay below; see `quantize/observers.py`), `scale_dtype` how the scale is stored: as a float,
+    or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual
+    (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the original weight, which the plan finds out
+    where a format says it (`nf4`), `rank` that of a low-rank term beside the codes, which the pass `lorc` says. Of activations
+    only: `dynamic` ranges are found anew at every call, and columns with a value of `threshold` or more are not quantized
+    (0: all are).
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -58,6 +61,7 @@ class QuantArgs:
     scale_dtype: ScaleDtype = "float16"
     dynamic: bool = False
     outliers: float = 0.0
+    percentile: float = 99.9
     dtype: FloatDtype | None = None
     threshold: float = 0.0
     rank: int = 0
@@ -85,6 +89,8 @@ class QuantArgs:
             raise UsageError(f"rank {self.rank} is negative", "use for example 8, or 0 for no low-rank term")
         if self.threshold < 0:
             raise UsageError(f"threshold {self.threshold} is negative", "use 6, or 0 for none")
+        if not 50 < self.percentile <= 100:
+            raise UsageError(f"percentile {self.percentile} is outside 50..100", "use for example 99.9")
         if not 0 <= self.outliers < 1:
             raise UsageError(f"outliers {self.outliers} is no share of the weights", "use for example 0.01")
 
@@ -112,6 +118,11 @@ class QuantArgs:
         if self.scale_dtype == "bilevel":
             return "two-level"
         return "columns" if self.outliers else "grid"
+
+    @property
+    def decomposes(self) -> bool:
+        """Whether inputs quantized so can leave columns out: 8 bits, symmetric, a dynamic scale per token."""
+        return (self.bits, self.symmetric, self.strategy, self.dynamic) == (8, True, "token", True)
 
     @property
     def maxq(self) -> int:
@@ -170,39 +181,161 @@ def group_strategy(group_size: int) -> tuple[Strategy, int | None]:
     return "group", group_size
 
 
+CACHE_KEY = "lmpress_kv_cache"  # of config.json: other loaders pass over it and keep their cache in full precision
+CACHE_STEP = 32  # tokens packed at a time where no group of them shares a scale
+
+
+@plain_dataclass(frozen=True)
+class Role:
+    """What a quantized tensor is, and the cells of the taxonomy that it has: `ranges` by whether they are dynamic hold the
+    strategies, those left out are in `reasons`; `observers` likewise by dynamic."""
+
+    name: str
+    ranges: Mapping[bool, tuple[Strategy, ...]]
+    observers: Mapping[bool, tuple[Observer, ...]]
+    formulas: tuple[Formula, ...]
+    reasons: Mapping[tuple[str, bool], str]
+
+    def reason(self, strategy: Strategy, dynamic: bool) -> str | None:
+        """Why the role has no such scales, None where it has."""
+        reason = self.reasons.get((strategy, dynamic), "blocks of a flattened matrix are static scales of NF4 weights")
+        return None if strategy in self.ranges[dynamic] else reason
+
+
+EVERY_CALL = "weights do not change from call to call: give them static scales"
+NO_SUM = "a product sums over the input channels, so they have one scale: use strategy token or tensor"
+GROWING = "there are ever more tokens: use strategy token, or group, with dynamic: true"
+WEIGHTS = Role(
+    "weights",
+    {False: ("tensor", "channel", "group", "flat"), True: ()},
+    {False: ("minmax", "mse"), True: ()},
+    ("gptq", "signed", "ds", "awq", "spqr", "nf4"),
+    {("token", False): "weights have no tokens: use strategy group, channel or tensor"}
+    | {(strategy, True): EVERY_CALL for strategy in STRATEGIES},
+)
+INPUTS = Role(
+    "inputs",
+    {False: ("tensor",), True: ("tensor", "token")},
+    {False: ("minmax", "mse", "percentile", "average"), True: ("minmax",)},
+    ("signed", "gptq"),
+    {("token", False): "tokens are not known in advance: use dynamic: true, or strategy tensor"}
+    | {(strategy, dynamic): NO_SUM for strategy in ("channel", "group") for dynamic in (False, True)},
+)
+CACHED = Role(
+    "cached keys and values",
+    {False: (), True: ("token", "group")},
+    {False: (), True: ("minmax", "mse")},
+    ("spqr", "signed"),
+    {
+        (strategy, False): "what calibration did not see would be cut off for good: use dynamic: true"
+        for strategy in STRATEGIES
+    }
+    | {(strategy, True): GROWING for strategy in ("tensor", "channel")},
+)
+
+
+def _refuse(role: Role, args: QuantArgs) -> None:
+    """Raise `UsageError` where `args` are no cell of the taxonomy for this role."""
+    reason = role.reason(args.strategy, args.dynamic)
+    if reason is not None:
+        kind = "dynamic" if args.dynamic else "static"
+        raise UsageError(f"{role.name} have no {kind} scales per {args.strategy}: {reason}")
+    if args.formula not in role.formulas:
+        raise UsageError(f"{role.name} have no {args.formula!r} grid", f"use formula {' or '.join(role.formulas)}")
+    if args.observer not in role.observers[args.dynamic]:
+        kind = "dynamic" if args.dynamic else "static"
+        usable = " or ".join(role.observers[args.dynamic])
+        raise UsageError(f"{kind} {role.name} are not observed by {args.observer}", f"use observer {usable}")
+
+
+def cache_args(bits: int, strategy: Strategy, group_size: int | None = None) -> QuantArgs:
+    """The usual arguments of cached keys or values: a range that need not hold zero, found when tokens are packed."""
+    return QuantArgs(bits, False, strategy, group_size, formula="spqr", dynamic=True)
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class CacheScheme:
+    """How the keys and values of past tokens are kept (the layout of KIVI, Liu et al. 2024).
+
+    The latest `window` tokens stay as they are. Older ones are packed `step` at a time: keys in groups of so many neighbouring
+    tokens of a channel (strategy `group`) or with scales per token; values per token, or in groups of neighbouring channels of
+    a token. A token's channels are those of all its key-value heads.
+
+    Raises `UsageError` for cells of the taxonomy that make no sense.
+    """
+
+    keys: QuantArgs = cache_args(8, "group", 32)
+    values: QuantArgs = cache_args(8, "group", 32)
+    window: int = 64
+
+    def __post_init__(self) -> None:
+        for args in (self.keys, self.values):
+            _refuse(CACHED, args)
+        if self.step % 8:
+            raise UsageError(f"groups of {self.step} tokens do not fill bytes", "use a multiple of 8")
+        if self.window < 0:
+            raise UsageError(f"a window of {self.window} tokens is not possible", "use 0 or a number such as 64")
+
+    @classmethod
+    def of(cls, bits: int, window: int = 64) -> "CacheScheme":
+        """The usual scheme at `bits` bits."""
+        return cls(cache_args(bits, "group", 32), cache_args(bits, "group", 32), window)
+
+    @classmethod
+    def found_in(cls, config: object) -> "CacheScheme | None":
+        """The scheme that a model's config carries, if it does. Raises `UsageError` for one that cannot be read."""
+        carried = getattr(config, CACHE_KEY, None)
+        try:
+            return None if carried is None else TypeAdapter(cls).validate_python(carried)
+        except ValidationError as error:
+            raise UsageError(f"{CACHE_KEY} of config.json is no cache scheme", "load with kv_bits=16") from error
+
+    def __str__(self) -> str:
+        same = self.keys.bits == self.values.bits
+        bits = f"{self.keys.bits}" if same else f"{self.keys.bits}/{self.values.bits}"
+        return f"kv={bits} bits, window {self.window}"
+
+    @property
+    def step(self) -> int:
+        """How many tokens are packed at a time."""
+        return self.keys.group_size or CACHE_STEP
+
+    def packed(self, tokens: int) -> int:
+        """How many of `tokens` cached tokens are packed."""
+        return max(0, tokens - self.window) // self.step * self.step
+
+
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Scheme:
     """How a linear layer is quantized: its weights, and its input activations (None: they stay as they are).
+
+    `kv` is how the model that it belongs to keeps the keys and values of past tokens (None: as they are).
 
     Raises `UsageError` for cells of the taxonomy that make no sense.
     """
 
     weights: QuantArgs = QuantArgs()
     inputs: QuantArgs | None = None
+    kv: CacheScheme | None = None
 
     def __post_init__(self) -> None:
-        if self.weights.dynamic or self.weights.strategy == "token":
-            raise UsageError("weights do not change from call to call", "give them static scales")
-        decomposed = self.inputs is not None and (self.inputs.dynamic, self.inputs.strategy) == (True, "token")
-        if self.weights.kind == "columns" and not (decomposed and self.weights.bits == 8):
+        _refuse(WEIGHTS, self.weights)
+        columns = self.weights.kind == "columns"
+        if columns and (self.weights.bits != 8 or self.inputs is None or not self.inputs.decomposes):
             raise UsageError("16-bit columns are kept beside 8-bit weights for 8-bit tokens", "use --method llm-int8")
         if self.inputs is None:
             return
-        if self.inputs.threshold and self.weights.kind != "columns":
+        _refuse(INPUTS, self.inputs)
+        if self.inputs.threshold and not columns:
             raise UsageError("a threshold of the inputs needs weights with 16-bit columns", "use --method llm-int8")
-        if self.inputs.strategy not in ("token", "tensor"):
-            raise UsageError(f"inputs cannot have scales per {self.inputs.strategy}", "use strategy token or tensor")
-        if self.inputs.strategy == "token" and not self.inputs.dynamic:
-            raise UsageError("tokens are not known in advance", "use dynamic: true, or strategy tensor")
-        if self.inputs.formula != "signed":
-            raise UsageError(f"inputs have no {self.inputs.formula!r} grid", "use formula signed: symmetric")
 
 
-def inputs_per(strategy: Strategy, dynamic: bool, bits: int = 8, threshold: float = 0.0) -> QuantArgs:
-    """The usual arguments of quantized inputs: symmetric integers, a scale per token or per tensor."""
-    return QuantArgs(
-        bits=bits, strategy=strategy, dynamic=dynamic, threshold=threshold, group_size=None, formula="signed"
-    )
+def inputs_per(
+    strategy: Strategy, dynamic: bool, bits: int = 8, symmetric: bool = True, threshold: float = 0.0
+) -> QuantArgs:
+    """The usual arguments of quantized inputs: integers with a scale per token or per tensor."""
+    formula = "signed" if symmetric else "gptq"
+    return QuantArgs(bits, symmetric, strategy, None, formula=formula, dynamic=dynamic, threshold=threshold)
 
 
 def signed_weights(
@@ -220,95 +353,6 @@ LEVELS: dict[str, Scheme] = {
     "O2": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=True)),
     "O3": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=False)),
 }
-
-
-Scope = Literal["layer", "row", "block"]
-SCOPE_BLOCK = 128  # columns per block of the scope `block`
-Storage = Literal["dense", "bitmask", "2:4"]
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class PruneArgs:
-    """How many weights of a layer are pruned, and how what is left is stored.
-
-    `sparsity` is the share that goes; `scope` says which weights compete for it: all of the layer, those of each output
-    row, or those of 128 columns of all rows (None: as the method has it). A `pattern` `n:m` instead prunes `n` of every `m`
-    neighbouring input columns. `storage` `dense` keeps the zeros, `bitmask` stores a bit per weight and the values that are
-    left, `2:4` two of four values with their 2-bit places. `dtype` is that of the stored values (None: the model's own for
-    `dense`, else 16 bits). `transposed`: dense weights lie as `[in, out]`, which the plan finds out.
-
-    Raises `UsageError` where the values contradict each other.
-    """
-
-    sparsity: float = 0.5
-    pattern: str | None = None
-    scope: Scope | None = None
-    storage: Storage = "dense"
-    dtype: ScaleDtype | None = None
-    transposed: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.sparsity < 1:
-            raise UsageError(f"sparsity {self.sparsity} is outside 0..1", "use a share such as 0.5")
-        if self.pattern is not None:
-            zeros, group = _read_pattern(self.pattern)
-            object.__setattr__(self, "sparsity", zeros / group)
-        if self.storage == "2:4" and self.pattern != "2:4":
-            raise UsageError("2:4 storage needs the pattern 2:4", "use --pattern 2:4, or --format bitmask")
-
-    @property
-    def n_of_m(self) -> tuple[int, int] | None:
-        """(zeros, group) of the pattern."""
-        return None if self.pattern is None else _read_pattern(self.pattern)
-
-    def zeros(self, rows: int, columns: int) -> int:
-        """How many weights of a `rows` x `columns` layer are pruned: exact, whatever the weights are.
-
-        `layer`: `ceil(rows * columns * sparsity)` (OBC). `row`: `int(columns * sparsity)` per row (Wanda). `block`: per 128
-        columns `int(rows * 128 * sparsity) + 1` (SparseGPT, whose threshold itself is pruned).
-        """
-        if self.n_of_m is not None:
-            zeros, group = self.n_of_m
-            return rows * (columns // group * zeros + columns % group * zeros // group)
-        if self.scope == "row":
-            return rows * int(columns * self.sparsity)
-        if self.scope == "block":
-            widths = [min(SCOPE_BLOCK, columns - start) for start in range(0, columns, SCOPE_BLOCK)]
-            return sum(block_zeros(rows * width, self.sparsity) for width in widths)
-        return layer_zeros(rows * columns, self.sparsity)
-
-    def for_layer(self, columns: int, stored: torch.dtype, scope: Scope, transposed: bool = False) -> "PruneArgs":
-        """These arguments for a layer whose weight is stored as `stored`, pruned by a method whose own scope is `scope`."""
-        half = stored if stored.itemsize == 2 else torch.float16
-        dtype = self.dtype or str(stored if self.storage == "dense" else half).removeprefix("torch.")
-        storage = "bitmask" if self.storage == "2:4" and columns % 4 else self.storage
-        scope = self.scope or scope
-        return replace(self, scope=scope, dtype=dtype, storage=storage, transposed=transposed)  # type: ignore[arg-type]
-
-
-def layer_zeros(weights: int, sparsity: float) -> int:
-    """`ceil(weights * sparsity)`, with no weight more for the rounding of the product."""
-    return math.ceil(weights * sparsity - 1e-9 * weights)
-
-
-def block_zeros(weights: int, sparsity: float) -> int:
-    """SparseGPT's count: what is not above the entry at `int(weights * sparsity)` of the sorted scores."""
-    return min(int(weights * sparsity) + 1, weights)
-
-
-def _read_pattern(pattern: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+):(\d+)", pattern)
-    zeros, group = (int(n) for n in found.groups()) if found else (0, 0)
-    if not 0 < zeros < group:
-        raise UsageError(f"pattern {pattern!r} is not usable", "write zeros:group, for example 2:4 or 4:8")
-    return zeros, group
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Pruning:
-    """How a linear layer is pruned."""
-
-    weights: PruneArgs = PruneArgs()
 
 
 WeightArgs = QuantArgs | PruneArgs

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..compress.formats.int_quantized import holds_int8
 from ..compress.scheme import QuantArgs
 from ..compress.tensor import (
     Compressed,
@@ -24,7 +25,7 @@ from ..compress.tensor import (
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
 from .low_rank import LowRankLinear
-from .quantized_inputs import IntegerLinear
+from .quantized_inputs import IntegerLinear, RoundedInputs
 from .stored import StoredLinear
 from .weight import Weight
 
@@ -139,7 +140,10 @@ def _module(
     if isinstance(tensor, LowRankTensor):
         return LowRankLinear(_module(tensor.base, bias, serving, device), tensor).to(device)
     if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-        return IntegerLinear(tensor, bias).to(device)
+        if holds_int8(tensor.args):
+            return IntegerLinear(tensor, bias).to(device)
+        weight = replace(tensor, inputs=None, input_grid=None).to(device)
+        return RoundedInputs(tensor.to(device), PackedLinear(weight, bias, serving))
     if isinstance(tensor, PrunedTensor | SpQRTensor) or (isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks):
         return StoredLinear(tensor, bias)
     return PackedLinear(tensor.to(device), bias, serving)

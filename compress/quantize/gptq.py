@@ -17,13 +17,14 @@ from ..errors import UsageError
 from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..solver.factor import Factor, inverse_factor, times_inverse
+from ..solver.factor import Factor, inverse_factor, solve_upper_, times_inverse_
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
 from .guard import keep_better
 
 Order = Literal["natural", "act", "group"]
+ROWS = 512  # whose drift is made up for at a time
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -72,12 +73,9 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
-    "best": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 4},
-}
+# `--quality`: options by preset; `best` is trained after it (`tune`). `benchmarks/quality.py` measures what each gains.
+BEYOND = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND, "best": BEYOND}
 
 
 def apply(config: GPTQ, block: Block) -> None:
@@ -112,27 +110,32 @@ class Prepared:
     order: Tensor  # int64 [in], order[i] is the i-th column to be settled
     factor: Factor  # of the Hessian in that order
 
-    def damped(self) -> Tensor:
-        """The Hessian that was factored, in natural order."""
-        damped = self.hessian.clone()
-        damped.diagonal().add_(self.factor.damping * damped.diagonal().mean())
-        return damped
+    @property
+    def shift(self) -> float:
+        """What the damping added to the diagonal."""
+        return self.factor.damping * float(self.hessian.diagonal().mean())
+
+    def slope_(self, errors: Tensor) -> Tensor:
+        """`Hd (W - Q)^T` `[in, out]` in natural order, from the errors `E^T` of the sweep, which are used up."""
+        slope = torch.empty_like(errors)
+        slope[self.order] = solve_upper_(self.factor.upper, errors)  # W - Q = E U, so Hd (W - Q)^T = U^-1 E^T
+        return slope
 
 
 @plain_dataclass(frozen=True)
 class Solution:
-    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`; `errors` are the sweep's `E^T` `[in, out]`."""
+    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`."""
 
     tensor: CompressedTensor
     damped_loss: float
-    errors: Tensor
 
 
 def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
     """Fix the dead columns of `hessian` `[in, in]`, choose the order of the columns, factor."""
     dead = hessian.diagonal() <= 0
     if dead.any():
-        hessian = hessian + torch.diag(dead.to(hessian.dtype))
+        hessian = hessian.clone()
+        hessian.diagonal().add_(dead.to(hessian.dtype))
     order = column_order(hessian.diagonal(), args.columns_per_scale(len(hessian)), config.order)
     return Prepared(hessian, dead, order, inverse_factor(hessian, config.damping, order))
 
@@ -151,27 +154,33 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
     """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
-    upper, order = prepared.factor.upper, prepared.order
-    repair = times_inverse(drift.to(weight.dtype)[:, order], upper)
-    target = weight.clone()
-    target[:, order] += share * repair
+    back, target = prepared.order.argsort(), weight.clone()
+    for rows, aim in zip(drift.split(ROWS), target.split(ROWS), strict=True):  # all at once would take five matrices
+        columns = rows.to(weight.dtype).T.contiguous()[prepared.order]
+        aim.add_(times_inverse_(columns, prepared.factor.upper)[back].T, alpha=share)
     return target
 
 
 def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
-    order = prepared.order
-    alive = weight.masked_fill(prepared.dead, 0.0)
-    columns = alive.T.contiguous()[order]
-    importance = prepared.hessian.diagonal() if config.weighted_grid else None
-    projection = GridProjection(alive, order, args, config.groups == "dynamic", importance)
-    errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
+    alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
+    codes, grid, errors = swept(alive, prepared, args, config)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    codes, grid = projection.result()
     if config.refine:
-        codes, grid, fallen = refine(alive, prepared.damped(), codes, grid, config.refine)
+        slope = prepared.slope_(errors)
+        del errors  # used up, and as large as the weight
+        codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
         loss -= fallen
-    return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
+    return Solution(CompressedTensor.from_grid(codes, grid), loss)
+
+
+def swept(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> tuple[Tensor, Grid, Tensor]:
+    """The published method alone: codes `[out, in]`, their grid, and the scaled errors `E^T` `[in, out]` of the sweep."""
+    importance = prepared.hessian.diagonal() if config.weighted_grid else None
+    projection = GridProjection(weight, prepared.order, args, config.groups == "dynamic", importance)
+    columns = weight.T.contiguous()[prepared.order]
+    errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
+    return *projection.result(), errors
 
 
 class GridProjection:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 # Damping grows by this factor until the Cholesky factorisation succeeds, up to the mean diagonal itself.
 ESCALATION, LARGEST_DAMPING = 10.0, 1.0
-LEAF = 256  # below this order a plain triangular solve beats further splitting
+# Below this order a plain triangular solve beats further splitting, and a strip's zeros are worth multiplying.
+LEAF = 256
+STRIP = 2**20  # elements that are turned around at a time
 
 
 @dataclass(frozen=True)
@@ -31,30 +33,49 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     while True:
         lower = _reversed_cholesky(hessian, backwards, damping * mean)
         if lower is not None:
-            return Factor(triangular_inverse_(lower).flip(0, 1).contiguous(), damping)
+            return Factor(_turn_around_(triangular_inverse_(lower)), damping)
         if damping >= LARGEST_DAMPING:
             return Factor(_floored(hessian, backwards, damping * mean), damping, floored=True)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
-def times_inverse(matrix: Tensor, upper: Tensor) -> Tensor:
-    """`matrix Hd^-1` `[rows, n]` with `Hd^-1 = U^T U`: two products by strips of `U` that leave its zeros out."""
-    strips = [slice(start, start + LEAF) for start in range(0, len(upper), LEAF)]
-    half = torch.cat([matrix[:, s.start :] @ upper[s, s.start :].T for s in strips], 1)
-    return torch.cat([half[:, : s.stop] @ upper[: s.stop, s] for s in strips], 1)
+def times_inverse_(columns: Tensor, upper: Tensor) -> Tensor:
+    """`Hd^-1 columns` with `Hd^-1 = U^T U`, in place of `columns` `[n, rows]`: by strips of `U`, which leave its zeros out."""
+    for s in _strips(upper):
+        columns[s] = upper[s, s.start :] @ columns[s.start :]
+    for s in reversed(_strips(upper)):
+        columns[s] = upper[: s.stop, s].T @ columns[: s.stop]
+    return columns
+
+
+def solve_upper_(upper: Tensor, columns: Tensor) -> Tensor:
+    """`U^-1 columns` in place of `columns` `[n, rows]`: substitution from the last strip up, all by matrix products."""
+    for s in reversed(_strips(upper)):
+        rest = columns[s].addmm_(upper[s, s.stop :], columns[s.stop :], alpha=-1)
+        corner = upper[s, s].T.clone(memory_format=torch.contiguous_format)
+        columns[s] = triangular_inverse_(corner).T @ rest
+    return columns
+
+
+def _strips(upper: Tensor) -> list[slice]:
+    return [slice(start, min(start + LEAF, len(upper))) for start in range(0, len(upper), LEAF)]
 
 
 def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:
     """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None where there is none.
 
-    `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky.
+    `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky. The
+    matrices are large, so one copy, permuted and reversed, becomes the factor in place.
     """
-    flipped = hessian[backwards.unsqueeze(1), backwards]  # permuted and reversed in one copy: these matrices are large
-    flipped.diagonal().add_(shift)
-    lower, info = torch.linalg.cholesky_ex(flipped)
-    if info.item() or not lower.diagonal().isfinite().all() or lower.diagonal().min() <= 0:
+    matrix = hessian[backwards.unsqueeze(1), backwards]
+    matrix.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(
+        matrix.mT, upper=True, out=(matrix.mT, info)
+    )  # LAPACK's order of storage: nothing is copied
+    if info.item() or not matrix.diagonal().isfinite().all() or matrix.diagonal().min() <= 0:
         return None
-    return lower
+    return matrix
 
 
 def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
@@ -62,8 +83,20 @@ def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(hessian.double())
     least = floor.double() if floor > 0 else torch.ones((), dtype=torch.float64)
     raised = (vectors * values.clamp(min=least)) @ vectors.T
-    lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards])
-    return triangular_inverse_(lower).flip(0, 1).contiguous().to(hessian.dtype)
+    lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards]).contiguous()
+    return _turn_around_(triangular_inverse_(lower)).to(hessian.dtype)
+
+
+def _turn_around_(matrix: Tensor) -> Tensor:
+    """Reverse the rows and the columns of a contiguous `matrix` in place."""
+    flat = matrix.view(-1)
+    for start in range(0, middle := flat.numel() // 2, STRIP):
+        stop = min(start + STRIP, middle)
+        front, back = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 def triangular_inverse_(lower: Tensor) -> Tensor:
@@ -76,5 +109,5 @@ def triangular_inverse_(lower: Tensor) -> Tensor:
     top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
     triangular_inverse_(top)
     triangular_inverse_(bottom)
-    corner.copy_((bottom @ corner @ top).neg_())
+    torch.mm(bottom @ corner, top, out=corner).neg_()
     return lower

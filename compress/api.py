@@ -157,7 +157,10 @@ def quantization_recipe(
         scheme["inputs"] = asdict(usual.inputs) | of_inputs
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    trained = quality == "best" and usual.weights.kind == "grid"  # nothing else can be trained
+    plain = (
+        usual.weights.kind == "grid" and scheme["weights"]["scale_dtype"] != "bilevel"
+    )  # nothing else can be trained
+    trained = quality == "best" and plain
     return schema.build(
         {
             "passes": [*solved, {"method": "tune"}] if trained else solved,

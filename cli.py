@@ -46,7 +46,9 @@ app.add_typer(recipes_app, name="recipes")
 def quantize(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="gptq, spqr, obq, rtn, awq, smoothquant or rotate.")] = "gptq",
+    method: Annotated[
+        str, typer.Option(help="gptq, spqr, obq, rtn, nf4, llm-int8, awq, smoothquant, rotate.")
+    ] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
     group_size: Annotated[
         int | None,

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor, InputGrid
+from .tensor import Compressed, CompressedTensor, InputGrid, LowRankTensor, MixedTensor
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -58,17 +58,28 @@ def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed]) -> 
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served; gradients pass
     straight through the rounding."""
     with ExitStack() as hooks:
-        for name, tensor in compressed.items():
-            if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-                rounding = _rounding(tensor.inputs, tensor.input_grid)
-                hooks.callback(block.get_submodule(name).register_forward_pre_hook(rounding).remove)
+        for name, whole in compressed.items():
+            tensor = whole.base if isinstance(whole, LowRankTensor) else whole
+            if isinstance(tensor, CompressedTensor | MixedTensor) and tensor.inputs is not None:
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(_rounding(tensor)).remove)
         yield
 
 
-def _rounding(args: QuantArgs, grid: InputGrid | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def decompose(x: Tensor, args: QuantArgs, columns: Tensor) -> Tensor:
+    """`x` `[..., width]` rounded but for `columns` and those that reach the threshold, which widen no scale (LLM.int8)."""
+    apart = (x.abs() >= args.threshold).flatten(0, -2).any(0) if args.threshold else x.new_zeros(x.shape[-1]).bool()
+    apart[columns] = True
+    return torch.where(apart, x, fake_quantize(x.masked_fill(apart, 0), args))
+
+
+def _rounding(tensor: CompressedTensor | MixedTensor) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        assert tensor.inputs is not None
         x = inputs[0]
-        rounded = fake_quantize(x.detach(), args, grid)
+        if isinstance(tensor, MixedTensor):
+            rounded = decompose(x.detach(), tensor.inputs, tensor.columns)
+        else:
+            rounded = fake_quantize(x.detach(), tensor.inputs, tensor.input_grid)
         return (x + (rounded - x).detach() if x.requires_grad else rounded, *inputs[1:])
 
     return hook

@@ -10,9 +10,11 @@ from ..recipes.schema import PassSpec, Recipe
 from . import passes, pipeline
 from .errors import UsageError
 from .pipeline import RunReport
+from .prune.args import Pruning
 from .report.progress import Observer, silent
-from .scheme import LEVELS, Pruning, Scheme, group_strategy
+from .scheme import LEVELS, Scheme, group_strategy
 
+INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
 
 
@@ -39,13 +41,14 @@ def quantize(
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
-    for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
-    and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
-    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced` the best that the solver alone
-    can do, `best` with block tuning behind it, except for SpQR), over which `options` go: those of the method (`damping`,
-    `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`), and `level` (O1, O2, O3:
-    SmoothQuant's). `target` names the runtimes that must be able to serve the result (see `formats/targets.py`). `out` is by
-    default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
+    for `awq` asymmetric ones, for `nf4` blocks of 64, for `smoothquant` 8 bits with one scale per output row (which is what
+    `group_size` -1 means) and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest.
+    `keep` are patterns of layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced` the best
+    that the solver alone can do, `best` with block tuning behind it, except for what has no plain codes), over which
+    `options` go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`,
+    `outliers`) and its inputs (`threshold`), and `level` (O1, O2, O3: SmoothQuant's). `target` names the runtimes that must be
+    able to serve the result (see `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises
+    `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
@@ -140,15 +143,24 @@ def quantization_recipe(
     own_size = preset.pop("group_size", None)
     size = own_size if group_size is None else group_size
     level, others = _split({**preset, **(options or {})}, ("level",))
+    of_inputs, others = _split(others, INPUT_OPTIONS)
     grid, rest = _split(others, GRID_OPTIONS)
     usual = _level(level["level"]) if level else known.scheme
     asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
     if size is not None:
-        asked["strategy"], asked["group_size"] = group_strategy(size)
+        flat = usual.weights.strategy == "flat"
+        asked["strategy"], asked["group_size"] = ("flat", size) if flat else group_strategy(size)
     scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
+    if of_inputs:
+        if usual.inputs is None:
+            raise UsageError(f"{method} leaves the inputs as they are: no {', '.join(of_inputs)}", "use llm-int8")
+        scheme["inputs"] = asdict(usual.inputs) | of_inputs
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    trained = quality == "best" and scheme["weights"]["scale_dtype"] != "bilevel"  # whose two levels nothing can train
+    plain = (
+        usual.weights.kind == "grid" and scheme["weights"]["scale_dtype"] != "bilevel"
+    )  # nothing else can be trained
+    trained = quality == "best" and plain
     return schema.build(
         {
             "passes": [*solved, {"method": "tune"}] if trained else solved,

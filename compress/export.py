@@ -16,6 +16,7 @@ from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
 from .formats.export import gguf_model, onnx
 from .formats.export.awq import AWQ
+from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
@@ -25,7 +26,7 @@ from .tensor import CompressedTensor
 from .workspace import check_target, put_in_place
 
 PACKED = LayerFormat(packed.NAME, lambda args, shape: packed.supports(args), packed.pack, packed.quantization_config)
-LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, *map(dense, DTYPES))}
+LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, BITSANDBYTES, *map(dense, DTYPES))}
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,8 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
     """Why a format of integer codes cannot hold the layer."""
     if isinstance(args, PruneArgs):
         return f"{wanted.name} stores integer codes, this layer is pruned"
+    if args.rank:
+        return f"{wanted.name} readers know no low-rank terms beside the codes"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

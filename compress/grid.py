@@ -19,7 +19,7 @@ from itertools import repeat
 import torch
 from torch import Tensor
 
-from .errors import CompressError
+from .errors import CompressError, UsageError
 from .scheme import QuantArgs
 
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
@@ -27,6 +27,7 @@ MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
 # With importances the error is the layer's own, a square: a coarse search, then steps of a half and a quarter around its best.
 WEIGHTED_STRIDE, WEIGHTED_STEPS = 12, (6, 3)
 CACHED = 2**18  # weights searched at a time: what a search goes over again and again should stay near the processor
+OF_ONE_METHOD = {"nf4": "nf4", "columns": "llm-int8"}  # kinds that no solver of grids leaves
 
 
 @dataclass(frozen=True)
@@ -80,8 +81,13 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, args: QuantArgs) -> Tens
 def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero of every group: `groups [..., n]` gives two tensors `[...]`; `importance` broadcasts to `groups`.
 
-    Raises `CompressError` where a scale does not fit its stored dtype.
+    Raises `CompressError` where a scale does not fit its stored dtype, `UsageError` for other kinds of weights.
     """
+    if args.kind in OF_ONE_METHOD:
+        raise UsageError(
+            f"a weight of the kind {args.kind!r} is not a plain grid, to be solved or clipped",
+            f"use --method {OF_ONE_METHOD[args.kind]}, after awq with clip=false",
+        )
     if args.observer == "minmax":
         return parameters(groups.amin(-1), groups.amax(-1), args)
     rows = max(1, CACHED // max(1, groups[:1].numel()))

@@ -18,7 +18,8 @@ from ..calibrate.drift import Drift
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import BlockIO, Call
 from .errors import UsageError
-from .scheme import PruneArgs, Pruning, QuantArgs, Scheme, WeightArgs
+from .prune.args import Pruning
+from .scheme import PruneArgs, QuantArgs, Scheme, WeightArgs
 from .tensor import Compressed
 
 # Method name -> (module below `compress`, config class). The module also holds `apply`.
@@ -31,6 +32,9 @@ METHODS: dict[str, tuple[str, str]] = {
     "zeroquant": ("quantize.zeroquant", "ZeroQuant"),
     "lkd": ("distill.lkd", "LKD"),
     "tune": ("distill.tune", "Tune"),
+    "lorc": ("quantize.lorc", "LoRC"),
+    "nf4": ("quantize.nf4", "NF4"),
+    "llm-int8": ("quantize.llm_int8", "LLMInt8"),
     "obq": ("quantize.obq", "OBQ"),
     "spqr": ("quantize.spqr", "SpQR"),
     "magnitude": ("prune.magnitude", "Magnitude"),
@@ -52,7 +56,7 @@ class PassConfig(Protocol):
     @property
     def needs(
         self,
-    ) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "samples", "trial", "block_io"}
+    ) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "original", "samples", "trial", "block_io"}
 
     @property
     def scheme(self) -> Scheme | Pruning | None: ...  # None: the pass improves on what the pass before it has left
@@ -63,7 +67,10 @@ class PassConfig(Protocol):
 
 @dataclass
 class Linear:
-    """One linear layer while it is being compressed. `weight` is float32 `[out, in]` whatever the module's layout."""
+    """One linear layer while it is being compressed. `weight` is float32 `[out, in]` whatever the module's layout.
+
+    It is the module's own, and with it becomes what a pass has made of it, unless a pass needs the `original`.
+    """
 
     name: str
     weight: Tensor
@@ -127,7 +134,7 @@ class Method:
 
     Methods that quantize or prune have a `scheme` among their options. Transforms have none: they rewrite a block's weights
     for the pass behind them; `scheme` here is the one that `--method` alone stands for. `apply_outside` rewrites weights
-    outside the blocks, for transforms of the whole model.
+    outside the blocks, for transforms of the whole model. `adapt` says in a layer's arguments what the pass will add to it.
     """
 
     name: str
@@ -136,6 +143,7 @@ class Method:
     scheme: Scheme
     apply_outside: Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    adapt: Callable[[Any, QuantArgs, tuple[int, int]], QuantArgs] | None = None
 
     def options(self) -> list[str]:
         """The names of the method's options."""
@@ -168,4 +176,5 @@ def method(name: str) -> Method:
         getattr(module, "SCHEME", Scheme()),
         getattr(module, "apply_outside", None),
         getattr(module, "PRESETS", {}),
+        getattr(module, "adapt", None),
     )

@@ -201,6 +201,8 @@ def _compress(
     block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
     block.around = None if probe is None else _surroundings(index, runner, probe, planned)
     for entry in recipe.passes:
+        if "original" in _needs(recipe) and entry.registered.compresses and entry.config.scheme is not None:
+            _keep_originals(block)
         _apply(entry, block, runner, index, tell)
         if not entry.registered.compresses:
             _settle(block, planned)
@@ -219,6 +221,12 @@ def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
         for name, linear in found.items()
         if name in args
     ]
+
+
+def _keep_originals(block: Block) -> None:
+    """Let the linears' weights be copies, which stay as they are when the module's own are replaced."""
+    for linear in block.linears:
+        linear.weight = linear.weight.clone()
 
 
 def _local(name: str, block: str) -> str:

@@ -21,7 +21,8 @@ from .errors import UsageError
 from .formats import shards, sparse
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
-from .scheme import CacheScheme, PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
+from .prune.args import Storage
+from .scheme import CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
 
 
 @dataclass(frozen=True)
@@ -117,6 +118,13 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))
     if not any(layer.args for layer in layers):
         raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
+    kinds = {layer.args.kind: layer.name for layer in layers if isinstance(layer.args, QuantArgs)}
+    if len(kinds) > 1:
+        first, second = list(kinds.items())[:2]
+        raise UsageError(
+            f"{first[1]} becomes {first[0]} and {second[1]} {second[0]}, which no checkpoint holds together",
+            "give the layers one method, or keep some dense",
+        )
     tensors: dict[str, TensorSpec] = {}
     for layer in layers:
         if layer.args is not None:
@@ -187,6 +195,11 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         note = (
             None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
         )
+        if args.kind == "nf4":
+            args = replace(args, dtype=float_name(stored))
+        for entry in recipe.passes:
+            if entry.registered.adapt is not None:
+                args = entry.registered.adapt(entry.config, args, (rows, columns))
     storing = format_of(args, _inputs(recipe))
     reason = storing.supports(args)
     if reason:

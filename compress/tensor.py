@@ -1,12 +1,14 @@
 """What a pass leaves in place of a weight: one of the kinds of `Compressed`. Formats write it, kernels serve it."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from .errors import CompressError
 from .grid import Grid, dequantize, encode, parameters
+from .quantize.codebook import nest, nf4_values, quantize_blocks, unnest
 from .scheme import PruneArgs, QuantArgs
 
 TILE = 16  # output rows that share one second-level grid (SpQR)
@@ -53,9 +55,8 @@ class CompressedTensor:
 
     def to(self, device: torch.device | str) -> "CompressedTensor":
         """The same on `device`."""
-        zero = None if self.zero is None else self.zero.to(device)
         grid = None if self.input_grid is None else (self.input_grid[0].to(device), self.input_grid[1].to(device))
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, input_grid=grid)
+        return replace(moved(self, device), input_grid=grid)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""
@@ -178,4 +179,137 @@ class SpQRTensor:
         return weight
 
 
-Compressed = CompressedTensor | PrunedTensor | SpQRTensor
+@dataclass(frozen=True)
+class NF4Tensor:
+    """A weight matrix in NF4 `[out, in]`: `absmax * NF4[code]`, with an absmax for every block of the flattened matrix.
+
+    codes   uint8 `[out, in]`, values 0 .. 15
+    absmax  `[blocks]`: float32, or uint8 where it is quantized itself, to `nested * DYNAMIC[absmax] + offset`
+    nested  float32 `[blocks / 256]`, `offset` float32 `[]`; None where the absmax is not quantized
+    args    `args.group_size` values make a block, `args.dtype` is that of the original weight
+    """
+
+    codes: Tensor
+    absmax: Tensor
+    nested: Tensor | None
+    offset: Tensor | None
+    args: QuantArgs
+
+    @classmethod
+    def of(cls, weight: Tensor, args: QuantArgs) -> "NF4Tensor":
+        """The nearest codes of `weight` `[out, in]`, as bitsandbytes finds them."""
+        assert args.group_size is not None
+        codes, absmax = quantize_blocks(weight.float(), args.group_size)
+        return cls(codes, *(nest(absmax) if args.scale_dtype == "nested" else (absmax, None, None)), args)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def rows_are_blocks(self) -> bool:
+        """Whether no block reaches from one row into the next."""
+        return self.shape[1] % (self.args.group_size or 1) == 0
+
+    def scales(self) -> Tensor:
+        """The magnitudes that are served, float32 `[blocks]`."""
+        if self.nested is None or self.offset is None:
+            return self.absmax
+        return unnest(self.absmax, self.nested, self.offset)
+
+    def to(self, device: torch.device | str) -> "NF4Tensor":
+        """The same on `device`."""
+        return moved(self, device)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` that is served, computed in `dtype`."""
+        assert self.args.group_size is not None
+        scale = self.scales().to(dtype).repeat_interleave(self.args.group_size)[: self.codes.numel()]
+        return nf4_values(self.codes.device).to(dtype)[self.codes.int()] * scale.view(self.shape)
+
+
+@dataclass(frozen=True)
+class MixedTensor:
+    """A weight matrix `[out, in]` in 8 bits with some input columns in 16 (LLM.int8), for inputs that are quantized too.
+
+    codes    uint8 `[out, in]`, those of the 16-bit columns among them: other runtimes have only these
+    scale    float `[out, 1]`: `scale * (codes - 128)`
+    columns  int64 `[kept]`, ascending, and `outliers` float16 `[out, kept]`, their weights
+    inputs   a dynamic scale per token; columns that reach its threshold are not quantized
+    """
+
+    codes: Tensor
+    scale: Tensor
+    columns: Tensor
+    outliers: Tensor
+    args: QuantArgs
+    inputs: QuantArgs
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.codes.shape[0], self.codes.shape[1]
+
+    @property
+    def grid(self) -> CompressedTensor:
+        """The 8-bit part alone, which covers all columns."""
+        return CompressedTensor(self.codes, self.scale, None, replace(self.args, outliers=0.0))
+
+    def to(self, device: torch.device | str) -> "MixedTensor":
+        """The same on `device`."""
+        return moved(self, device)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` that is served, computed in `dtype`."""
+        return self.grid.dequantize(dtype).index_copy_(1, self.columns, self.outliers.to(dtype))
+
+
+Quantized = CompressedTensor | SpQRTensor | NF4Tensor | MixedTensor
+
+
+@dataclass(frozen=True)
+class LowRankTensor:
+    """A quantized weight with what it lacks most, as a product of two narrow matrices: `base + left @ right`, `[out, in]`.
+
+    left   float16 `[out, rank]`
+    right  float16 `[rank, in]`
+    """
+
+    base: Quantized
+    left: Tensor
+    right: Tensor
+
+    @property
+    def args(self) -> QuantArgs:
+        """The arguments of the base, with the rank."""
+        return replace(self.base.args, rank=self.left.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.base.shape
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` that is served, computed in `dtype`."""
+        return self.base.dequantize(dtype).addmm_(self.left.to(dtype), self.right.to(dtype))
+
+
+Compressed = CompressedTensor | PrunedTensor | SpQRTensor | NF4Tensor | MixedTensor | LowRankTensor
+Served = CompressedTensor | NF4Tensor | MixedTensor  # those whose codes a kernel multiplies
+AnyServed = TypeVar("AnyServed", CompressedTensor, NF4Tensor, MixedTensor)
+
+
+def parts(tensor: Served) -> dict[str, Tensor | None]:
+    """The tensors of `tensor` by their fields' names, `None` where one is left out."""
+    return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.type in (Tensor, Tensor | None)}
+
+
+def settings(tensor: Served) -> dict[str, Any]:
+    """What else a tensor knows of itself: its arguments."""
+    return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.name not in parts(tensor)}
+
+
+def moved(tensor: AnyServed, device: torch.device | str) -> AnyServed:
+    """The same on `device`."""
+    return replace(tensor, **{name: part.to(device) for name, part in parts(tensor).items() if part is not None})

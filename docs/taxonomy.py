@@ -28,7 +28,7 @@ from lmpress.compress.scheme import (
 from lmpress.kernels.cache.cache import PackedCache
 from lmpress.kernels.dispatch import KERNELS
 from lmpress.kernels.kernel import Need
-from lmpress.kernels.quantized_inputs import IntegerLinear
+from lmpress.kernels.modules.quantized_inputs import IntegerLinear
 from lmpress.recipes.schema import build
 
 BITS = range(2, 9)
@@ -47,6 +47,9 @@ that does not have them all.
 FOOT = """
 Transforms ({transforms}) may come before any of these methods, and {goers} after those that leave plain codes: all but
 two-level scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
+
+Weights that are no plain grid have pages of their own: `methods/nf4.md` (a codebook, blocks of the flattened matrix, nested
+scales), `methods/llm-int8.md` (columns in 16 bits) and `methods/lorc.md` (a low-rank term, after any quantizer).
 """
 
 

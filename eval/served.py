@@ -11,7 +11,7 @@ from ..compress.formats.checkpoint import Checkpoint
 from ..compress.scheme import QuantArgs
 from ..kernels import dispatch
 from ..kernels.kernel import STEPS, Need
-from ..kernels.quantized_inputs import entering
+from ..kernels.modules.quantized_inputs import entering
 
 UNFOLDED = "unfolded for every product"
 

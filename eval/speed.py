@@ -25,7 +25,7 @@ from ..calibrate.rows import context_length
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats.load import load
 from ..compress.report.progress import Event, Observer, silent
-from ..kernels.linear import PackedLinear, kernels_of
+from ..kernels.modules.linear import PackedLinear, kernels_of
 from .bench import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5

@@ -1,4 +1,4 @@
-"""What a weight keeps apart from its codes, served around any kernel: 16-bit columns (LLM.int8) and sparse residuals (SpQR)."""
+"""What goes around any kernel: 16-bit columns and the threshold of the inputs (LLM.int8), and sparse residuals (SpQR)."""
 
 from importlib.util import find_spec
 
@@ -16,6 +16,8 @@ def prepare(kernel: Kernel, weight: Weight, need: Need) -> Product:
     product = kernel.prepare(weight, need)
     if weight.columns is not None and weight.outliers is not None:
         product = WithColumns(product, weight.columns, weight.outliers)
+    if weight.threshold:
+        product = WithThreshold(product, weight)
     if weight.residual is not None:
         product = WithResidual(product, weight.residual)
     return product
@@ -36,6 +38,36 @@ class WithColumns(Product):
     def forward(self, x: Tensor) -> Tensor:
         y = self.inner(x.index_fill(1, self.columns, 0)).float()
         return torch.addmm(y, x.index_select(1, self.columns).float(), self.outliers).to(x.dtype)
+
+    def codes(self) -> Tensor:
+        return self.inner.codes()
+
+
+class WithThreshold(Product):
+    """Input columns that reach the threshold, but for those kept apart, leave the int8 product and widen none of its scales.
+
+    They are found anew at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
+    """
+
+    def __init__(self, inner: Product, weight: Weight) -> None:
+        super().__init__()
+        self.inner, self.threshold, self.center = inner, weight.threshold, 2 ** (weight.bits - 1)
+        self.scale: Tensor
+        self.quantized: Tensor
+        kept = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.codes.device)
+        if weight.columns is not None:
+            kept[weight.columns] = False
+        self.register_buffer("scale", weight.scale, persistent=False)
+        self.register_buffer("quantized", kept, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        loud = (x.abs() >= self.threshold).any(0) & self.quantized
+        if not bool(loud.any()):
+            return self.inner(x)
+        columns = loud.nonzero()[:, 0]
+        weight = (self.codes()[:, columns].float() - self.center) * self.scale.float()
+        y = self.inner(x.index_fill(1, columns, 0)).float()
+        return torch.addmm(y, x.index_select(1, columns).float(), weight.T).to(x.dtype)
 
     def codes(self) -> Tensor:
         return self.inner.codes()

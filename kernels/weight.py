@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..compress.tensor import CompressedTensor, SpQRTensor
+from ..compress.quantize.codebook import nf4_values
+from ..compress.tensor import MixedTensor, NF4Tensor, Served, SpQRTensor
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class Weight:
     codebook  float `[2**bits]`, or None for a uniform grid
     columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
               codes of these columns do not count
+    threshold  from which on a value of the inputs takes its column out of the int8 product; 0: none does
     residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
     """
 
@@ -56,18 +58,27 @@ class Weight:
     codebook: Tensor | None = None
     columns: Tensor | None = None
     outliers: Tensor | None = None
+    threshold: float = 0.0
     residual: SparseRows | None = None
 
     @classmethod
-    def of(cls, tensor: CompressedTensor | SpQRTensor) -> "Weight":
-        """The weight of a compressed tensor; two-level scales and zeros become float32."""
-        bits, group = tensor.args.bits, tensor.args.columns_per_scale(tensor.shape[1])
-        if isinstance(tensor, CompressedTensor):
-            return cls(tensor.codes, tensor.scale, tensor.zero, bits, group)
-        grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
-        starts[1:] = tensor.counts.cumsum(0)
-        residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
-        return cls(tensor.codes, grid.scale, grid.zero, bits, group, residual=residual)
+    def of(cls, tensor: Served | SpQRTensor) -> "Weight":
+        """The weight of a compressed tensor; two-level scales become float32, blocks of NF4 must not reach over rows."""
+        args, codes = tensor.args, tensor.codes
+        if isinstance(tensor, NF4Tensor):
+            assert tensor.rows_are_blocks and args.group_size is not None
+            scale = tensor.scales().view(len(codes), -1)
+            return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
+        if isinstance(tensor, MixedTensor):
+            apart = (tensor.columns, tensor.outliers, tensor.inputs.threshold)
+            return cls(codes, tensor.scale, None, args.bits, tensor.shape[1], None, *apart)
+        group = args.columns_per_scale(tensor.shape[1])
+        if isinstance(tensor, SpQRTensor):
+            grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
+            starts[1:] = tensor.counts.cumsum(0)
+            residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
+            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual)
+        return cls(codes, tensor.scale, tensor.zero, args.bits, group)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -15,7 +15,8 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
-from ..compress.scheme import Pruning, Scheme, WeightArgs
+from ..compress.prune.args import Pruning
+from ..compress.scheme import Scheme, WeightArgs
 
 
 class Calibration(BaseModel):

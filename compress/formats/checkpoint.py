@@ -1,7 +1,7 @@
 """A checkpoint with quantized layers, ours or others': which layers, how each is quantized, and its tensor when asked for."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,11 @@ from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ..errors import CompressError, UsageError
 from ..scheme import QuantArgs, WeightArgs
-from ..tensor import Compressed
-from . import int_quantized
-from .export import awq, gptq
-from .int_quantized import IntQuantized
+from ..tensor import Compressed, LowRankTensor
+from . import int_quantized, llm_int8
+from .export import awq, bitsandbytes, gptq
 from .shards import TensorSpec
-from .storage import format_that_wrote
+from .storage import LOW_RANK, format_that_wrote, low_rank_spec
 
 UNRELATED = "the checkpoint and its config do not belong together"
 
@@ -43,16 +42,38 @@ class Reader:
 
 def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Reader:
     """The reader of a checkpoint with this `quantization_config` and these tensors. Raises `ValueError` without one."""
+    if config.get("format") == LOW_RANK:
+        return _with_low_rank(_reader(config["base"], stored))
     if config.get("quant_method") == "gptq":
         unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
         return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
     if config.get("quant_method") == "awq":
         return Reader(awq.read_config, awq.spec, awq.unpack)
+    if bitsandbytes.wrote(config):
+        specs = bitsandbytes.as_stored(stored)
+        return Reader(bitsandbytes.read_config, specs, bitsandbytes.unpack, optional=("weight_format",))
     ours = format_that_wrote(config)
-    if ours is not int_quantized:
+    if ours not in (int_quantized, llm_int8):
         return Reader(ours.read_config, ours.spec, ours.unpack)
-    layers = IntQuantized(int_quantized.read_inputs(config, stored))
+    layers = ours.of_config(config, stored)
     return Reader(ours.read_config, layers.spec, layers.unpack, inputs=layers.inputs)
+
+
+def _with_low_rank(base: Reader) -> Reader:
+    """The reader of a checkpoint whose layers have a low-rank term beside what `base` reads."""
+
+    def arguments(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, WeightArgs]:
+        ranks = {name: group["rank"] for group in config["config_groups"] for name in group["targets"]}
+        return {name: replace(args, rank=ranks[name]) for name, args in base.arguments(config["base"], stored).items()}
+
+    def specs(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+        return base.specs(name, replace(args, rank=0), rows, columns) | low_rank_spec(name, args, rows, columns)
+
+    def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> LowRankTensor:
+        quantized: Any = base.unpack(name, tensors, replace(args, rank=0))
+        return LowRankTensor(quantized, tensors[f"{name}.weight_left"], tensors[f"{name}.weight_right"])
+
+    return Reader(arguments, specs, unpack, base.optional, base.inputs)
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,11 @@ def wrote(config: Mapping[str, Any]) -> bool:
     return config.get("format") == NAME or (inputs and config.get("format") in (pack_quantized.NAME, MIXED))
 
 
+def of_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> IntQuantized:
+    """The format as a checkpoint speaks of it. Raises `ValueError` as `read_inputs` does."""
+    return IntQuantized(read_inputs(config, stored))
+
+
 def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> QuantArgs:
     """How the layers' inputs are quantized. Raises `ValueError` for kinds that lmpress does not serve."""
     kinds = [group["input_activations"] for group in config["config_groups"].values()]

@@ -11,8 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.cache import serve_cache
-from ...kernels.linear import Serving
-from ...kernels.replace import replace_linear
+from ...kernels.modules.linear import Serving
+from ...kernels.modules.replace import replace_linear
 from ..errors import CompressError, UsageError
 from ..scheme import CACHE_KEY, CacheScheme
 from .checkpoint import Checkpoint

@@ -27,6 +27,8 @@ def supports(args: QuantArgs) -> str | None:
         return f"{NAME} stores no scales per {args.strategy}"
     if args.formula == "spqr":
         return f"{NAME} stores integer zeros only, the spqr grid has real ones"
+    if args.kind != "grid":
+        return f"{NAME} stores integers, not {args.formula}"
     return None
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from ..errors import UsageError
 from ..plan import LayerPlan
-from ..scheme import PruneArgs, QuantArgs
+from ..scheme import Kind, PruneArgs, QuantArgs
 
 ROW = -1  # the group size of one scale per output row
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -29,7 +29,7 @@ class Container:
     fused        projections that the runtime joins must have one scheme
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
-    spqr         SpQR's two-level grid with its outliers is served
+    kinds        what weights may be made of (`QuantArgs.kind`)
     """
 
     format: str
@@ -41,17 +41,25 @@ class Container:
     fused: bool = False
     uniform: bool = False
     conv1d: bool = False
-    spqr: bool = False
+    kinds: tuple[Kind, ...] = ("grid",)
 
 
 PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
 GPTQ = Container("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
 GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32)
+NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
 TARGETS: dict[str, tuple[Container, ...]] = {
-    "lmpress": (Container("pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, spqr=True),),
-    "transformers": (PACKED,),
+    "lmpress": (
+        Container(
+            "pack-quantized",
+            bits=(2, 3, 4, 5, 6, 7, 8),
+            conv1d=True,
+            kinds=("grid", "two-level", "nf4", "columns", "low-rank"),
+        ),
+    ),
+    "transformers": (PACKED, NF4),
     "gptqmodel": (GPTQ, AWQ),
     "vllm": (
         Container("pack-quantized", bits=(4, 8), symmetric=(True,), groups=(32, 64, 128, ROW), multiple=32, fused=True),
@@ -117,8 +125,8 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
     rows, columns = layer.shape
     if layer.kind == "Conv1D" and not container.conv1d:
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
-    if args.scale_dtype == "bilevel" and not container.spqr:
-        yield Fault(layer.name, "no other runtime reads SpQR", "export to fp16 after quantizing")
+    if args.kind not in container.kinds:
+        yield Fault(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
         yield Fault(layer.name, f"{args.bits} bits", f"use --bits {nearest}")

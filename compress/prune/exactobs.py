@@ -14,11 +14,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..passes import Block
-from ..scheme import PruneArgs, Pruning, Scope
+from ..scheme import PruneArgs
 from ..solver.damped import Damped
 from ..solver.greedy import eliminate
 from ..solver.refit import refit, row_losses
 from . import sparsegpt
+from .args import Pruning, Scope
 from .layers import prune_linears
 
 DOUBLE_WIDTH = 512  # up to this width the order is found in float64, whose cost does not matter there

@@ -7,9 +7,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ..passes import Block
-from ..scheme import PruneArgs, Pruning, Scope
+from ..scheme import PruneArgs
 from ..solver.damped import Damped
 from ..tensor import PrunedTensor
+from .args import Pruning, Scope
 from .layers import prune_linears, record
 from .masks import smallest
 

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-from ..scheme import SCOPE_BLOCK, PruneArgs, block_zeros, layer_zeros
+from ..scheme import PruneArgs
+from .args import SCOPE_BLOCK, block_zeros, layer_zeros
 
 
 def smallest(scores: Tensor, args: PruneArgs) -> Tensor:

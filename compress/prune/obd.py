@@ -14,8 +14,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ..passes import Block
-from ..scheme import PruneArgs, Pruning, Scope, layer_zeros
+from ..scheme import PruneArgs
 from ..solver.damped import Damped
+from .args import Pruning, Scope, layer_zeros
 from .layers import prune_linears
 from .masks import lowest, smallest
 

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..passes import Block
-from ..scheme import PruneArgs, Pruning, Scope
+from ..scheme import PruneArgs
 from ..solver.curvature import recursive_inverse
 from ..solver.damped import Damped
 from ..solver.greedy import eliminate
 from ..solver.refit import remove
+from .args import Pruning, Scope
 from .layers import prune_linears
 from .masks import smallest
 

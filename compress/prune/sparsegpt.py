@@ -13,9 +13,10 @@ from torch import Tensor
 
 from ..errors import UsageError
 from ..passes import Block
-from ..scheme import SCOPE_BLOCK, PruneArgs, Pruning, Scope
+from ..scheme import PruneArgs
 from ..solver.damped import Damped
 from ..solver.sweep import sweep
+from .args import SCOPE_BLOCK, Pruning, Scope
 from .layers import prune_linears
 from .masks import in_block, in_groups
 

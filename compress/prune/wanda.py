@@ -7,8 +7,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ..passes import Block
-from ..scheme import PruneArgs, Pruning, Scope
+from ..scheme import PruneArgs
 from ..solver.damped import Damped
+from .args import Pruning, Scope
 from .layers import prune_linears
 from .masks import smallest
 

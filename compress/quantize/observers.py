@@ -16,7 +16,7 @@ from ..activations import grid_of
 from ..grid import fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs
-from ..tensor import CompressedTensor, InputGrid
+from ..tensor import Compressed, CompressedTensor, InputGrid, LowRankTensor
 from ..transform.recording import Batch, inputs_seen
 
 MOMENTUM = 0.95
@@ -62,7 +62,7 @@ class Range:
         return -_below(-values, self.args.percentile), _below(values, self.args.percentile)
 
 
-def told_inputs(block: Block, batches: Iterable[Batch]) -> dict[str, CompressedTensor]:
+def told_inputs(block: Block, batches: Iterable[Batch]) -> dict[str, Compressed]:
     """The results of the block's quantized linears by their names inside it, told how their inputs are quantized; static
     grids are calibrated on what the linears read now. Experts that no token reached have the widest range of all."""
     quantized = {name: linear for name, linear in block.local().items() if linear.inputs is not None}
@@ -72,14 +72,17 @@ def told_inputs(block: Block, batches: Iterable[Batch]) -> dict[str, CompressedT
             ranges[name].update(x)
     found = {name: ends for name, each in ranges.items() if (ends := each.ends()) is not None}
     widest = [torch.stack(each) for each in zip(*found.values(), strict=True)]
-    told = {}
+    told: dict[str, Compressed] = {}
     for name, linear in quantized.items():
-        if isinstance(linear.result, CompressedTensor) and linear.inputs is not None:
+        term = linear.result if isinstance(linear.result, LowRankTensor) else None
+        base = linear.result if term is None else term.base
+        if isinstance(base, CompressedTensor) and linear.inputs is not None:
             grid = None
             if name in ranges:
                 low, high = found.get(name, (widest[0].amin(), widest[1].amax()) if widest else (torch.zeros(()),) * 2)
                 grid = _stored(low, high, linear.inputs)
-            told[name] = replace(linear.result, inputs=linear.inputs, input_grid=grid)
+            base = replace(base, inputs=linear.inputs, input_grid=grid)
+            told[name] = base if term is None else replace(term, base=base)
     return told
 
 

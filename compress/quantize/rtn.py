@@ -1,5 +1,6 @@
 """RTN: round every weight to the nearest point of its grid. No calibration, the yardstick of all other methods."""
 
+from dataclasses import replace
 from typing import ClassVar
 
 from pydantic import ConfigDict
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..grid import Grid
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..tensor import CompressedTensor
+from ..tensor import CompressedTensor, NF4Tensor
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -31,3 +32,11 @@ def round_to_nearest(weight: Tensor, args: QuantArgs, importance: Tensor | None 
     """The nearest codes of `weight` `[out, in]` on the grid that `args` and the `importance` `[in]` fit to it."""
     grid = Grid.fit(weight, args, importance)
     return CompressedTensor.from_grid(grid.quantize(weight), grid)
+
+
+def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
+    """What `weight` `[out, in]` becomes by rounding alone, of whatever kind it is to be; 16-bit columns are rounded too."""
+    args = replace(args, rank=0)
+    if args.kind == "nf4":
+        return NF4Tensor.of(weight, args).dequantize(weight.dtype)
+    return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()

@@ -48,6 +48,17 @@ Asymmetric weights: transformers loads them with compressed-tensors 0.15 to 0.17
 SPQR = """\
 SpQR has a format of its own here: no other runtime serves it.
 """
+NF4 = """\
+`AutoModelForCausalLM.from_pretrained(path)` loads it in plain transformers with `bitsandbytes` installed
+(checked with transformers 5.23.0 and bitsandbytes 0.50.2).
+"""
+COLUMNS = """\
+No other runtime keeps columns in 16 bits; `compress export --format bitsandbytes` writes the 8-bit part of all columns for
+bitsandbytes' own LLM.int8.
+"""
+LOW_RANK = """\
+No other runtime adds the low-rank terms to the weights: transformers refuses the checkpoint.
+"""
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
@@ -94,43 +105,46 @@ def _weights(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return f"{args.pattern or f'{args.sparsity:.1%}'} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
+    word = "NF4" if args.formula == "nf4" else f"int{args.bits} {kind}"
+    word += f" with terms of rank {args.rank}" if args.rank else ""
     inputs = (
         ""
         if plan.inputs is None
         else f", int{plan.inputs.bits} {'dynamic' if plan.inputs.dynamic else 'static'} inputs"
     )
-    return f"int{args.bits} {kind}{inputs}, {counts}"
+    return f"{word}{inputs}, {counts}"
 
 
 def _tags(plan: Plan) -> str:
-    if isinstance(next(iter(plan.quantized.values())), PruneArgs):
+    args = next(iter(plan.quantized.values()))
+    if isinstance(args, PruneArgs):
         return "pruned, lmpress"
-    return "quantized, spqr, lmpress" if _two_level(plan) else "quantized, compressed-tensors, lmpress"
+    kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes", "columns": "llm-int8"}
+    kinds |= {"low-rank": "lorc"}
+    return f"quantized, {kinds[args.kind]}, lmpress"
 
 
 def _format(plan: Plan) -> str:
-    if _two_level(plan):
-        return "SpQR tiles of lmpress"
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"
+    if args.kind != "grid":
+        own = {"two-level": "SpQR tiles of lmpress", "columns": "int8 with 16-bit columns, of lmpress"}
+        own |= {"low-rank": "packed codes and low-rank terms of lmpress"}
+        return own.get(args.kind, "bitsandbytes NF4")
     int8 = plan.inputs is not None and all(int_quantized.holds_int8(a) for a in plan.quantized.values())
     return f"compressed-tensors `{int_quantized.NAME if int8 else pack_quantized.NAME}`"
-
-
-def _two_level(plan: Plan) -> bool:
-    return any(isinstance(args, QuantArgs) and args.scale_dtype == "bilevel" for args in plan.quantized.values())
 
 
 def _loading(plan: Plan) -> str:
     pruned = [a for a in plan.quantized.values() if isinstance(a, PruneArgs)]
     if pruned:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
-    if _two_level(plan):
-        return SPQR
+    args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
+    if args[0].kind != "grid":
+        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK}[args[0].kind]
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
-    args = [a for a in plan.quantized.values() if not isinstance(a, PruneArgs)]
     if not all(a.symmetric for a in args):
         return ASYMMETRIC
     dense_stream = any(a.bits not in (2, 4, 8) for a in args)

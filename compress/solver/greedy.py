@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..grid import Grid, encode
-from ..scheme import layer_zeros
+from ..prune.args import layer_zeros
 
 PANEL = 48  # columns settled per row before the inverse is updated
 SHRINK = 0.25  # share of the columns that are settled before the inverse is copied without them

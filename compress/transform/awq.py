@@ -22,7 +22,7 @@ from ...calibrate.wiring.feeds import Feed, find_feeds, score_makers
 from ..errors import UsageError
 from ..grid import encode, fit_groups
 from ..passes import Block, Linear
-from ..quantize.rtn import round_to_nearest
+from ..quantize.rtn import rounded
 from ..scheme import QuantArgs, Scheme
 from .recording import Recording, inputs_seen, inspected, record
 from .rescale import TOLERANCE, Rescale, fold_checked, gather, spread
@@ -138,7 +138,7 @@ def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Ite
     modules = {block.get_submodule(name): linear.grid_args for name, linear in linears.items()}
     saved = {module: weight_of(module).clone() for module in modules}
     for module, args in modules.items():
-        set_weight(module, round_to_nearest(saved[module] * scale, quick(args)).dequantize() / scale)
+        set_weight(module, rounded(saved[module] * scale, quick(args)) / scale)
     try:
         yield
     finally:

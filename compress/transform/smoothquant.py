@@ -19,7 +19,7 @@ from ...calibrate.wiring.feeds import Feed, find_feeds
 from ..activations import fake_quantize, grid_of
 from ..errors import UsageError
 from ..passes import Block, Linear
-from ..quantize.rtn import round_to_nearest
+from ..quantize.rtn import rounded
 from ..scheme import Scheme, inputs_per, signed_weights
 from .recording import inputs_seen, inspected, record
 from .rescale import TOLERANCE, Rescale, fed_weights, fold_checked, gather, spread
@@ -111,7 +111,7 @@ def _divided(block: nn.Module, name: str, linear: Linear | None, scale: Tensor) 
         return
     module, rows = block.get_submodule(name), scale.unsqueeze(1)
     saved = weight_of(module).clone()
-    set_weight(module, round_to_nearest(saved / rows, linear.grid_args).dequantize() * rows)
+    set_weight(module, rounded(saved / rows, linear.grid_args) * rows)
     try:
         yield
     finally:
@@ -137,7 +137,7 @@ def _quantized(
 
     with ExitStack() as stack:
         for module, linear in modules.items():
-            set_weight(module, round_to_nearest(saved[module] * scale, linear.grid_args).dequantize())
+            set_weight(module, rounded(saved[module] * scale, linear.grid_args))
             stack.callback(set_weight, module, saved[module])
             stack.callback(module.register_forward_pre_hook(rounder(linear)).remove)
         yield

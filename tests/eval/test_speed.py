@@ -15,7 +15,7 @@ from lmpress.compress.errors import UsageError
 from lmpress.eval import speed as module
 from lmpress.eval.served import served
 from lmpress.eval.speed import speed
-from lmpress.kernels.linear import PackedLinear, kernels_of
+from lmpress.kernels.modules.linear import PackedLinear, kernels_of
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ class LayerFormat:
               None where the result is an ordinary dense checkpoint
     dtype     of all other floating-point tensors; None leaves each as it is
     dense     whether a layer is stored as plain numbers, so that pruned ones and transformers' `Conv1D` are held too
+    spec      of the tensors of one layer, from its name, arguments, rows and columns; None where packing blanks tells
     """
 
     name: str
@@ -34,6 +35,7 @@ class LayerFormat:
     config: Callable[[Mapping[str, QuantArgs], Sequence[str]], dict[str, Any] | None]
     dtype: torch.dtype | None = None
     dense: bool = False
+    spec: Callable[[str, Any, int, int], dict[str, TensorSpec]] | None = None
 
 
 def uniform(format_name: str, layers: Mapping[str, QuantArgs]) -> QuantArgs:
@@ -98,7 +100,9 @@ def write_tensors(
             specs[f"{name}.weight"] = TensorSpec.of(torch.empty(size, dtype=planned.dtype, device="meta"))
         else:
             assert isinstance(args, QuantArgs)
-            specs |= specs_of(parts(name, blank(shape, args)))
+            specs |= (
+                specs_of(parts(name, blank(shape, args))) if planned.spec is None else planned.spec(name, args, *shape)
+            )
     with streamed(folder, specs) as put:
         for name in layers:
             for tensor_name, tensor in parts(name, layer(name)).items():

@@ -29,7 +29,7 @@ BITS = (2, 4, 8)
 
 def supports(args: WeightArgs, width: int) -> bool:
     """Whether MatMulNBits can hold a weight of `width` columns."""
-    if not isinstance(args, QuantArgs) or args.bits not in BITS or args.scale_dtype == "bilevel":
+    if not isinstance(args, QuantArgs) or args.bits not in BITS or args.kind != "grid":
         return False
     group = args.columns_per_scale(width)
     return group >= 16 and group & (group - 1) == 0

@@ -14,7 +14,7 @@ from lmpress.calibrate.discovery import find_linears, set_weight
 from lmpress.calibrate.source import open_source
 from lmpress.compress.errors import CompressError, UsageError
 from lmpress.compress.formats import shards
-from lmpress.kernels.linear import PackedLinear
+from lmpress.kernels.modules.linear import PackedLinear
 
 IDS = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(0))
 

@@ -9,7 +9,7 @@ from lmpress.compress.formats.shards import TensorSpec
 from lmpress.compress.prune.masks import smallest
 from lmpress.compress.scheme import PruneArgs
 from lmpress.compress.tensor import PrunedTensor
-from lmpress.kernels.stored import StoredLinear
+from lmpress.kernels.modules.stored import StoredLinear
 
 
 def pruned(args: PruneArgs, rows: int, columns: int) -> PrunedTensor:

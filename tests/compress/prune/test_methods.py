@@ -11,8 +11,9 @@ from lmpress.calibrate.hessian import Hessian
 from lmpress.compress.errors import UsageError
 from lmpress.compress.passes import Block, Linear, method
 from lmpress.compress.prune import exactobs, magnitude, obd, obs, sparsegpt, wanda
+from lmpress.compress.prune.args import Pruning, block_zeros, layer_zeros
 from lmpress.compress.prune.masks import smallest
-from lmpress.compress.scheme import PruneArgs, Pruning, QuantArgs, block_zeros, layer_zeros
+from lmpress.compress.scheme import PruneArgs, QuantArgs
 from lmpress.compress.solver.damped import damped
 from lmpress.compress.solver.refit import refit, row_losses
 from lmpress.compress.solver.sweep import sweep

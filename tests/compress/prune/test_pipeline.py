@@ -11,7 +11,7 @@ from lmpress.calibrate.discovery import find_blocks, find_linears, weight_of
 from lmpress.compress import pipeline
 from lmpress.compress.api import default_out, pruning_recipe
 from lmpress.compress.errors import UsageError
-from lmpress.kernels.stored import StoredLinear
+from lmpress.kernels.modules.stored import StoredLinear
 
 
 @pytest.fixture

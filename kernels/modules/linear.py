@@ -3,15 +3,16 @@
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor, SpQRTensor, TwoLevel
-from . import apart, dispatch
-from .kernel import STEPS, Activations, Need, Product
-from .weight import Weight
+from ...compress.scheme import QuantArgs
+from ...compress.tensor import MixedTensor, Served, SpQRTensor, TwoLevel, parts, settings
+from .. import apart, dispatch
+from ..kernel import STEPS, Activations, Need, Product
+from ..weight import Weight
 
 LEVEL_PARTS = ("codes", "scale", "zero")
 
@@ -35,18 +36,15 @@ class Serving:
 
 
 class PackedLinear(nn.Module):
-    """`y = x W^T + bias` with `W = scale * (codes - zero)` kept as codes.
+    """`y = x W^T + bias` with `W` kept as codes.
 
     product  the weight in the layout of the kernel that serves it
-    scale    `[out, groups]` in its stored dtype
-    zero     uint8 `[out, groups]`, None for symmetric grids
 
-    Raises `UsageError` where `serving` names a kernel that cannot serve.
+    What the codes stand for are buffers in their stored dtypes, called as the fields of the tensor: `scale` and `zero` of a
+    grid, `absmax` of NF4. Raises `UsageError` where `serving` names a kernel that cannot serve.
     """
 
-    def __init__(
-        self, tensor: CompressedTensor | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None
-    ) -> None:
+    def __init__(self, tensor: Served | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args: QuantArgs = tensor.args
@@ -56,14 +54,15 @@ class PackedLinear(nn.Module):
         self._arrange(tensor, serving or Serving())
 
     @property
-    def compressed(self) -> CompressedTensor | SpQRTensor:
+    def compressed(self) -> Served | SpQRTensor:
         """What the module serves."""
-        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args)
+        stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
+        return self._kind(codes=self.product.codes(), **stored, **self._settings)
 
     @property
     def activations(self) -> Activations:
         """How inputs enter the product."""
-        return self.serving.activations
+        return "token" if self._kind is MixedTensor else self.serving.activations
 
     @property
     def steps(self) -> float:
@@ -81,18 +80,20 @@ class PackedLinear(nn.Module):
     def extra_repr(self) -> str:
         args = self.args
         kind = "symmetric" if args.symmetric else "asymmetric"
-        shape = f"{self.in_features}, {self.out_features}, int{args.bits} {kind}, group_size={args.group_size}"
+        grid = f"int{args.bits} {kind}" if args.kind == "grid" else args.kind
+        shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
         return f"{shape}, kernel={self.kernel}, activations={self.activations}"
 
-    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+    def _keep(self, tensor: Served | SpQRTensor) -> None:
         """Register what `compressed` needs besides the codes: buffers that no cast changes."""
-        assert isinstance(tensor, CompressedTensor)
-        self.scale: Tensor
-        self.zero: Tensor | None
-        self.register_buffer("scale", tensor.scale, persistent=False)
-        self.register_buffer("zero", tensor.zero, persistent=False)
+        assert not isinstance(tensor, SpQRTensor)
+        self._kind: type[Served] = type(tensor)
+        self._settings = settings(tensor)
+        self._stored = [name for name in parts(tensor) if name != "codes"]
+        for name in self._stored:
+            self.register_buffer(name, parts(tensor)[name], persistent=False)
 
-    def _arrange(self, tensor: CompressedTensor | SpQRTensor, serving: Serving) -> None:
+    def _arrange(self, tensor: Served | SpQRTensor, serving: Serving) -> None:
         self.serving = serving
         weight = Weight.of(tensor)
         need = Need.of(weight, self.activations, serving.dtype, self.steps)
@@ -130,7 +131,12 @@ class SpQRLinear(PackedLinear):
         residual = (rows.starts.diff(), rows.indices.long(), rows.values.half())
         return SpQRTensor(rows.codes(), self._level("scale"), self._level("zero"), *residual, self.args)
 
-    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product."""
+        return self.serving.activations
+
+    def _keep(self, tensor: Served | SpQRTensor) -> None:
         assert isinstance(tensor, SpQRTensor)
         for which, level in (("scale", tensor.scale), ("zero", tensor.zero)):
             for part in LEVEL_PARTS:

@@ -9,7 +9,7 @@ from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs
 from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import Need
-from lmpress.kernels.linear import PackedLinear, Serving, kernels_of, serve
+from lmpress.kernels.modules.linear import PackedLinear, Serving, kernels_of, serve
 
 INT4 = QuantArgs(group_size=32)
 

@@ -14,7 +14,7 @@ from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.compress.tensor import CompressedTensor
 from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import Need
-from lmpress.kernels.linear import PackedLinear, Serving, kernels_of, serve
+from lmpress.kernels.modules.linear import PackedLinear, Serving, kernels_of, serve
 
 CALIBRATION = {"samples": 8, "seq_len": 128}
 FORMATS: dict[str, tuple[str, dict[str, Any]]] = {

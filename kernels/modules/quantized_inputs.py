@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ..compress.activations import encode, extremes, grid_of
-from ..compress.scheme import QuantArgs
-from ..compress.tensor import CompressedTensor, SpQRTensor
-from .kernel import STEPS, Activations
+from ...compress.activations import encode, extremes, grid_of
+from ...compress.scheme import QuantArgs
+from ...compress.tensor import CompressedTensor, Served, SpQRTensor
+from ..kernel import STEPS, Activations
 from .linear import PackedLinear
 
 
@@ -33,7 +33,9 @@ class IntegerLinear(PackedLinear):
     def compressed(self) -> CompressedTensor:
         """What the module serves."""
         static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
-        return CompressedTensor(self.product.codes(), self.scale, self.zero, self.args, self.inputs, static)
+        return CompressedTensor(
+            self.product.codes(), self.get_buffer("scale"), self._buffers["zero"], self.args, self.inputs, static
+        )
 
     @property
     def activations(self) -> Activations:
@@ -61,7 +63,7 @@ class IntegerLinear(PackedLinear):
         kind = "dynamic" if self.inputs.dynamic else "static"
         return f"{super().extra_repr()}, {kind} int{self.inputs.bits} inputs per {self.inputs.strategy}"
 
-    def _keep(self, tensor: CompressedTensor | SpQRTensor) -> None:
+    def _keep(self, tensor: Served | SpQRTensor) -> None:
         super()._keep(tensor)
         assert isinstance(tensor, CompressedTensor) and tensor.inputs is not None
         self.inputs = tensor.inputs

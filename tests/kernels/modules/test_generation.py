@@ -9,9 +9,9 @@ from transformers import AutoTokenizer, PreTrainedModel
 import lmpress
 from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import Need
-from lmpress.kernels.linear import Serving, kernels_of, serve
+from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 
-SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
+SAMPLE = Path(__file__).parents[3] / "examples" / "sample_model"
 PROMPT = "def quicksort(items):\n    if len(items) < 2:\n"
 
 

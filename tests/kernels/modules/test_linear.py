@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs
 from lmpress.compress.tensor import CompressedTensor
-from lmpress.kernels.linear import PackedLinear
-from lmpress.kernels.replace import replace_linear
+from lmpress.kernels.modules.linear import PackedLinear
+from lmpress.kernels.modules.replace import replace_linear
 
 ROWS, COLUMNS = 19, 86
 

@@ -1,0 +1,33 @@
+"""Packed layers in place of a model's linear layers."""
+
+import torch
+from torch import nn
+
+from ...compress.tensor import Compressed, CompressedTensor, LowRankTensor, NF4Tensor, PrunedTensor, SpQRTensor
+from .linear import PackedLinear, Serving, SpQRLinear
+from .low_rank import LowRankLinear
+from .quantized_inputs import IntegerLinear
+from .stored import StoredLinear
+
+
+def replace_linear(
+    model: nn.Module, name: str, tensor: Compressed, serving: Serving | None = None, device: torch.device | str = "cpu"
+) -> None:
+    """Put a module that serves `tensor` on `device` at the dotted `name`, keeping the bias parameter that stands there."""
+    parent, _, leaf = name.rpartition(".")
+    bias = getattr(model.get_submodule(name), "bias", None)
+    setattr(model.get_submodule(parent), leaf, _module(tensor, bias, serving, device))
+
+
+def _module(
+    tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None, device: torch.device | str
+) -> nn.Module:
+    if isinstance(tensor, LowRankTensor):
+        return LowRankLinear(_module(tensor.base, bias, serving, device), tensor).to(device)
+    if isinstance(tensor, PrunedTensor) or (isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks):
+        return StoredLinear(tensor, bias)
+    if isinstance(tensor, SpQRTensor):
+        return SpQRLinear(tensor.to(device), bias, serving)
+    if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
+        return IntegerLinear(tensor.to(device), bias, serving)
+    return PackedLinear(tensor.to(device), bias, serving)

@@ -46,6 +46,12 @@ def quantize(
     out: Out = None,
     method: Annotated[str, typer.Option(help="gptq, spqr, obq, rtn, awq, smoothquant or rotate.")] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a weight on disk instead, on average: each layer gets what serves it.", show_default=False
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Weights that share a scale; -1: an output row. Default: the method's, mostly 128."),
@@ -87,6 +93,7 @@ def quantize(
             else quantization_recipe(
                 method=method,
                 bits=bits,
+                average_bits=average_bits,
                 group_size=group_size,
                 symmetric=False if asymmetric else None,
                 quality=quality,
@@ -112,6 +119,9 @@ def prune(
     pattern: Annotated[
         str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
     ] = None,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Share the sparsity between layers as each bears it.")
+    ] = False,
     format_: Annotated[
         str,
         typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
@@ -144,6 +154,7 @@ def prune(
             method=method,
             sparsity=sparsity,
             pattern=pattern,
+            allocate=allocate,
             format=format_,
             calib=calib,
             samples=samples,

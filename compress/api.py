@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import schema
+from ..recipes.allocation import decided
 from ..recipes.schema import Recipe
 from . import passes, pipeline
 from .errors import UsageError
 from .pipeline import RunReport
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Pruning, Scheme, group_strategy
+from .workspace import check_target
 
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
 
@@ -22,6 +24,7 @@ def quantize(
     *,
     method: str = "gptq",
     bits: int | None = None,
+    average_bits: float | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     quality: str = "balanced",
@@ -38,6 +41,8 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
+    With `average_bits` instead of `bits`, layers get different ones: as many on average on disk, scales included, where they
+    matter most, which is measured first (see `recipes/allocation.py`).
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
     for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
     and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
@@ -50,6 +55,7 @@ def quantize(
     recipe = quantization_recipe(
         method=method,
         bits=bits,
+        average_bits=average_bits,
         group_size=group_size,
         symmetric=symmetric,
         quality=quality,
@@ -70,6 +76,7 @@ def prune(
     method: str = "exactobs",
     sparsity: float | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     format: str = "dense",  # noqa: A002 - the command line's word
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -84,7 +91,8 @@ def prune(
     """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
 
     `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
-    `2:4` the zeros in every group of columns. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
+    `2:4` the zeros in every group of columns. With `allocate` the sparsity is that of all layers together, each having as much
+    of it as it bears best, which is measured first. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
     smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
     weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
     Raises `UsageError` before anything is written, `CompressError` later.
@@ -93,6 +101,7 @@ def prune(
         method=method,
         sparsity=sparsity,
         pattern=pattern,
+        allocate=allocate,
         format=format,
         calib=calib,
         samples=samples,
@@ -117,13 +126,16 @@ def run(
     """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
     wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
     place = Path(out) if out else default_out(model, wanted)
-    return pipeline.run(model, place, wanted, targets=target, overwrite=overwrite, device=device, observer=observer)
+    check_target(place, overwrite)
+    with decided(model, place, wanted, device, observer) as final:
+        return pipeline.run(model, place, final, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def quantization_recipe(
     *,
     method: str = "gptq",
     bits: int | None = None,
+    average_bits: float | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     quality: str = "balanced",
@@ -135,6 +147,8 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
+    if bits is not None and average_bits is not None:
+        raise UsageError("bits and average bits contradict each other", "give one of them")
     known = passes.method(method)
     preset = dict(known.preset(quality))
     own_size = preset.pop("group_size", None)
@@ -153,6 +167,7 @@ def quantization_recipe(
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
+            "allocate": None if average_bits is None else {"average": average_bits},
         },
         "quantize",
     )
@@ -163,6 +178,7 @@ def pruning_recipe(
     method: str = "exactobs",
     sparsity: float | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     format: str = "dense",  # noqa: A002
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -182,6 +198,7 @@ def pruning_recipe(
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
+            "allocate": {} if allocate else None,
         },
         "prune",
     )
@@ -192,15 +209,18 @@ def default_out(model: str | Path, recipe: Recipe) -> Path:
     path = Path(model)
     names = [entry.method for entry in recipe.passes]
     methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme)}"
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
-def _amount(scheme: Scheme | Pruning) -> str:
+def _amount(recipe: Recipe) -> str:
+    scheme, shared = recipe.scheme, recipe.allocate
     if isinstance(scheme, Pruning):
         args = scheme.weights
-        return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
-    return f"w{scheme.weights.bits}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
+        amount = args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
+        return f"{amount}-allocated" if shared else amount
+    bits = scheme.weights.bits if shared is None else shared.average
+    return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
 
 
 def _level(name: str) -> Scheme:

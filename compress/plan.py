@@ -109,6 +109,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     """
     if "quantization_config" in source.config:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
+    if recipe.allocate is not None:
+        raise UsageError("what each layer gets is still to be measured", "carry the recipe out by lmpress.run")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
     inputs = _inputs(recipe)

@@ -58,7 +58,8 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
     quality: Annotated[
-        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+        str,
+        typer.Option(help="fast (as published), balanced (the best the solver alone can do), best (block tuning too)."),
     ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
@@ -203,6 +204,13 @@ def eval_(
     stride: Annotated[int | None, typer.Option(min=1, help="Default: the row length.", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows only.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(help="Pack the keys and values of past tokens: 2 to 8; 16: never.", show_default=False),
+    ] = None,
+    kv_window: Annotated[
+        int | None, typer.Option(min=0, help="Latest tokens that are not packed. Default: 64", show_default=False)
+    ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -225,6 +233,8 @@ def eval_(
                 against=against,
                 device=device,
                 dtype=dtype,
+                kv_bits=kv_bits,
+                kv_window=kv_window,
                 progress=observer,
             )
         output.result(found.as_dict(), table({Path(model).name: found}))
@@ -276,7 +286,7 @@ def verify(
 def inspect(model: Model, json_file: Json = None, quiet: Quiet = False, debug: Debug = False) -> None:
     """Show what MODEL is made of: blocks, linear layers, how they are stored. Loads no weights."""
     with session(json_file, quiet, debug) as output:
-        from .calibrate.inspect import inspect as look
+        from .eval.inspect import inspect as look
         from .eval.render import inspection
 
         found = look(model)

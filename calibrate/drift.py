@@ -24,15 +24,20 @@ class Drift:
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
         self.sequences = 0
         self._sum = torch.zeros(rows, columns, dtype=dtype, device=device)
+        self._done = False
 
     def update(self, lacking: Tensor, inputs: Tensor, sequences: int) -> None:
         """Add the tokens of `sequences` rows: `lacking` `S_ref - S` `[tokens, out]`, `inputs` `X` `[tokens, in]`."""
+        assert not self._done
         self._sum.addmm_(lacking.to(self._sum.dtype).T, inputs.to(self._sum.dtype))
         self.sequences += sequences
 
     def matrix(self) -> Tensor:
-        """`G` `[out, in]`."""
-        return self._sum * (2 / max(self.sequences, 1))
+        """`G` `[out, in]`: the statistic's own memory, to be read only. From then on nothing more can be added."""
+        if not self._done:
+            self._sum.mul_(2 / max(self.sequences, 1))
+            self._done = True
+        return self._sum
 
 
 @contextmanager

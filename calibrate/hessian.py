@@ -19,6 +19,7 @@ class Hessian:
         self.sequences = 0
         self.tokens = 0
         self._sum = torch.zeros(width, width, dtype=dtype, device=device)
+        self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place when it is first asked for
 
     @classmethod
     def unseen(cls, width: int, dtype: torch.dtype, device: torch.device) -> "Hessian":
@@ -29,6 +30,7 @@ class Hessian:
 
     def update(self, inputs: Tensor, sequences: int) -> None:
         """Add the rows of `inputs` `[tokens, width]` (any float dtype) that came from `sequences` calibration rows."""
+        assert self._matrix is None
         x = inputs.to(self._sum.dtype)
         for start, stop in self._tiles():  # only the upper tiles: X^T X is symmetric
             self._sum[start:stop, start:].addmm_(x[:, start:stop].T, x[:, start:])
@@ -36,17 +38,25 @@ class Hessian:
         self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
-        """`2/N * X^T X` `[width, width]`, symmetric to the last bit."""
-        matrix = self._sum * (2 / max(self.sequences, 1))
-        for start in range(0, self.width, STRIP):  # mirrored strip by strip: a whole transpose would double the memory
+        """`2/N * X^T X` `[width, width]`, symmetric to the last bit: the statistic's own memory, to be read only.
+
+        From then on nothing more can be added.
+        """
+        if self._matrix is None:
+            self._matrix = self._mirrored(self._sum.mul_(2 / max(self.sequences, 1)))
+        return self._matrix
+
+    def diagonal(self) -> Tensor:
+        """The diagonal of `matrix()` `[width]`."""
+        return self._sum.diagonal() * (2 / max(self.sequences, 1)) if self._matrix is None else self._matrix.diagonal()
+
+    def _mirrored(self, matrix: Tensor) -> Tensor:
+        """Fill the lower tiles of `matrix` in place, strip by strip: a whole transpose would double the memory."""
+        for start in range(0, self.width, STRIP):
             strip = matrix[start : start + STRIP, start:]
             strip[:, : len(strip)].copy_(strip[:, : len(strip)].triu() + strip[:, : len(strip)].triu(1).T)
             matrix[start + len(strip) :, start : start + len(strip)] = strip[:, len(strip) :].T
         return matrix
-
-    def diagonal(self) -> Tensor:
-        """The diagonal of `matrix()` `[width]`."""
-        return self._sum.diagonal() * (2 / max(self.sequences, 1))
 
     def _tiles(self) -> list[tuple[int, int]]:
         if self.width < TILED_WIDTH:

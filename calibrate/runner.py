@@ -7,8 +7,7 @@ Where a pass asks for the drift, the original model walks along: a second stream
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from copy import deepcopy
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from ..compress.errors import CompressError
-from .discovery import find_blocks, find_linears, weight_of
-from .drift import Drift, landings
-from .hessian import Hessian
+from .discovery import find_blocks, find_linears
+from .drift import landings
+from .gather import Gatherer, Sharing, Statistics, observing
 from .rows import Rows
 from .skeleton import Names, materialise, outside, release
 from .source import Source
-from .store import ActivationStore
+from .store import ActivationStore, kept_copy
 
 TOKENS_PER_BATCH = 4096
 TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # batches that a gradient is taken of: small, and enough to hold some out
@@ -46,18 +45,6 @@ class Call:
         """The block's output hidden states for the input `hidden` `[rows, length, width]`."""
         out = block(hidden, *self.args, **self.kwargs)
         return out[0] if isinstance(out, tuple) else out
-
-
-@dataclass
-class Statistics:
-    """Statistics by linear name; linears that read the same tensor share a Hessian, `groups` lists them in order of use.
-
-    `drifts` are there where the original model walks along, for linears that see every token.
-    """
-
-    hessians: dict[str, Hessian] = field(default_factory=dict)
-    drifts: dict[str, Drift] = field(default_factory=dict)
-    groups: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -124,7 +111,7 @@ class Runner:
         block = self.blocks[index]
         materialise(block, self.block_name(index), self.source, self.names, self.device)
         if self._reference is not None:
-            self._original = deepcopy(block)
+            self._original = kept_copy(block)
         return block
 
     def unload(self, index: int) -> None:
@@ -138,47 +125,40 @@ class Runner:
         self._calls = [[] for _ in self.blocks]
         with self._outside_on_demand(), self._blocks_recording():
             for i, ids in enumerate(self._ids):
-                mask = None if self._masks is None else self._masks[i].to(self.device)
                 try:
-                    self.model(input_ids=ids.to(self.device), attention_mask=mask, use_cache=False)
+                    self.model(input_ids=ids.to(self.device), attention_mask=self._mask(i), use_cache=False)
                 except _Reached:
                     continue
                 raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
 
+    @torch.no_grad()
     def groups(self, index: int, wanted: set[str]) -> list[list[str]]:
-        """The linears `wanted` of the loaded block `index` by common input, in order of use: one batch tells."""
-        return self.collect(index, wanted, batches=1).groups
+        """The linears `wanted` of the loaded block `index` by common input, in order of use: a few tokens tell."""
+        sharing, linears = Sharing(), self._linears(index, wanted)
+        with observing(linears, sharing.note):
+            self._calls[index][0].replay(self.blocks[index], self._hidden[0].to(self.device))
+        return sharing.groups + [[name] for name in linears if not any(name in group for group in sharing.groups)]
 
     @torch.no_grad()
-    def collect(
-        self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32, batches: int | None = None
-    ) -> Statistics:
-        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
-
-        All batches take part, or the first `batches`.
-        """
-        statistics, sharing = Statistics(), {}
-        linears = {name: m for name, m in find_linears(self.blocks[index]).items() if name in wanted}
-        for i, call in enumerate(self._calls[index][:batches]):
-            mask = None if self._masks is None else self._masks[i].to(self.device)
-            gatherer = _Gatherer(statistics, sharing, mask, len(self._ids[i]), dtype)
-            with _observing(linears, gatherer), landings(linears if self._original else {}) as landed:
+    def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
+        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`."""
+        linears = self._linears(index, wanted)
+        gatherer = Gatherer(linears, dtype)
+        for i, call in enumerate(self._calls[index]):
+            mask, rows = self._mask(i), len(self._ids[i])
+            with gatherer.one_pass(mask, rows), landings(linears if self._original else {}) as landed:
                 call.replay(self.blocks[index], self._hidden[i].to(self.device))
+            intended: dict[str, Tensor] = {}
             if self._reference is not None and self._original is not None:
-                originals = {name: self._original.get_submodule(name) for name in linears}
-                with landings(originals) as intended:
+                with landings({name: self._original.get_submodule(name) for name in linears}) as intended:
                     call.replay(self._original, self._reference[i].to(self.device))
-                gatherer.drift(linears, landed, intended)
-        _check_finite(statistics, self.block_name(index))
-        for name in [n for n in linears if n not in statistics.hessians]:  # experts that no token was routed to
-            statistics.hessians[name] = Hessian.unseen(weight_of(linears[name]).shape[1], dtype, self.device)
-            statistics.groups.append([name])
-        return statistics
+            gatherer.drift(landed, intended, mask, rows)
+        return gatherer.finish(self.block_name(index), self.device)
 
     def retake(self, index: int) -> None:
         """Take block `index` as it stands for the original from here on: a transform has rewritten it to the same function."""
         if self._original is not None:
-            self._original = deepcopy(self.blocks[index])
+            self._original = kept_copy(self.blocks[index])
 
     def turn(self, matrix: Tensor) -> None:
         """Multiply the stored hidden states by `matrix` from the right: a transform has turned the whole model's."""
@@ -207,8 +187,7 @@ class Runner:
     def samples(self, index: int) -> Iterator[tuple[Call, Tensor, Tensor | None]]:
         """Batch by batch: how block `index` is called, its stored hidden states, and the mask of real tokens or None."""
         for i, call in enumerate(self._calls[index]):
-            mask = None if self._masks is None else self._masks[i].to(self.device)
-            yield call, self._hidden[i].to(self.device), mask
+            yield call, self._hidden[i].to(self.device), self._mask(i)
 
     def io(self, index: int) -> BlockIO:
         """What the loaded block `index` reads and gives. The runner must have been made with `reference`."""
@@ -230,6 +209,12 @@ class Runner:
             self._hidden[i] = call.replay(self.blocks[index], self._hidden[i].to(self.device))
             if self._reference is not None and self._original is not None:
                 self._reference[i] = call.replay(self._original, self._reference[i].to(self.device))
+
+    def _mask(self, batch: int) -> Tensor | None:
+        return None if self._masks is None else self._masks[batch].to(self.device)
+
+    def _linears(self, index: int, wanted: set[str]) -> dict[str, nn.Module]:
+        return {name: module for name, module in find_linears(self.blocks[index]).items() if name in wanted}
 
     @contextmanager
     def _outside_on_demand(self) -> Iterator[None]:
@@ -315,78 +300,6 @@ def _batch(ids: Tensor, small: bool) -> int:
     rows, length = ids.shape
     most = (TOKENS_PER_STEP if small else TOKENS_PER_BATCH) // length
     return max(1, min(most, rows // FEWEST_STEPS) if small else most)
-
-
-class _Gatherer:
-    """Adds each distinct input of one forward pass to one Hessian."""
-
-    def __init__(
-        self, statistics: Statistics, leaders: dict[str, str], mask: Tensor | None, sequences: int, dtype: torch.dtype
-    ) -> None:
-        self._statistics, self._leaders, self._mask = statistics, leaders, mask
-        self._sequences, self._dtype = sequences, dtype
-        self._seen: list[tuple[Tensor, str]] = []  # inputs of this pass, held so that identities stay unique
-
-    def __call__(self, name: str, inputs: Tensor) -> None:
-        leader = self._leaders.get(name) or self._join(name, inputs)
-        self._seen.append((inputs, name))
-        if leader == name:
-            self._statistics.hessians[name].update(self._tokens(name, inputs), self._sequences)
-
-    def drift(self, linears: dict[str, nn.Module], landed: dict[str, Tensor], intended: dict[str, Tensor]) -> None:
-        """Add to the drifts: what each output lands in, here and in the original model."""
-        for inputs, name in self._seen:
-            here, there = landed[name], intended.get(name)
-            if there is None or inputs.ndim != 3:  # tokens routed to experts have no counterpart to compare with
-                continue
-            if name not in self._statistics.drifts:
-                rows, columns = weight_of(linears[name]).shape
-                self._statistics.drifts[name] = Drift(rows, columns, self._dtype, inputs.device)
-            self._statistics.drifts[name].update(
-                self._tokens(name, there - here), self._tokens(name, inputs), self._sequences
-            )
-
-    def _join(self, name: str, inputs: Tensor) -> str:
-        leader = next((self._leaders[other] for tensor, other in self._seen if tensor is inputs), name)
-        self._leaders[name] = leader
-        if leader == name:
-            self._statistics.hessians[name] = Hessian(inputs.shape[-1], self._dtype, inputs.device)
-            self._statistics.groups.append([name])
-        else:
-            self._statistics.hessians[name] = self._statistics.hessians[leader]
-            next(group for group in self._statistics.groups if leader in group).append(name)
-        return leader
-
-    def _tokens(self, name: str, inputs: Tensor) -> Tensor:
-        """The values at real tokens `[tokens, width]`: padding never enters a statistic."""
-        flat = inputs.reshape(-1, inputs.shape[-1])
-        if self._mask is None:
-            return flat
-        if flat.shape[0] != self._mask.numel():
-            raise CompressError(f"{name} sees {flat.shape[0]} routed tokens, which a padding mask cannot follow")
-        return flat[self._mask.reshape(-1).bool()]
-
-
-@contextmanager
-def _observing(linears: dict[str, nn.Module], gatherer: _Gatherer) -> Iterator[None]:
-    def hook(name: str) -> Any:
-        return lambda module, args: gatherer(name, args[0])
-
-    hooks = [module.register_forward_pre_hook(hook(name)) for name, module in linears.items()]
-    try:
-        yield
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-def _check_finite(statistics: Statistics, block: str) -> None:
-    for name, hessian in statistics.hessians.items():
-        if not hessian.diagonal().isfinite().all():
-            raise CompressError(
-                f"the inputs of {block}.{name} are not finite on the calibration rows",
-                "check the model and the calibration data; a float16 model may have overflowed",
-            )
 
 
 def _equal(a: Any, b: Any) -> bool:

@@ -1,11 +1,14 @@
-"""Activations between two blocks: kept in memory while they are few, in a file when they are many."""
+"""What a walk keeps at hand in little memory: activations between two blocks, and a block as it was."""
 
+from copy import deepcopy
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..compress.formats.shards import storage_errors
+from .discovery import find_linears
 
 IN_MEMORY_BYTES = 256 * 2**20
 
@@ -45,3 +48,46 @@ class ActivationStore:
         with path.open("rb") as file:
             file.readinto(buffer.flatten().view(torch.uint8).numpy().data)
         return buffer
+
+
+def kept_copy(block: nn.Module) -> nn.Module:
+    """A copy of `block` that stays as it is; weights of linears that half the bits can hold are widened only when called.
+
+    Almost every checkpoint stores 16-bit numbers, so the copy takes half the memory of the block and computes the same.
+    """
+    narrowed: dict[int, Any] = {}
+    for linear in find_linears(block).values():
+        for parameter in linear.parameters(recurse=False):
+            narrow = _narrowest(parameter.detach())
+            if narrow.dtype != parameter.dtype:
+                narrowed[id(parameter)] = nn.Parameter(narrow, requires_grad=False)
+    copy = deepcopy(block, memo=dict(narrowed))  # deepcopy takes what its memo holds for the copy
+    for name, linear in find_linears(copy).items():
+        if any(id(p) in narrowed for p in block.get_submodule(name).parameters(recurse=False)):
+            _widen_when_called(linear, block.get_submodule(name))
+    return copy
+
+
+def _narrowest(values: Tensor) -> Tensor:
+    """`values` in the first 16-bit dtype that holds them exactly, or as they are."""
+    for dtype in (torch.bfloat16, torch.float16):
+        narrow = values.to(dtype)
+        if torch.equal(narrow.to(values.dtype), values):
+            return narrow
+    return values
+
+
+def _widen_when_called(linear: nn.Module, like: nn.Module) -> None:
+    stored = dict(linear._parameters)
+    wide = {name: None if p is None else p.dtype for name, p in like._parameters.items()}
+
+    def widen(module: nn.Module, args: object) -> None:
+        for name, parameter in stored.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(parameter.to(wide[name]), requires_grad=False)
+
+    def narrow(module: nn.Module, args: object, output: object) -> None:
+        module._parameters.update(stored)
+
+    linear.register_forward_pre_hook(widen)
+    linear.register_forward_hook(narrow, always_call=True)

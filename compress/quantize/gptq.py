@@ -24,6 +24,7 @@ from ..tensor import CompressedTensor
 from .guard import keep_better
 
 Order = Literal["natural", "act", "group"]
+ROWS = 512  # whose drift is made up for at a time
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -72,12 +73,9 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
-    "best": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 4},
-}
+# `--quality`: options by preset; `best` is trained after it (`tune`). `benchmarks/quality.py` measures what each gains.
+BEYOND = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND, "best": BEYOND}
 
 
 def apply(config: GPTQ, block: Block) -> None:
@@ -126,19 +124,18 @@ class Prepared:
 
 @plain_dataclass(frozen=True)
 class Solution:
-    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`. `errors` are the sweep's `E^T` `[in, out]`
-    where it has the last word: a descent after it uses them up."""
+    """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`."""
 
     tensor: CompressedTensor
     damped_loss: float
-    errors: Tensor | None
 
 
 def prepare(hessian: Tensor, args: QuantArgs, config: GPTQ) -> Prepared:
     """Fix the dead columns of `hessian` `[in, in]`, choose the order of the columns, factor."""
     dead = hessian.diagonal() <= 0
     if dead.any():
-        hessian = hessian + torch.diag(dead.to(hessian.dtype))
+        hessian = hessian.clone()
+        hessian.diagonal().add_(dead.to(hessian.dtype))
     order = column_order(hessian.diagonal(), args.columns_per_scale(len(hessian)), config.order)
     return Prepared(hessian, dead, order, inverse_factor(hessian, config.damping, order))
 
@@ -157,27 +154,33 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
     """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
-    repair = drift.to(weight.dtype).T.contiguous()[prepared.order]
-    repair = times_inverse_(repair, prepared.factor.upper)[prepared.order.argsort()]
-    return torch.add(weight, repair.T, alpha=share)
+    back, target = prepared.order.argsort(), weight.clone()
+    for rows, aim in zip(drift.split(ROWS), target.split(ROWS), strict=True):  # all at once would take five matrices
+        columns = rows.to(weight.dtype).T.contiguous()[prepared.order]
+        aim.add_(times_inverse_(columns, prepared.factor.upper)[back].T, alpha=share)
+    return target
 
 
 def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
     alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
-    importance = prepared.hessian.diagonal() if config.weighted_grid else None
-    projection = GridProjection(alive, prepared.order, args, config.groups == "dynamic", importance)
-    columns = alive.T.contiguous()[prepared.order]
-    errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
-    del columns
+    codes, grid, errors = swept(alive, prepared, args, config)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    codes, grid = projection.result()
-    if not config.refine:
-        return Solution(CompressedTensor.from_grid(codes, grid), loss, errors)
-    slope = prepared.slope_(errors)
-    del errors
-    codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
-    return Solution(CompressedTensor.from_grid(codes, grid), loss - fallen, None)
+    if config.refine:
+        slope = prepared.slope_(errors)
+        del errors  # used up, and as large as the weight
+        codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
+        loss -= fallen
+    return Solution(CompressedTensor.from_grid(codes, grid), loss)
+
+
+def swept(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> tuple[Tensor, Grid, Tensor]:
+    """The published method alone: codes `[out, in]`, their grid, and the scaled errors `E^T` `[in, out]` of the sweep."""
+    importance = prepared.hessian.diagonal() if config.weighted_grid else None
+    projection = GridProjection(weight, prepared.order, args, config.groups == "dynamic", importance)
+    columns = weight.T.contiguous()[prepared.order]
+    errors = sweep(columns, prepared.factor.upper, projection, config.block_size)
+    return *projection.result(), errors
 
 
 class GridProjection:

@@ -7,9 +7,9 @@ from torch import Tensor
 
 # Damping grows by this factor until the Cholesky factorisation succeeds, up to the mean diagonal itself.
 ESCALATION, LARGEST_DAMPING = 10.0, 1.0
-LEAF = (
-    256  # below this order a plain triangular solve beats further splitting, and a strip's zeros are worth multiplying
-)
+# Below this order a plain triangular solve beats further splitting, and a strip's zeros are worth multiplying.
+LEAF = 256
+STRIP = 2**20  # elements that are turned around at a time
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
     while True:
         lower = _reversed_cholesky(hessian, backwards, damping * mean)
         if lower is not None:
-            return Factor(triangular_inverse_(lower).flip(0, 1).contiguous(), damping)
+            return Factor(_turn_around_(triangular_inverse_(lower)), damping)
         if damping >= LARGEST_DAMPING:
             return Factor(_floored(hessian, backwards, damping * mean), damping, floored=True)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
@@ -64,14 +64,18 @@ def _strips(upper: Tensor) -> list[slice]:
 def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:
     """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None where there is none.
 
-    `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky.
+    `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky. The
+    matrices are large, so one copy, permuted and reversed, becomes the factor in place.
     """
-    flipped = hessian[backwards.unsqueeze(1), backwards]  # permuted and reversed in one copy: these matrices are large
-    flipped.diagonal().add_(shift)
-    lower, info = torch.linalg.cholesky_ex(flipped)
-    if info.item() or not lower.diagonal().isfinite().all() or lower.diagonal().min() <= 0:
+    matrix = hessian[backwards.unsqueeze(1), backwards]
+    matrix.diagonal().add_(shift)
+    info = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(
+        matrix.mT, upper=True, out=(matrix.mT, info)
+    )  # LAPACK's order of storage: nothing is copied
+    if info.item() or not matrix.diagonal().isfinite().all() or matrix.diagonal().min() <= 0:
         return None
-    return lower
+    return matrix
 
 
 def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
@@ -79,8 +83,20 @@ def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
     values, vectors = torch.linalg.eigh(hessian.double())
     least = floor.double() if floor > 0 else torch.ones((), dtype=torch.float64)
     raised = (vectors * values.clamp(min=least)) @ vectors.T
-    lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards])
-    return triangular_inverse_(lower).flip(0, 1).contiguous().to(hessian.dtype)
+    lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards]).contiguous()
+    return _turn_around_(triangular_inverse_(lower)).to(hessian.dtype)
+
+
+def _turn_around_(matrix: Tensor) -> Tensor:
+    """Reverse the rows and the columns of a contiguous `matrix` in place."""
+    flat = matrix.view(-1)
+    for start in range(0, middle := flat.numel() // 2, STRIP):
+        stop = min(start + STRIP, middle)
+        front, back = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 def triangular_inverse_(lower: Tensor) -> Tensor:
@@ -93,5 +109,5 @@ def triangular_inverse_(lower: Tensor) -> Tensor:
     top, bottom, corner = lower[:half, :half], lower[half:, half:], lower[half:, :half]
     triangular_inverse_(top)
     triangular_inverse_(bottom)
-    corner.copy_((bottom @ corner @ top).neg_())
+    torch.mm(bottom @ corner, top, out=corner).neg_()
     return lower

@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .discovery import find_blocks, find_linears, weight_of
-from .rows import context_length, has_tokenizer
-from .skeleton import Names, build
-from .source import Source, open_source
+from ..calibrate.discovery import find_blocks, find_linears, weight_of
+from ..calibrate.rows import context_length, has_tokenizer
+from ..calibrate.skeleton import Names, build
+from ..calibrate.source import Source, open_source
 
 
 @dataclass(frozen=True)

@@ -118,7 +118,8 @@ def prune(
         float | None, typer.Option(help="Share of the weights that goes. Default: 0.5", show_default=False)
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
+        str | None,
+        typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8; or blocks: 1x4.", show_default=False),
     ] = None,
     allocate: Annotated[
         bool, typer.Option("--allocate", help="Share the sparsity between layers as each bears it.")

@@ -91,10 +91,11 @@ def prune(
     """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
 
     `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
-    `2:4` the zeros in every group of columns. With `allocate` the sparsity is that of all layers together, each having as much
-    of it as it bears best, which is measured first. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
-    smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
-    weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
+    `2:4` the zeros in every group of columns, `1x4` the columns that go together (ExactOBS). With `allocate` the sparsity is
+    that of all layers together, each having as much of it as it bears best, which is measured first. `format` `dense` loads
+    anywhere and saves no byte, `bitmask` and `2:4` are smaller and load with `lmpress.load`. `options` are those of the
+    method (`damping`, `refit`, ...), of the choice of weights (`scope`) and of the stored values (`dtype`). `out` is by
+    default `MODEL-<method>-s<percent>` beside the model.
     Raises `UsageError` before anything is written, `CompressError` later.
     """
     recipe = pruning_recipe(
@@ -190,7 +191,7 @@ def pruning_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
-    if sparsity is not None and pattern is not None:
+    if sparsity is not None and pattern is not None and ":" in pattern:
         raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
     chosen, rest = _split(options or {}, ("scope", "dtype"))
     weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
@@ -226,7 +227,9 @@ def _amount(recipe: Recipe) -> str:
     scheme, shared = recipe.scheme, recipe.allocate
     if isinstance(scheme, Pruning):
         args = scheme.weights
-        amount = args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
+        amount = f"s{100 * args.sparsity:g}" + (f"-{args.pattern}" if args.block > 1 else "")
+        if args.n_of_m is not None:
+            amount = "{}of{}".format(*args.n_of_m)
         return f"{amount}-allocated" if shared else amount
     bits = scheme.weights.bits if shared is None else shared.average
     return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")

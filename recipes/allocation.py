@@ -111,7 +111,7 @@ def levels(recipe: Recipe, allocation: Allocation) -> list[float]:
 def _average(recipe: Recipe, allocation: Allocation) -> float:
     weights = recipe.scheme.weights
     if isinstance(weights, PruneArgs):
-        if weights.pattern is not None:
+        if weights.n_of_m is not None:
             raise UsageError("a pattern fixes the sparsity of every layer", "give --sparsity instead of --pattern")
         return weights.sparsity if allocation.average is None else allocation.average
     if allocation.average is None:
@@ -166,7 +166,7 @@ def _measure(
 def _stand_in(weight: Tensor, args: WeightArgs | None, energy: Tensor) -> Tensor:
     """The quick form of what a method makes of `weight` `[out, in]`: rounded, or without its smallest `|w| * ||x||`."""
     if isinstance(args, PruneArgs):
-        return weight.masked_fill(smallest(weight.abs() * energy.sqrt(), replace(args, scope="layer")), 0)
+        return weight.masked_fill(smallest(weight.square() * energy, replace(args, scope="layer")), 0)
     assert isinstance(args, QuantArgs)
     grid = Grid.fit(weight, args, energy)
     return grid.dequantize(grid.quantize(weight))

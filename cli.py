@@ -50,6 +50,12 @@ def quantize(
         str, typer.Option(help="gptq, spqr, obq, rtn, nf4, llm-int8, awq, smoothquant, rotate.")
     ] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
+    average_bits: Annotated[
+        float | None,
+        typer.Option(
+            help="Bits a weight on disk instead, on average: each layer gets what serves it.", show_default=False
+        ),
+    ] = None,
     group_size: Annotated[
         int | None,
         typer.Option(help="Weights that share a scale; -1: an output row. Default: the method's, mostly 128."),
@@ -92,6 +98,7 @@ def quantize(
             else quantization_recipe(
                 method=method,
                 bits=bits,
+                average_bits=average_bits,
                 group_size=group_size,
                 symmetric=False if asymmetric else None,
                 quality=quality,
@@ -115,8 +122,12 @@ def prune(
         float | None, typer.Option(help="Share of the weights that goes. Default: 0.5", show_default=False)
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8.", show_default=False)
+        str | None,
+        typer.Option(help="Zeros in every group of columns instead: 2:4, 4:8; or blocks: 1x4.", show_default=False),
     ] = None,
+    allocate: Annotated[
+        bool, typer.Option("--allocate", help="Share the sparsity between layers as each bears it.")
+    ] = False,
     format_: Annotated[
         str,
         typer.Option("--format", help="dense (loads anywhere, no smaller), bitmask or 2:4 (smaller, lmpress.load)."),
@@ -149,6 +160,7 @@ def prune(
             method=method,
             sparsity=sparsity,
             pattern=pattern,
+            allocate=allocate,
             format=format_,
             calib=calib,
             samples=samples,

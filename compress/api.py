@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import schema
+from ..recipes.allocation import decided
 from ..recipes.schema import PassSpec, Recipe
 from . import passes, pipeline
 from .errors import UsageError
@@ -13,6 +14,7 @@ from .pipeline import RunReport
 from .prune.args import Pruning
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Scheme, group_strategy
+from .workspace import check_target
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
@@ -24,6 +26,7 @@ def quantize(
     *,
     method: str = "gptq",
     bits: int | None = None,
+    average_bits: float | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     quality: str = "balanced",
@@ -40,6 +43,8 @@ def quantize(
 ) -> RunReport:
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
+    With `average_bits` instead of `bits`, layers get different ones: as many on average on disk, scales included, where they
+    matter most, which is measured first (see `recipes/allocation.py`).
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
     for `awq` asymmetric ones, for `nf4` blocks of 64, for `smoothquant` 8 bits with one scale per output row (which is what
     `group_size` -1 means) and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest.
@@ -53,6 +58,7 @@ def quantize(
     recipe = quantization_recipe(
         method=method,
         bits=bits,
+        average_bits=average_bits,
         group_size=group_size,
         symmetric=symmetric,
         quality=quality,
@@ -73,6 +79,7 @@ def prune(
     method: str = "exactobs",
     sparsity: float | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     format: str = "dense",  # noqa: A002 - the command line's word
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -87,15 +94,18 @@ def prune(
     """Prune the linear layers of `model` (directory or hub id) into the directory `out`.
 
     `sparsity` is the share of the weights that goes (0.5 where neither it nor a pattern is given), a `pattern` such as
-    `2:4` the zeros in every group of columns. `format` `dense` loads anywhere and saves no byte, `bitmask` and `2:4` are
-    smaller and load with `lmpress.load`. `options` are those of the method (`damping`, `refit`, ...), of the choice of
-    weights (`scope`) and of the stored values (`dtype`). `out` is by default `MODEL-<method>-s<percent>` beside the model.
+    `2:4` the zeros in every group of columns, `1x4` the columns that go together (ExactOBS). With `allocate` the sparsity is
+    that of all layers together, each having as much of it as it bears best, which is measured first. `format` `dense` loads
+    anywhere and saves no byte, `bitmask` and `2:4` are smaller and load with `lmpress.load`. `options` are those of the
+    method (`damping`, `refit`, ...), of the choice of weights (`scope`) and of the stored values (`dtype`). `out` is by
+    default `MODEL-<method>-s<percent>` beside the model.
     Raises `UsageError` before anything is written, `CompressError` later.
     """
     recipe = pruning_recipe(
         method=method,
         sparsity=sparsity,
         pattern=pattern,
+        allocate=allocate,
         format=format,
         calib=calib,
         samples=samples,
@@ -120,13 +130,16 @@ def run(
     """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
     wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
     place = Path(out) if out else default_out(model, wanted)
-    return pipeline.run(model, place, wanted, targets=target, overwrite=overwrite, device=device, observer=observer)
+    check_target(place, overwrite)
+    with decided(model, place, wanted, device, observer) as final:
+        return pipeline.run(model, place, final, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
 def quantization_recipe(
     *,
     method: str = "gptq",
     bits: int | None = None,
+    average_bits: float | None = None,
     group_size: int | None = None,
     symmetric: bool | None = None,
     quality: str = "balanced",
@@ -138,6 +151,8 @@ def quantization_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
+    if bits is not None and average_bits is not None:
+        raise UsageError("bits and average bits contradict each other", "give one of them")
     known = passes.method(method)
     preset = dict(known.preset(quality))
     own_size = preset.pop("group_size", None)
@@ -167,6 +182,7 @@ def quantization_recipe(
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
+            "allocate": None if average_bits is None else {"average": average_bits},
         },
         "quantize",
     )
@@ -177,6 +193,7 @@ def pruning_recipe(
     method: str = "exactobs",
     sparsity: float | None = None,
     pattern: str | None = None,
+    allocate: bool = False,
     format: str = "dense",  # noqa: A002
     calib: str = "python-stdlib",
     samples: int = 128,
@@ -186,7 +203,7 @@ def pruning_recipe(
     options: Mapping[str, Any] | None = None,
 ) -> Recipe:
     """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
-    if sparsity is not None and pattern is not None:
+    if sparsity is not None and pattern is not None and ":" in pattern:
         raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
     chosen, rest = _split(options or {}, ("scope", "dtype"))
     weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
@@ -196,6 +213,7 @@ def pruning_recipe(
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
+            "allocate": {} if allocate else None,
         },
         "prune",
     )
@@ -209,7 +227,7 @@ def default_out(model: str | Path, recipe: Recipe) -> Path:
     path = Path(model)
     names = [entry.method for entry in recipe.passes if not _goes_on(entry)]
     methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe.scheme)}"
+    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe)}"
     return path.resolve().parent / name if path.exists() else Path(name)
 
 
@@ -217,11 +235,16 @@ def _goes_on(entry: PassSpec) -> bool:
     return entry.registered.compresses and entry.config.scheme is None
 
 
-def _amount(scheme: Scheme | Pruning) -> str:
+def _amount(recipe: Recipe) -> str:
+    scheme, shared = recipe.scheme, recipe.allocate
     if isinstance(scheme, Pruning):
         args = scheme.weights
-        return args.pattern.replace(":", "of") if args.pattern else f"s{100 * args.sparsity:g}"
-    return f"w{scheme.weights.bits}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
+        amount = f"s{100 * args.sparsity:g}" + (f"-{args.pattern}" if args.block > 1 else "")
+        if args.n_of_m is not None:
+            amount = "{}of{}".format(*args.n_of_m)
+        return f"{amount}-allocated" if shared else amount
+    bits = scheme.weights.bits if shared is None else shared.average
+    return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
 
 
 def _level(name: str) -> Scheme:

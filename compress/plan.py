@@ -112,6 +112,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     """
     if "quantization_config" in source.config:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
+    if recipe.allocate is not None:
+        raise UsageError("what each layer gets is still to be measured", "carry the recipe out by lmpress.run")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
     inputs = _inputs(recipe)
@@ -190,6 +192,10 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
     if isinstance(asked, PruneArgs):
         args = asked.for_layer(columns, stored, recipe.passes[-1].config.scope, transposed=isinstance(module, Conv1D))
         note = None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask"
+        if asked.block > 1 and not getattr(recipe.passes[-1].config, "blocks", False):
+            raise UsageError(f"{recipe.passes[-1].method} does not prune in blocks", "use --method exactobs")
+        if args.pattern != asked.pattern:
+            note = f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
     else:
         args = asked.for_width(columns)
         note = (

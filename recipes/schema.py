@@ -29,6 +29,21 @@ class Calibration(BaseModel):
     seq_len: int = Field(default=2048, ge=2)
 
 
+class Allocation(BaseModel):
+    """A budget that the layers share, spent where it does most good (see `recipes/allocation.py`).
+
+    `average` is in bits a weight on disk, scales included, or the share of zeros when pruning (None: that of the scheme);
+    `levels` are what a layer may get (none given: all bits, sparsities around the average); `tokens` of the calibration text
+    are measured on.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    average: float | None = Field(default=None, gt=0)
+    levels: tuple[float, ...] = ()
+    tokens: int = Field(default=2048, ge=2)
+
+
 class PassSpec(BaseModel):
     """One pass: the name of a method, and its options as that method's own config. Written flat: `{method: gptq, ...}`."""
 
@@ -60,7 +75,7 @@ class PassSpec(BaseModel):
 
 class Recipe(BaseModel):
     """What a run does. `keep` are patterns of layers that stay dense; `overrides` change the weight arguments of layers by
-    pattern, later patterns over earlier ones."""
+    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -69,6 +84,7 @@ class Recipe(BaseModel):
     keep: tuple[str, ...] = ()
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
+    allocate: Allocation | None = None
 
     @model_validator(mode="after")
     def _transforms_come_first(self) -> "Recipe":

@@ -42,6 +42,7 @@ class ExactOBS:
     compare: bool = True
     drift: float = 1.0
     scope: ClassVar[Scope] = "layer"
+    blocks: ClassVar[bool] = True  # patterns 1xc
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope == "block":
@@ -65,13 +66,13 @@ def apply(config: ExactOBS, block: Block) -> None:
 def prune(weight: Tensor, hessian: Damped, args: PruneArgs, compare: bool = True) -> tuple[Tensor, Tensor]:
     """Eliminate, choose, solve: `weight` `[out, in]` float64."""
     dtype = torch.float64 if weight.shape[1] <= DOUBLE_WIDTH else torch.float32
-    trace = eliminate(weight.to(dtype), hessian.inverse.to(dtype), pattern=args.n_of_m)
+    trace = eliminate(weight.to(dtype), hessian.inverse.to(dtype), pattern=args.n_of_m, block=args.block)
     if args.n_of_m is not None:
         pruned = trace.first(trace.order.shape[1])
         if compare:
             pruned = _better_rows(weight, hessian.matrix, pruned, sparsegpt.prune(weight, hessian, args)[1])
     elif args.scope == "row":
-        pruned = trace.first(int(weight.shape[1] * args.sparsity))
+        pruned = trace.first(int(weight.shape[1] // args.block * args.sparsity))
     else:
         pruned = trace.mask(args.sparsity)
     return refit(weight, hessian.matrix, pruned), pruned

@@ -1,5 +1,7 @@
 """Which weights go: the smallest scores, counted by the scope or the pattern of `PruneArgs`; ties fall to the left and top."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,9 @@ from .args import SCOPE_BLOCK, block_zeros, layer_zeros
 
 def smallest(scores: Tensor, args: PruneArgs) -> Tensor:
     """Mask bool `[out, in]` of exactly `args.zeros(out, in)` pruned weights, those of the smallest `scores` `[out, in]`."""
+    if args.block > 1:  # whole blocks, by the sums of their scores
+        sums = scores.unflatten(1, (-1, args.block)).sum(2)
+        return smallest(sums, replace(args, pattern=None)).repeat_interleave(args.block, dim=1)
     if args.n_of_m is not None:
         return in_groups(scores, args.n_of_m)
     if args.scope == "row":

@@ -103,7 +103,12 @@ def _weights(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     counts = f"{len(plan.quantized)} layers, {len(plan.dense)} of the blocks' linears kept dense"
     if isinstance(args, PruneArgs):
-        return f"{args.pattern or f'{args.sparsity:.1%}'} pruned, {args.dtype}, {counts}"
+        amount = (
+            args.pattern
+            if args.n_of_m
+            else f"{args.sparsity:.1%}" + (f" in blocks {args.pattern}" if args.pattern else "")
+        )
+        return f"{amount} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
     word = "NF4" if args.formula == "nf4" else f"int{args.bits} {kind}"
     word += f" with terms of rank {args.rank}" if args.rank else ""

@@ -1,5 +1,6 @@
 """Carry out a recipe for a command: plan, run, report, evaluate."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,28 +26,51 @@ def carry_out(
     output: Output,
     targets: str = "",
 ) -> None:
+    from ...recipes.allocation import decided
     from ..api import default_out
     from ..pipeline import plan
     from ..pipeline import run as run_recipe
     from ..workspace import check_target
     from .console import print_plan, print_report, watching
 
-    target = out or default_out(model, recipe)
-    if not dry_run:
-        check_target(target, overwrite)
-    planned = plan(model, recipe, targets.split(",") if targets else ())
-    print_plan(output.console, planned)
+    target, runtimes = out or default_out(model, recipe), targets.split(",") if targets else ()
     if dry_run:
-        output.result(
-            {"bytes_before": planned.bytes_before, "bytes_after": planned.bytes_after, "notes": planned.notes}
-        )
+        _foretell(model, recipe, runtimes, output)
         return
-    with watching(output.console, target.parent / f"{target.name}.log") as observer:
-        report = run_recipe(model, target, recipe, overwrite=overwrite, device=device, observer=observer)
+    check_target(target, overwrite)
+    with (
+        watching(output.console, target.parent / f"{target.name}.log") as observer,
+        decided(model, target, recipe, device, observer) as final,
+    ):
+        print_plan(output.console, plan(model, final, runtimes))
+        report = run_recipe(
+            model, target, final, overwrite=overwrite, device=device, targets=runtimes, observer=observer
+        )
     print_report(output.console, report)
     output.result(report.as_dict() | _evaluated(report, model, evaluate_on, device, output))
     if report.verdict.word == "BROKEN":
         raise typer.Exit(BROKEN)
+
+
+def _foretell(model: str, recipe: "Recipe", runtimes: Sequence[str], output: Output) -> None:
+    """The plan with its exact sizes or, where layers share a budget, with the most that they may take."""
+    from ...recipes.allocation import most_bytes, uniform
+    from ..pipeline import plan
+    from .console import print_plan, size
+
+    planned = plan(model, uniform(recipe), runtimes)
+    sizes: dict[str, Any] = {"bytes_before": planned.bytes_before, "notes": planned.notes}
+    if recipe.allocate is None:
+        print_plan(output.console, planned)
+        output.result(sizes | {"bytes_after": planned.bytes_after})
+        return
+    most = most_bytes(planned, recipe)
+    output.console.print(
+        f"{len(planned.quantized)} layers in {planned.blocks} blocks share a budget and take {size(most)} at most; "
+        "which of them gets what is measured when the recipe is carried out",
+        highlight=False,
+    )
+    output.result(sizes | {"layer_bytes_at_most": most})
 
 
 def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from .verdict import output_errors
 
 DOING = {
     "plan": "planning",
+    "allocate": "measuring what each layer is worth",
     "capture": "reading the calibration rows",
     "load": "loading",
     "collect": "collecting statistics",
@@ -55,7 +56,7 @@ def watching(console: Console, log_file: Path | None = None) -> Iterator[Observe
             if event.phase == "warning":
                 console.print(Text.assemble(("warning: ", "yellow"), event.message or ""))
                 return
-            kind = "evaluate" if event.phase == "evaluate" else "run"
+            kind = event.phase if event.phase in ("evaluate", "allocate") else "run"
             begun = started.setdefault(kind, time.monotonic())
             finished = event.block + (event.phase == "block") if kind == "run" else event.block
             progress.update(

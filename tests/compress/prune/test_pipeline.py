@@ -132,3 +132,24 @@ def test_interrupted_runs_go_on(tiny: Path, text: str, tmp_path: Path) -> None:
     lmpress.run(tiny, tmp_path / "straight", recipe)
     files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("out", "straight")]
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("storage", ["dense", "bitmask"])
+def test_blocks_go_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: str) -> None:
+    options = {"calib": text, "samples": 8, "seq_len": 32}
+    recipe = pruning_recipe(pattern="1x4", sparsity=0.3, format=storage, **options)
+    planned = pipeline.plan(tiny, recipe)
+    report = lmpress.run(tiny, tmp_path / "out", recipe)
+    assert planned.bytes_after == report.bytes_after
+    assert default_out(tiny, recipe).name.endswith("-exactobs-s30-1x4")
+    if storage == "dense":
+        for weight in weights(lmpress.load(tmp_path / "out")).values():
+            zeros = (weight == 0).view(len(weight), -1, 4).sum(2)
+            assert set(zeros.unique().tolist()) == {0, 4}
+            assert int((zeros == 4).sum()) == -(-zeros.numel() * 3 // 10)
+    with pytest.raises(UsageError, match="wanda does not prune in blocks"):
+        pipeline.plan(tiny, pruning_recipe(method="wanda", pattern="1x4", **options))
+    with pytest.raises(UsageError, match="1x0"):
+        pruning_recipe(pattern="1x0")
+    ragged = pipeline.plan(tiny, pruning_recipe(pattern="1x7", **options))
+    assert any("do not fit" in note for note in ragged.notes)

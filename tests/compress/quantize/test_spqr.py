@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lmpress
 from lmpress.calibrate.hessian import Hessian
@@ -215,3 +215,19 @@ def test_a_checkpoint_loads_here_and_is_refused_elsewhere(tiny: Path, tmp_path: 
     assert found.kl < 0.5
     with pytest.raises(ValueError, match="config_groups"):
         AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_transposed_layers_are_stored_and_served(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """GPT-2 keeps its weights as [in, out]."""
+    config = GPT2Config(vocab_size=10, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
+    GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
+    letters.save_pretrained(tmp_path / "gpt2")
+    (tmp_path / "text.txt").write_text("abcdefgh" * 60)
+    data, out = str(tmp_path / "text.txt"), tmp_path / "out"
+    report = lmpress.quantize(
+        tmp_path / "gpt2", out, method="spqr", bits=8, group_size=8, calib=data, samples=4, seq_len=16
+    )
+    assert report.bytes_after == (out / "model.safetensors").stat().st_size
+    found = lmpress.evaluate(out, data, seq_len=16, against=tmp_path / "gpt2")
+    assert found.kl is not None
+    assert found.kl < 0.05

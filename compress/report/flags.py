@@ -52,3 +52,13 @@ def parse_options(given: list[str]) -> dict[str, Any]:
         except yaml.YAMLError:
             raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
     return options
+
+
+def parse_layers(given: str | None) -> list[int] | None:
+    """Turn `0,2,3` into numbers. Raises `UsageError`."""
+    if given is None:
+        return None
+    try:
+        return [int(number) for number in given.split(",")]
+    except ValueError:
+        raise UsageError(f"--layers {given!r} is no list of numbers", "write for example --layers 0,2,3") from None

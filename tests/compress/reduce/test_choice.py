@@ -1,5 +1,6 @@
 """The choice of layers: against cosines and divergences computed by hand, and maps against the published ones."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -58,7 +59,7 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 def test_influence_drops_what_turns_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
     seen = states(model)
-    turns = [float(1 - cosine(a, b).mean()) for a, b in zip(seen, seen[1:], strict=False)]
+    turns = [float(1 - cosine(a, b).mean()) for a, b in pairwise(seen)]
     weakest = sorted(range(LAYERS), key=lambda layer: turns[layer])[:2]
     assert weakest[0] == 3
     assert chosen("influence", 3, tmp_path) == [layer for layer in range(LAYERS) if layer not in weakest]

@@ -53,7 +53,8 @@ def quantize(
     ] = None,
     asymmetric: Annotated[bool, typer.Option("--asymmetric", help="A zero point too (always with awq).")] = False,
     quality: Annotated[
-        str, typer.Option(help="fast (as published), balanced (the best the solver alone can do), best.")
+        str,
+        typer.Option(help="fast (as published), balanced (the best the solver alone can do), best (block tuning too)."),
     ] = "balanced",
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
@@ -258,6 +259,13 @@ def eval_(
     stride: Annotated[int | None, typer.Option(min=1, help="Default: the row length.", show_default=False)] = None,
     rows: Annotated[int | None, typer.Option(min=1, help="First rows only.", show_default=False)] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    kv_bits: Annotated[
+        int | None,
+        typer.Option(help="Pack the keys and values of past tokens: 2 to 8; 16: never.", show_default=False),
+    ] = None,
+    kv_window: Annotated[
+        int | None, typer.Option(min=0, help="Latest tokens that are not packed. Default: 64", show_default=False)
+    ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -280,6 +288,8 @@ def eval_(
                 against=against,
                 device=device,
                 dtype=dtype,
+                kv_bits=kv_bits,
+                kv_window=kv_window,
                 progress=observer,
             )
         output.result(found.as_dict(), table({Path(model).name: found}))

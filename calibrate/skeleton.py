@@ -25,7 +25,6 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise _no_model(source.path, error) from error
-    model.config.use_cache = False
     unfuse(model)
     return model.eval()
 

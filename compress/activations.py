@@ -1,7 +1,9 @@
 """Integer grids of activations: found anew at every call (dynamic) or calibrated once (static).
 
-Symmetric, `scale = absmax / (2**(bits-1) - 1)`, codes `-2**(bits-1) .. 2**(bits-1) - 1` (the grid of SmoothQuant and of
-compressed-tensors' int8 activations).
+    symmetric   scale = absmax / (2**(bits-1) - 1), zero = 2**(bits-1)        SmoothQuant, compressed-tensors
+    asymmetric  scale = (max(high, 0) - min(low, 0)) / (2**bits - 1), zero = round(-low / scale)
+
+Codes `0 .. 2**bits - 1` are handled less their zero, as signed numbers: `rounded = scale * (code - zero)`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -11,47 +13,62 @@ import torch
 from torch import Tensor, nn
 
 from .scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor
+from .tensor import Compressed, CompressedTensor, InputGrid
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
 
-def scale_of(absmax: Tensor, args: QuantArgs) -> Tensor:
-    """The scale of values up to `absmax` in magnitude, in the dtype of `absmax`."""
-    return absmax.clamp(min=SMALLEST) / (2 ** (args.bits - 1) - 1)
+def grid_of(low: Tensor, high: Tensor, args: QuantArgs, stored: torch.dtype | None = None) -> InputGrid:
+    """Scale and zero of values between `low` and `high`, in their dtype; the scale rounded to `stored` where it is given."""
+    if args.symmetric:
+        scale = torch.maximum(-low, high).clamp(min=SMALLEST) / (2 ** (args.bits - 1) - 1)
+    else:
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scale = (high - low).clamp(min=SMALLEST) / args.maxq
+    if stored is not None:
+        scale = scale.to(stored).to(low.dtype)
+    zero = (
+        torch.full_like(scale, 2 ** (args.bits - 1)) if args.symmetric else (-low / scale).round().clamp(0, args.maxq)
+    )
+    return scale, zero
 
 
-def ranges(x: Tensor, args: QuantArgs) -> Tensor:
-    """The largest magnitudes of `x` `[..., width]` that share a scale: `[..., 1]` per token, a single one per tensor."""
-    return x.abs().amax(-1, keepdim=True) if args.strategy == "token" else x.abs().amax()
+def extremes(x: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
+    """The ends of the range of values of `x` `[..., width]` that share a scale: `[..., 1]` per token, one number per tensor."""
+    return (x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)) if args.strategy == "token" else (x.amin(), x.amax())
 
 
-def encode(x: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
-    """The nearest signed codes of `x`, in its own dtype; `scale` broadcasts."""
-    largest = 2 ** (args.bits - 1) - 1
-    return (x / scale).round_().clamp_(-largest - 1, largest)
+def encode(x: Tensor, grid: InputGrid, args: QuantArgs) -> Tensor:
+    """The nearest codes of `x` less their zero, in its own dtype; the grid broadcasts."""
+    scale, zero = grid
+    return (x / scale).round_().clamp_(-zero, args.maxq - zero)
 
 
-def fake_quantize(x: Tensor, args: QuantArgs, scale: Tensor | None = None) -> Tensor:
-    """`x` rounded to the grid: the calibrated `scale`, or without one the scales of its own ranges. Computed in float32."""
+def fake_quantize(x: Tensor, args: QuantArgs, grid: InputGrid | None = None) -> Tensor:
+    """`x` rounded to the calibrated `grid`, or without one to that of its own ranges. Computed in float32."""
     values = x.float()
-    scale = scale_of(ranges(values, args), args) if scale is None else scale.to(torch.float32)
-    return (encode(values, scale, args) * scale).to(x.dtype)
+    if grid is None:
+        grid = grid_of(*extremes(values, args), args)
+    grid = grid[0].float(), grid[1].float()
+    return (encode(values, grid, args) * grid[0]).to(x.dtype)
 
 
 @contextmanager
 def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed]) -> Iterator[None]:
-    """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served."""
+    """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served; gradients pass
+    straight through the rounding."""
     with ExitStack() as hooks:
         for name, tensor in compressed.items():
             if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-                rounding = _rounding(tensor.inputs, tensor.input_scale)
+                rounding = _rounding(tensor.inputs, tensor.input_grid)
                 hooks.callback(block.get_submodule(name).register_forward_pre_hook(rounding).remove)
         yield
 
 
-def _rounding(args: QuantArgs, scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+def _rounding(args: QuantArgs, grid: InputGrid | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (fake_quantize(inputs[0], args, scale), *inputs[1:])
+        x = inputs[0]
+        rounded = fake_quantize(x.detach(), args, grid)
+        return (x + (rounded - x).detach() if x.requires_grad else rounded, *inputs[1:])
 
     return hook

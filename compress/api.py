@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ..recipes import schema
-from ..recipes.schema import Recipe
+from ..recipes.schema import PassSpec, Recipe
 from . import passes, pipeline
 from .distill.knowledge import Lessons
 from .errors import UsageError
@@ -44,11 +44,11 @@ def quantize(
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
     for `awq` asymmetric ones, for `smoothquant` 8 bits with one scale per output row (which is what `group_size` -1 means)
     and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest. `keep` are patterns of
-    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced`, `best`), over which `options`
-    go: those of the method (`damping`, `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`),
-    and `level` (O1, O2, O3: SmoothQuant's). `target` names the runtimes that must be able to serve the result (see
-    `formats/targets.py`). `out` is by default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything
-    is written, `CompressError` later.
+    layers that stay dense; `quality` is the method's preset (`fast` as published, `balanced` the best that the solver alone
+    can do, `best` with block tuning behind it, except for SpQR), over which `options` go: those of the method (`damping`,
+    `order`, ...), of its weight grid (`observer`, `formula`, `scale_dtype`, `outliers`), and `level` (O1, O2, O3:
+    SmoothQuant's). `target` names the runtimes that must be able to serve the result (see `formats/targets.py`). `out` is by
+    default `MODEL-<method>-w<bits>` beside the model. Raises `UsageError` before anything is written, `CompressError` later.
     """
     recipe = quantization_recipe(
         method=method,
@@ -193,9 +193,11 @@ def quantization_recipe(
         asked["strategy"], asked["group_size"] = group_strategy(size)
     scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
+    solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
+    trained = quality == "best" and scheme["weights"]["scale_dtype"] != "bilevel"  # whose two levels nothing can train
     return schema.build(
         {
-            "passes": [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer],
+            "passes": [*solved, {"method": "tune"}] if trained else solved,
             "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
             "keep": list(keep),
             "seed": seed,
@@ -234,8 +236,11 @@ def pruning_recipe(
 
 
 def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory."""
-    names = [entry.method for entry in recipe.passes]
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory.
+
+    Passes that improve on what another one left are not named: `--quality` does not change where a result lies.
+    """
+    names = [entry.method for entry in recipe.passes if not _goes_on(entry)]
     methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
     return _beside(model, f"{methods}-{_amount(recipe.scheme)}")
 
@@ -243,6 +248,10 @@ def default_out(model: str | Path, recipe: Recipe) -> Path:
 def _beside(model: str | Path, suffix: str) -> Path:
     path = Path(model)
     return path.resolve().parent / f"{path.resolve().name}-{suffix}" if path.exists() else Path(f"{path.name}-{suffix}")
+
+
+def _goes_on(entry: PassSpec) -> bool:
+    return entry.registered.compresses and entry.config.scheme is None
 
 
 def _amount(scheme: Scheme | Pruning) -> str:

@@ -14,6 +14,7 @@ to their stored dtype here, before any solver sees them, so that what is evaluat
 """
 
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from torch import Tensor
@@ -23,8 +24,9 @@ from .scheme import QuantArgs
 
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
-# With importances the error is the layer's own, a square; every fourth step loses nothing that refinement does not regain.
-WEIGHTED_STRIDE = 4
+# With importances the error is the layer's own, a square: a coarse search, then steps of a half and a quarter around its best.
+WEIGHTED_STRIDE, WEIGHTED_STEPS = 12, (6, 3)
+CACHED = 2**18  # weights searched at a time: what a search goes over again and again should stay near the processor
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,13 @@ def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None
 
     Raises `CompressError` where a scale does not fit its stored dtype.
     """
-    low, high = groups.amin(-1), groups.amax(-1)
     if args.observer == "minmax":
-        return parameters(low, high, args)
-    return _fit_mse(groups, low, high, args, importance)
+        return parameters(groups.amin(-1), groups.amax(-1), args)
+    rows = max(1, CACHED // max(1, groups[:1].numel()))
+    weights = repeat(None) if importance is None else importance.expand_as(groups).split(rows)
+    parts = [_fit_mse(part, args, weight) for part, weight in zip(groups.split(rows), weights)]  # noqa: B905
+    scale, zero = (torch.cat(parameter) for parameter in zip(*parts, strict=True))
+    return scale, zero
 
 
 def parameters(low: Tensor, high: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor]:
@@ -125,24 +130,30 @@ def _zero(low: Tensor, scale: Tensor, args: QuantArgs) -> Tensor:
     return zero if args.formula == "ds" else zero.clamp_(0, args.maxq)
 
 
-def _fit_mse(
-    groups: Tensor, low: Tensor, high: Tensor, args: QuantArgs, importance: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fit_mse(groups: Tensor, args: QuantArgs, importance: Tensor | None) -> tuple[Tensor, Tensor]:
     """Shrink both ends of the range together; the strictly smallest error wins, widest range first.
 
-    The error is `sum |q - x|**2.4`, or with importances `sum importance * (q - x)**2`.
+    The error is `sum |q - x|**2.4`, or with importances `sum importance * (q - x)**2`, whose search is coarse first.
     """
-    stride = 1 if importance is None else WEIGHTED_STRIDE
-    best = torch.full_like(low, torch.inf)
+    low, high = groups.amin(-1), groups.amax(-1)
     scale, zero = parameters(low, high, args)
-    for step in range(0, int(MSE_SHRINK * MSE_STEPS), stride):
-        keep = 1 - step / MSE_STEPS
+    best, kept = torch.full_like(low, torch.inf), torch.ones_like(low)
+
+    def attempt(keep: Tensor) -> None:
+        nonlocal scale, zero, best, kept
         s, z = parameters(low * keep, high * keep, args)
         codes = encode(groups, s.unsqueeze(-1), z.unsqueeze(-1), args)
         error = codes.sub_(z.unsqueeze(-1)).mul_(s.unsqueeze(-1)).sub_(groups)
         error = error.abs_().pow_(MSE_NORM) if importance is None else error.square_().mul_(importance)
         error = error.sum(-1)
         better = error < best
-        best = torch.where(better, error, best)
+        best, kept = torch.where(better, error, best), torch.where(better, keep, kept)
         scale, zero = torch.where(better, s, scale), torch.where(better, z, zero)
+
+    for step in range(0, int(MSE_SHRINK * MSE_STEPS), 1 if importance is None else WEIGHTED_STRIDE):
+        attempt(torch.full_like(low, 1 - step / MSE_STEPS))
+    for step in () if importance is None else WEIGHTED_STEPS:
+        around = kept
+        attempt(around - step / MSE_STEPS)
+        attempt(around + step / MSE_STEPS)
     return scale, zero

@@ -114,6 +114,7 @@ class Block:
     linears: list[Linear]
     around: Surroundings | None = None
     io: BlockIO | None = None
+    seed: int = 0  # the recipe's: of whatever a pass chooses at random
 
     def local(self) -> dict[str, Linear]:
         """The linears by their names inside the block."""

@@ -25,14 +25,14 @@ from ..calibrate.skeleton import build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
 from ..recipes.schema import PassSpec, Recipe
-from .activations import quantized_inputs, scale_of
+from .activations import quantized_inputs
 from .formats.targets import check as check_targets
 from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
+from .quantize.observers import told_inputs
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import Compressed, CompressedTensor
-from .transform.recording import inputs_seen
+from .tensor import Compressed
 from .workspace import Workspace, check_target
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
@@ -197,14 +197,15 @@ def _compress(
     tell: Tell,
 ) -> dict[str, Compressed]:
     """Apply the passes to the loaded block and write what becomes of it."""
-    block = Block(runner.block_name(index), module, _linears(runner.block_name(index), module, planned))
+    name = runner.block_name(index)
+    block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
     block.around = None if probe is None else _surroundings(index, runner, probe, planned)
     for entry in recipe.passes:
         _apply(entry, block, runner, index, tell)
         if not entry.registered.compresses:
             _settle(block, planned)
             runner.retake(index)
-    compressed = _with_input_scales(block, runner, index)
+    compressed = _with_inputs(block, runner, index)
     tell("write")
     workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
     return compressed
@@ -270,25 +271,11 @@ def _restore(skeleton: PreTrainedModel, compressed: dict[str, Compressed], dense
             parameters[name].copy_(tensor)
 
 
-def _with_input_scales(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
-    """The results of the block's linears by full name, told how their inputs are quantized; static scales are calibrated
-    on what they read now."""
-    largest: dict[str, Tensor] = {}
-    static = [name for name, linear in block.local().items() if linear.inputs and not linear.inputs.dynamic]
-    for batch in inputs_seen(block.module, runner.samples(index), static) if static else ():
-        for name, x in batch.items():
-            largest[name] = torch.maximum(largest.get(name, torch.zeros((), device=x.device)), x.abs().amax())
-    widest = max(largest.values(), default=torch.zeros(()))  # for experts that no token reached
-    for name, linear in block.local().items():
-        if isinstance(linear.result, CompressedTensor) and linear.inputs is not None:
-            scale = None
-            if name in static:
-                scale = (
-                    scale_of(largest.get(name, widest).float(), linear.inputs)
-                    .to(linear.inputs.torch_scale_dtype)
-                    .reshape(1)
-                )
-            linear.result = replace(linear.result, inputs=linear.inputs, input_scale=scale)
+def _with_inputs(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
+    """The results of the block's linears by full name, told how their inputs are quantized."""
+    local = block.local()
+    for name, tensor in told_inputs(block, runner.samples(index)).items():
+        local[name].result = tensor
     return {linear.name: linear.result for linear in block.linears if linear.result is not None}
 
 

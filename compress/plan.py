@@ -15,12 +15,13 @@ from transformers.pytorch_utils import Conv1D
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
+from ..kernels.cache.cache import check_cache
 from ..recipes.schema import Recipe
 from .errors import UsageError
 from .formats import shards, sparse
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
-from .scheme import PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
+from .scheme import CacheScheme, PruneArgs, QuantArgs, Scheme, Storage, WeightArgs
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class Plan:
 
     `heads` are the linear layers outside the blocks, which stay dense, `untied` is the tied one that gets a weight of its own;
     `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
-    layers' inputs are quantized. `tensors` are the specs of all output tensors by
+    layers' inputs are quantized, `kv` how the cache is packed. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files.
     """
@@ -63,6 +64,7 @@ class Plan:
     bytes_after: int
     inputs: QuantArgs | None = None
     untied: str | None = None
+    kv: CacheScheme | None = None
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -139,11 +141,19 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         bytes_after=shards.nbytes(tensors),
         inputs=inputs,
         untied=untied,
+        kv=_kv(recipe, model),
     )
 
 
 def _inputs(recipe: Recipe) -> QuantArgs | None:
     return recipe.scheme.inputs if isinstance(recipe.scheme, Scheme) else None
+
+
+def _kv(recipe: Recipe, model: PreTrainedModel) -> CacheScheme | None:
+    scheme = recipe.scheme.kv if isinstance(recipe.scheme, Scheme) else None
+    if scheme is not None:
+        check_cache(model.config)
+    return scheme
 
 
 def _untied(model: PreTrainedModel, names: Names) -> str | None:

@@ -11,6 +11,7 @@ from .scheme import PruneArgs, QuantArgs
 
 TILE = 16  # output rows that share one second-level grid (SpQR)
 LEVEL = QuantArgs(bits=3, symmetric=False, strategy="channel", group_size=None, formula="spqr")  # of scales and zeros
+InputGrid = tuple[Tensor, Tensor]  # scale and zero of a layer's inputs
 CONSTANT = 2**-9  # a spread below this share of the values is none: its zero would leave the range of float16
 
 
@@ -22,7 +23,8 @@ class CompressedTensor:
     scale  `args.scale_dtype` `[out, groups]` (one group per row for channel and tensor grids)
     zero   uint8 `[out, groups]`, or None where the grid is symmetric (then it is `2**(bits - 1)`)
     args   the grid's description, its group size resolved for this width
-    inputs how the layer's inputs are quantized, or None; `input_scale` `[1]` is their scale where it is static
+    inputs how the layer's inputs are quantized, or None; where that is static, `input_grid` holds their scale
+           (`inputs.scale_dtype`) and zero (float32), both `[1]`
     """
 
     codes: Tensor
@@ -30,7 +32,7 @@ class CompressedTensor:
     zero: Tensor | None
     args: QuantArgs
     inputs: QuantArgs | None = None
-    input_scale: Tensor | None = None
+    input_grid: InputGrid | None = None
 
     @classmethod
     def from_grid(cls, codes: Tensor, grid: Grid) -> "CompressedTensor":
@@ -52,8 +54,8 @@ class CompressedTensor:
     def to(self, device: torch.device | str) -> "CompressedTensor":
         """The same on `device`."""
         zero = None if self.zero is None else self.zero.to(device)
-        inputs = None if self.input_scale is None else self.input_scale.to(device)
-        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, input_scale=inputs)
+        grid = None if self.input_grid is None else (self.input_grid[0].to(device), self.input_grid[1].to(device))
+        return replace(self, codes=self.codes.to(device), scale=self.scale.to(device), zero=zero, input_grid=grid)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""

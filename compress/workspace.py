@@ -6,9 +6,14 @@ Any other failure removes it.
 
 import json
 import shutil
+<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+=======
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+>>>>>>> main
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, TracebackType
@@ -25,7 +30,7 @@ from .formats.storage import Format, format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .scheme import PruneArgs, WeightArgs
+from .scheme import CACHE_KEY, PruneArgs, WeightArgs
 from .tensor import Compressed
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
@@ -128,6 +133,8 @@ class Workspace:
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         if self.plan.untied is not None:
             config["tie_word_embeddings"] = False
+        if self.plan.kv is not None:
+            config[CACHE_KEY] = asdict(self.plan.kv)
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))

@@ -13,8 +13,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..calibrate.rows import Split, context_length, documents, has_tokenizer, load_tokenizer
 from ..compress.errors import CompressError, UsageError
-from ..compress.formats.load import load
+from ..compress.formats.load import cache_scheme, load
 from ..compress.report.progress import Event, Observer, silent
+from ..compress.scheme import CacheScheme
+from ..kernels.cache.cache import PackedCache
 from .protocol import Protocol, prepare
 
 DEFAULT_LENGTH = 2048
@@ -29,7 +31,8 @@ class Evaluation:
     """What `evaluate` measured; fields about a base are None without one, standard errors are None for a single row.
 
     `kl` is KL(base || model) in nats per token, `nll_difference` model minus base. Standard errors take the rows as the
-    independent unit (tokens of one row are not), and the differences are paired row by row.
+    independent unit (tokens of one row are not), and the differences are paired row by row. `cache_bytes` are those of one
+    row's packed keys and values at its end, window and scales included, `cache_bytes_base` without packing in the same dtype.
     """
 
     perplexity: float
@@ -46,6 +49,8 @@ class Evaluation:
     nll_difference: float | None = None
     nll_difference_stderr: float | None = None
     tokens_per_second_base: float | None = None
+    cache_bytes: int | None = None
+    cache_bytes_base: int | None = None
 
     def as_dict(self) -> dict[str, float | int | str]:
         """For JSON: every figure that was measured."""
@@ -64,12 +69,18 @@ def evaluate(
     device: str = "cpu",
     dtype: str = "float32",
     batch_size: int | None = None,
+    kv_bits: int | None = None,
+    kv_window: int | None = None,
     progress: Observer = silent,
 ) -> Evaluation:
     """Perplexity of `model` on `data`, and its divergence from `against`, both reading the same batches.
 
     `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device` and
     `dtype` say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that of `model`.
+
+    With `kv_bits` (see `load`), or where the checkpoint says so, every prediction of `model` reads the packed keys and values
+    that generating it would read, and `against` is by default the same model with its cache in full precision.
+
     Raises UsageError for impossible requests and models of different vocabularies, CompressError for data that cannot
     be used, a missing tokenizer, and logits that are not finite.
     """
@@ -80,7 +91,10 @@ def evaluate(
     tokenizer = load_tokenizer(_path(model))
     _check_tokenizers(tokenizer, against)
     found = documents(data, split)
-    runners = [_Runner(_opened(each, device, DTYPES[dtype])) for each in (model, against) if each is not None]
+    opened = _opened(model, device, DTYPES[dtype])
+    scheme = cache_scheme(opened.config, kv_bits, kv_window)
+    base = opened if against is None and scheme is not None else against
+    runners = [_Runner(opened, scheme)] + ([] if base is None else [_Runner(_opened(base, device, DTYPES[dtype]))])
     _check_vocabularies(runners)
     length = _row_length(seq_len, runners)
     protocol = prepare(found, tokenizer, length, stride, rows)
@@ -91,10 +105,11 @@ def evaluate(
 
 
 class _Runner:
-    """A model and the clock of its forward passes."""
+    """A model, how it packs its cache, and the clock of its forward passes."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    def __init__(self, model: PreTrainedModel, scheme: CacheScheme | None = None) -> None:
+        self.model, self.scheme = model, scheme
+        self.cache_bytes = self.cache_bytes_dense = 0
         self.vocabulary: int = model.config.get_text_config().vocab_size
         self._passes: list[tuple[int, float]] = []
 
@@ -103,10 +118,22 @@ class _Runner:
         ids = ids.to(self.model.device)
         self._finish()
         start = time.perf_counter()
-        logits = self.model(input_ids=ids, use_cache=False).logits
+        logits = self._whole(ids) if self.scheme is None else self._in_steps(ids, self.scheme)
         self._finish()
         self._passes.append((ids.numel(), time.perf_counter() - start))
         return logits
+
+    def _whole(self, ids: Tensor) -> Tensor:
+        return self.model(input_ids=ids, use_cache=False).logits
+
+    def _in_steps(self, ids: Tensor, scheme: CacheScheme) -> Tensor:
+        """As `_whole`, handed over so that every token reads what it would read if tokens came one by one."""
+        cache = PackedCache(self.model.config, scheme)
+        first = scheme.window + scheme.step
+        parts = [ids[:, :first], *ids[:, first:].split(scheme.step, dim=1)]
+        logits = [self.model(input_ids=p, past_key_values=cache, use_cache=True).logits for p in parts if p.numel()]
+        self.cache_bytes, self.cache_bytes_dense = cache.nbytes // len(ids), cache.dense_nbytes // len(ids)
+        return torch.cat(logits, 1)
 
     def speed(self) -> float:
         """Tokens read per second; the first pass warms up and counts only when it is the only one."""
@@ -161,10 +188,13 @@ def _summary(sums: Tensor, protocol: Protocol, runners: list[_Runner]) -> Evalua
         perplexity=nll.perplexity,
         perplexity_stderr=nll.perplexity_stderr,
         tokens=int(counts.sum()),
-        protocol=protocol.describe([runner.model.dtype for runner in runners]),
+        protocol=protocol.describe([runner.model.dtype for runner in runners], runners[0].scheme),
         sha256=protocol.sha256,
         tokens_per_second=runners[0].speed(),
     )
+    if runners[0].scheme is not None:
+        cache = {"cache_bytes": runners[0].cache_bytes, "cache_bytes_base": runners[0].cache_bytes_dense}
+        alone = replace(alone, **cache)
     if len(runners) == 1:
         return alone
     base, kl = _estimate(sums[1], counts), _estimate(sums[2], counts)

@@ -9,6 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from ..calibrate.rows import BOS, Documents, fingerprint, stream, windows
 from ..compress.errors import UsageError
+from ..compress.scheme import CacheScheme
 
 SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -31,13 +32,14 @@ class Protocol:
     def sha256(self) -> str:
         return fingerprint(self.ids)
 
-    def describe(self, dtypes: list[torch.dtype]) -> str:
-        """The protocol in one line; `dtypes` are those of the models that were run, named once where they agree."""
+    def describe(self, dtypes: list[torch.dtype], cache: CacheScheme | None = None) -> str:
+        """The protocol in one line; `dtypes` are those of the models that were run, named once where they agree, and `cache`
+        says how that of the first was packed."""
         rows, length = self.ids.shape
         precision = "/".join(dict.fromkeys(SHORT_DTYPES.get(dtype, str(dtype)) for dtype in dtypes))
         return (
             f"ppl[{self.source}, join={self.join}, win={length}, stride={self.stride}, bos={self.bos}, rows={rows}, "
-            f"{precision}, per token]"
+            f"{precision}, {'' if cache is None else f'{cache}, '}per token]"
         )
 
 

@@ -20,10 +20,19 @@ def table(evaluations: Mapping[str, Evaluation]) -> Table:
     lines = set(protocols.values()) if shared else [f"{name}: {protocol}" for name, protocol in protocols.items()]
     # Text, not str: rich would read the brackets of a protocol or of a name as markup.
     result = Table(caption=Text("\n".join(lines)), caption_justify="left")
-    for title in ("model", "perplexity ±", "KL to base ±", "top-1", "Δnll ±", "tok/s"):
+    packed = any(each.cache_bytes for each in evaluations.values())
+    for title in (
+        "model",
+        "perplexity ±",
+        "KL to base ±",
+        "top-1",
+        "Δnll ±",
+        "tok/s",
+        *(["cache a row"] if packed else []),
+    ):
         result.add_column(title, justify="left" if title == "model" else "right")
     for name, each in evaluations.items():
-        result.add_row(Text(name), *_cells(each))
+        result.add_row(Text(name), *_cells(each), *([_cache(each)] if packed else []))
     return result
 
 
@@ -35,6 +44,12 @@ def _cells(figures: Evaluation) -> list[str]:
         _with_error(figures.nll_difference, figures.nll_difference_stderr, "+z.5f"),
         f"{figures.tokens_per_second:,.0f}",
     ]
+
+
+def _cache(figures: Evaluation) -> str:
+    if figures.cache_bytes is None or not figures.cache_bytes_base:
+        return ABSENT
+    return f"{figures.cache_bytes:,} B, {figures.cache_bytes / figures.cache_bytes_base:.1%}"
 
 
 def _with_error(value: float | None, error: float | None, form: str) -> str:

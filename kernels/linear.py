@@ -7,11 +7,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from ..compress.formats.int_quantized import holds_int8
 from ..compress.scheme import QuantArgs
 from ..compress.tensor import Compressed, CompressedTensor
 from . import apart, dispatch
 from .kernel import Activations, Need, Product
-from .quantized_inputs import IntegerLinear
+from .quantized_inputs import IntegerLinear, RoundedInputs
 from .stored import StoredLinear
 from .weight import Weight
 
@@ -113,10 +114,12 @@ def replace_linear(
     bias = getattr(model.get_submodule(name), "bias", None)
     if not isinstance(tensor, CompressedTensor):
         module = StoredLinear(tensor, bias)
-    elif tensor.inputs is not None:
+    elif tensor.inputs is not None and holds_int8(tensor.args):
         module = IntegerLinear(tensor, bias).to(device)
     else:
         module = PackedLinear(tensor.to(device), bias, serving)
+        if tensor.inputs is not None:
+            module = RoundedInputs(tensor.to(device), module)
     setattr(model.get_submodule(parent), leaf, module)
 
 

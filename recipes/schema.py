@@ -1,7 +1,7 @@
 """Recipes: an ordered list of passes and what they calibrate on. YAML, flags and Python arguments are the same schema."""
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -88,6 +88,7 @@ class Recipe(BaseModel):
             raise UsageError(
                 f"{compressors[0].method} has nothing to improve on", "put a quantizer such as gptq before it"
             )
+        _check_two_levels(compressors)
         return self
 
     @property
@@ -105,6 +106,14 @@ class Recipe(BaseModel):
             if fnmatch(layer, pattern):
                 args = _replaced(args, changes, pattern)
         return args
+
+
+def _check_two_levels(passes: Sequence[PassSpec]) -> None:
+    """Raise `UsageError` where a pass is to leave two-level scales and cannot."""
+    for entry in passes:
+        scheme = entry.config.scheme
+        if isinstance(scheme, Scheme) and scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
+            raise UsageError(f"{entry.method} leaves no two-level scales", "use method spqr, or scale_dtype float16")
 
 
 def configure(name: str, options: Mapping[str, Any]) -> PassConfig:

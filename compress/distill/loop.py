@@ -13,12 +13,16 @@ from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.runner import BlockIO, Call
 from ...calibrate.store import ActivationStore
+from ..activations import quantized_inputs
 from ..errors import UsageError
 from ..passes import Block
+from ..quantize.observers import told_inputs
+from ..report.verdict import BEFORE_TRAINING
 from ..tensor import CompressedTensor
 from .lattice import Lattice
 
 HELD_OUT = 8  # one batch in so many is not trained on
+OF_A_LAYER = ("loss", "damped_loss", "relative_error")  # figures that training a layer outdates
 CHECKS = 8  # how often the held-out rows are looked at, evenly over the steps
 
 
@@ -80,16 +84,18 @@ def targets(io: BlockIO, inputs: ActivationStore) -> ActivationStore:
     return store
 
 
-def distil(
-    block: Block, lattices: Mapping[str, Lattice], lesson: Lesson, optimiser: Optimizer, steps: int, seed: int = 0
-) -> Outcome:
+def distil(block: Block, lattices: Mapping[str, Lattice], lesson: Lesson, optimiser: Optimizer, steps: int) -> Outcome:
     """Train `lattices` (by the linears' names inside the block) for `steps` batches, and give each linear its best result.
 
-    The rates of `optimiser` fall to zero along a half cosine. The block's module is not touched.
+    Inputs of linears that are quantized when served are rounded as they will be, static grids as they are before the
+    training. The rates of `optimiser` fall to zero along a half cosine; `block.seed` shuffles the batches. The block's module
+    is not touched.
     """
     io = block.io
     assert io is not None
-    generator = torch.Generator().manual_seed(seed)
+    batches = ((call, lesson.inputs[i].to(io.device), _mask(io, i)) for i, call in enumerate(io.calls))
+    served = told_inputs(block, batches)
+    generator = torch.Generator().manual_seed(block.seed)
     shuffled = torch.randperm(len(io), generator=generator).tolist()
     count = max(1, len(io) // HELD_OUT)
     held_out, seen = shuffled[:count], shuffled[count:] or shuffled
@@ -98,7 +104,8 @@ def distil(
 
     def loss(i: int, softness: float = 0.0) -> Tensor:
         weights = {name: lattice(softness) for name, lattice in lattices.items()}
-        given = _replay(io.calls[i], block.module, weights, lesson.inputs[i].to(io.device))
+        with quantized_inputs(block.module, served):
+            given = _replay(io.calls[i], block.module, weights, lesson.inputs[i].to(io.device))
         wanted = io.tokens(i, lesson.targets[i].to(io.device))
         lengths = wanted.square().mean(1).clamp(min=torch.finfo(wanted.dtype).eps)
         return ((io.tokens(i, given) - wanted).square().mean(1) / lengths).mean()
@@ -125,13 +132,17 @@ def distil(
 
 
 def record(block: Block, outcome: Outcome) -> None:
-    """Put the outcome into the figures of the block's linears."""
+    """Put the outcome into the figures of the block's linears; what the quantizer recorded there is about its own result."""
     for linear in block.linears:
-        linear.figures |= {
+        linear.figures = {f"{k}{BEFORE_TRAINING}" if k in OF_A_LAYER else k: v for k, v in linear.figures.items()} | {
             "block_loss_before": outcome.before,
             "block_loss": outcome.after,
             "best_step": outcome.step,
         }
+
+
+def _mask(io: BlockIO, i: int) -> Tensor | None:
+    return None if io.masks is None else io.masks[i].to(io.device)
 
 
 @torch.no_grad()

@@ -1,15 +1,17 @@
-"""compressed-tensors `int-quantized`: int8 weights that meet int8 activations (W8A8).
+"""compressed-tensors' layouts of layers whose inputs are quantized too: `int-quantized` (W8A8) and, for other weights,
+`pack-quantized` as `pack_quantized.py` has it.
 
-P.weight        int8 [out, in]                     codes - 128: w = scale * code
-P.weight_scale  [out, 1] in the scale's dtype      a scale of the whole matrix is repeated
-P.input_scale   [1] in the scale's dtype           static activation scales only
+P.weight            int8 [out, in]                   codes - 128: w = scale * code                      (int-quantized only)
+P.weight_scale      [out, 1] in the scale's dtype    a scale of the whole matrix is repeated            (int-quantized only)
+P.input_scale       [1] in the scale's dtype         static scales of inputs only
+P.input_zero_point  int8 [1]                         zero - 2**(bits-1); static, asymmetric inputs only
 
-Dynamic activation scales are found by whoever serves the checkpoint: lmpress divides the largest magnitude by 127,
+Dynamic input scales are found by whoever serves the checkpoint: lmpress divides the largest magnitude by 127,
 compressed-tensors by 127.5.
 """
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,7 +23,13 @@ from . import pack_quantized
 from .shards import NAMES, TensorSpec
 
 NAME = "int-quantized"
+MIXED = "mixed-precision"  # what compressed-tensors calls a checkpoint whose groups have different formats
 OFFSET = 128  # of the unsigned codes in memory
+
+
+def holds_int8(args: WeightArgs) -> bool:
+    """Whether weights of `args` are stored as int8, and not packed."""
+    return isinstance(args, QuantArgs) and args.bits == 8 and args.strategy in ("channel", "tensor") and args.symmetric
 
 
 @dataclass(frozen=True)
@@ -32,63 +40,86 @@ class IntQuantized:
 
     def supports(self, args: WeightArgs) -> str | None:
         """Why the format cannot hold a weight compressed by `args`, or None where it can."""
-        if not isinstance(args, QuantArgs):
-            return f"{NAME} holds no pruned weights"
-        if args.bits != 8 or self.inputs.bits != 8:
-            return f"{NAME} is W8A8, not W{args.bits}A{self.inputs.bits}"
-        if args.strategy not in ("channel", "tensor") or not args.symmetric:
-            return f"{NAME} stores symmetric weights with a scale per row"
-        return None
+        if not isinstance(args, QuantArgs) or args.scale_dtype == "bilevel":
+            return f"{NAME} holds codes with plain scales only"
+        return None if holds_int8(args) else pack_quantized.supports(args)
 
     def spec(self, name: str, args: WeightArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
         """The tensors that `pack` will give for a `rows` x `columns` weight."""
         assert isinstance(args, QuantArgs)
-        tensors = {
-            f"{name}.weight": TensorSpec("I8", (rows, columns)),
-            f"{name}.weight_scale": TensorSpec(NAMES[args.torch_scale_dtype], (rows, 1)),
-        }
+        if holds_int8(args):
+            tensors = {
+                f"{name}.weight": TensorSpec("I8", (rows, columns)),
+                f"{name}.weight_scale": TensorSpec(NAMES[args.torch_scale_dtype], (rows, 1)),
+            }
+        else:
+            tensors = pack_quantized.spec(name, args, rows, columns)
         if not self.inputs.dynamic:
             tensors[f"{name}.input_scale"] = TensorSpec(NAMES[self.inputs.torch_scale_dtype], (1,))
+            if not self.inputs.symmetric:
+                tensors[f"{name}.input_zero_point"] = TensorSpec("I8", (1,))
         return tensors
 
     def pack(self, name: str, tensor: Compressed) -> dict[str, Tensor]:
-        """The tensors of one quantized weight and, where it is static, the scale of its inputs."""
+        """The tensors of one quantized weight and, where it is static, the grid of its inputs."""
         assert isinstance(tensor, CompressedTensor)
-        packed = {
-            f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),
-            f"{name}.weight_scale": tensor.scale,
-        }
-        if tensor.input_scale is not None:
-            packed[f"{name}.input_scale"] = tensor.input_scale
+        if holds_int8(tensor.args):
+            packed = {
+                f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),
+                f"{name}.weight_scale": tensor.scale,
+            }
+        else:
+            packed = pack_quantized.pack(name, tensor)
+        if tensor.input_grid is not None:
+            scale, zero = tensor.input_grid
+            packed[f"{name}.input_scale"] = scale
+            if not self.inputs.symmetric:
+                packed[f"{name}.input_zero_point"] = (zero - self._middle).to(torch.int8)
         return packed
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], args: WeightArgs) -> CompressedTensor:
         """The inverse of `pack`."""
         assert isinstance(args, QuantArgs)
-        codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
-        scale = tensors[f"{name}.weight_scale"]
-        return CompressedTensor(codes, scale, None, args, self.inputs, tensors.get(f"{name}.input_scale"))
+        if holds_int8(args):
+            codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
+            weight = CompressedTensor(codes, tensors[f"{name}.weight_scale"], None, args)
+        else:
+            weight = pack_quantized.unpack(name, tensors, args)
+        grid = None
+        if not self.inputs.dynamic:
+            scale = tensors[f"{name}.input_scale"]
+            zero = torch.zeros(1) if self.inputs.symmetric else tensors[f"{name}.input_zero_point"].float()
+            grid = scale, zero + self._middle
+        return replace(weight, inputs=self.inputs, input_grid=grid)
 
     def quantization_config(self, compressed: Mapping[str, WeightArgs], ignored: Iterable[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
         quantized = {name: args for name, args in compressed.items() if isinstance(args, QuantArgs)}
-        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored) | {"format": NAME}
-        for group in config["config_groups"].values():
-            group["format"] = NAME
+        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored)
+        for group, args in zip(config["config_groups"].values(), dict.fromkeys(quantized.values()), strict=True):
+            group["format"] = NAME if holds_int8(args) else pack_quantized.NAME
             group["input_activations"] = {
                 "num_bits": self.inputs.bits,
                 "type": "int",
-                "symmetric": True,
+                "symmetric": self.inputs.symmetric,
                 "strategy": self.inputs.strategy,
                 "group_size": None,
                 "dynamic": self.inputs.dynamic,
             }
-        return config
+        formats = {group["format"] for group in config["config_groups"].values()}
+        return config | {"format": formats.pop() if len(formats) == 1 else MIXED}
+
+    @property
+    def _middle(self) -> int:
+        return 2 ** (self.inputs.bits - 1)
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's `quantization_config` speaks of this format."""
-    return config.get("quant_method") == "compressed-tensors" and config.get("format") == NAME
+    """Whether a checkpoint's `quantization_config` speaks of layers with quantized inputs."""
+    if config.get("quant_method") != "compressed-tensors":
+        return False
+    inputs = any(group.get("input_activations") for group in config.get("config_groups", {}).values())
+    return config.get("format") == NAME or (inputs and config.get("format") in (pack_quantized.NAME, MIXED))
 
 
 def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> QuantArgs:
@@ -96,33 +127,39 @@ def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     kinds = [group["input_activations"] for group in config["config_groups"].values()]
     if not kinds[0] or any(kind != kinds[0] for kind in kinds) or config.get("kv_cache_scheme"):
         raise ValueError("its layers' inputs are not all quantized alike, or its cache is quantized too")
+    if kinds[0]["type"] != "int":
+        raise ValueError("only integer inputs are served")
     static = next((spec.torch_dtype for name, spec in stored.items() if name.endswith(".input_scale")), torch.float16)
-    return _integer_args(kinds[0], static, dynamic=bool(kinds[0]["dynamic"]))
+    return QuantArgs(
+        bits=kinds[0]["num_bits"],
+        symmetric=kinds[0]["symmetric"],
+        strategy=kinds[0]["strategy"],
+        group_size=None,
+        formula="signed" if kinds[0]["symmetric"] else "gptq",
+        scale_dtype=str(static).removeprefix("torch."),  # type: ignore[arg-type]
+        dynamic=bool(kinds[0]["dynamic"]),
+    )
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
-    """The weight arguments of every int8 layer among the `stored` tensors. Raises `ValueError` as `read_inputs` does."""
+    """The weight arguments of every int8 or packed layer among the `stored` tensors. Raises `ValueError` as `read_inputs`."""
+    groups = config["config_groups"].values()
     found = {}
     for name in [
         n.removesuffix(".weight") for n, spec in stored.items() if n.endswith(".weight") and spec.dtype == "I8"
     ]:
-        groups = config["config_groups"].values()
         weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
-        if weights is None:
-            raise ValueError(f"{name} belongs to no group of its layers")
+        if weights is None or weights["type"] != "int" or not weights["symmetric"]:
+            raise ValueError(f"{name} belongs to no group of symmetric integers")
         scale = stored.get(f"{name}.weight_scale")
-        found[name] = _integer_args(weights, torch.float16 if scale is None else scale.torch_dtype)
+        found[name] = QuantArgs(
+            bits=weights["num_bits"],
+            strategy=weights["strategy"],
+            group_size=None,
+            formula="signed",
+            scale_dtype=str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch."),  # type: ignore[arg-type]
+        )
+    if any(name.endswith(".weight_packed") for name in stored):
+        weights_alone = {key: group | {"input_activations": None} for key, group in config["config_groups"].items()}
+        found |= pack_quantized.read_config({**config, "config_groups": weights_alone}, stored)
     return found
-
-
-def _integer_args(kind: Mapping[str, Any], scale_dtype: torch.dtype, dynamic: bool = False) -> QuantArgs:
-    if kind["type"] != "int" or not kind["symmetric"]:
-        raise ValueError("only symmetric integers are served")
-    return QuantArgs(
-        bits=kind["num_bits"],
-        strategy=kind["strategy"],
-        group_size=None,
-        formula="signed",
-        scale_dtype=str(scale_dtype).removeprefix("torch."),  # type: ignore[arg-type]
-        dynamic=dynamic,
-    )

@@ -1,17 +1,22 @@
 """Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
 
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
+from ...kernels.cache.cache import serve_cache
 from ...kernels.linear import Serving, replace_linear
-from ..errors import CompressError
+from ..errors import CompressError, UsageError
+from ..scheme import CACHE_KEY, CacheScheme
 from .checkpoint import Checkpoint
+
+FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is
 
 
 def load(
@@ -21,20 +26,44 @@ def load(
     *,
     exact: bool = True,
     kernel: str | None = None,
+    kv_bits: int | None = None,
+    kv_window: int | None = None,
 ) -> PreTrainedModel:
     """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
 
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
-    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name.
+    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
+    packs the keys and values of all but the latest `kv_window` tokens while the model generates; by default as the checkpoint's
+    recipe says, 16: not at all.
 
     Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
     cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
     device_of(device)
     source = open_source(path)
-    if "quantization_config" not in source.config:
-        return _load_dense(source, device, dtype)
-    return _load_packed(source, device, Serving(exact, kernel, dtype))
+    if "quantization_config" in source.config:
+        model = _load_packed(source, device, Serving(exact, kernel, dtype))
+    else:
+        model = _load_dense(source, device, dtype)
+    scheme = cache_scheme(model.config, kv_bits, kv_window)
+    if scheme is not None:
+        serve_cache(model, scheme)
+    if scheme != CacheScheme.found_in(model.config):
+        setattr(model.config, CACHE_KEY, None if scheme is None else asdict(scheme))
+    return model
+
+
+def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
+    """How the cache of a model with this config is packed: as asked for, or else as the config says; None: not at all.
+
+    Raises `UsageError` for bits and windows that cannot be.
+    """
+    scheme = CacheScheme.found_in(config) if bits is None else None if bits == FULL_BITS else CacheScheme.of(bits)
+    if window is None or scheme is None:
+        if window is not None:
+            raise UsageError("a window of a cache that is not packed", "give --kv-bits 8 or 4 with --kv-window")
+        return scheme
+    return replace(scheme, window=window)
 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:

@@ -5,8 +5,6 @@ The defaults are the published method. What goes beyond it (`weighted_grid`, `dr
 `PRESETS` are the combinations that were measured to pay.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass as plain_dataclass
 from typing import Any, Literal
 
@@ -19,7 +17,7 @@ from ..errors import UsageError
 from ..grid import Grid, encode, fit_groups
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..solver.factor import Factor, inverse_factor, times_inverse
+from ..solver.factor import Factor, inverse_factor, solve_upper_, times_inverse_
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
 from ..tensor import CompressedTensor
@@ -75,12 +73,9 @@ class GPTQ:
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset. `benchmarks/quality.py` measures what each gains.
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": {},
-    "balanced": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1},
-    "best": {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 4},
-}
+# `--quality`: options by preset; `best` is trained after it (`tune`). `benchmarks/quality.py` measures what each gains.
+BEYOND = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND, "best": BEYOND}
 
 
 def apply(config: GPTQ, block: Block) -> None:
@@ -115,16 +110,16 @@ class Prepared:
     order: Tensor  # int64 [in], order[i] is the i-th column to be settled
     factor: Factor  # of the Hessian in that order
 
-    @contextmanager
-    def damped(self) -> Iterator[Tensor]:
-        """`hessian` with the damping on its diagonal while the context is open: it is too large to be copied for that."""
-        diagonal = self.hessian.diagonal()
-        undamped = diagonal.clone()
-        diagonal.add_(self.factor.damping * undamped.mean())
-        try:
-            yield self.hessian
-        finally:
-            diagonal.copy_(undamped)
+    @property
+    def shift(self) -> float:
+        """What the damping added to the diagonal."""
+        return self.factor.damping * float(self.hessian.diagonal().mean())
+
+    def slope_(self, errors: Tensor) -> Tensor:
+        """`Hd (W - Q)^T` `[in, out]` in natural order, from the errors `E^T` of the sweep, which are used up."""
+        slope = torch.empty_like(errors)
+        slope[self.order] = solve_upper_(self.factor.upper, errors)  # W - Q = E U, so Hd (W - Q)^T = U^-1 E^T
+        return slope
 
 
 @plain_dataclass(frozen=True)
@@ -159,9 +154,10 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 def corrected(weight: Tensor, drift: Tensor, prepared: Prepared, share: float) -> Tensor:
     """The weight to aim at: `W + share * G Hd^-1` with the drift `G` `[out, in]`, in the compute dtype of `weight`."""
-    order, target = prepared.order, weight.clone()
+    back, target = prepared.order.argsort(), weight.clone()
     for rows, aim in zip(drift.split(ROWS), target.split(ROWS), strict=True):  # all at once would take five matrices
-        aim[:, order] += share * times_inverse(rows.to(weight.dtype)[:, order], prepared.factor.upper)
+        columns = rows.to(weight.dtype).T.contiguous()[prepared.order]
+        aim.add_(times_inverse_(columns, prepared.factor.upper)[back].T, alpha=share)
     return target
 
 
@@ -170,10 +166,10 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ) -> 
     alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
     codes, grid, errors = swept(alive, prepared, args, config)
     loss = float(torch.linalg.vector_norm(errors, dim=1).double().square().sum()) / 2
-    del errors  # as large as the weight
     if config.refine:
-        with prepared.damped() as hessian:
-            codes, grid, fallen = refine(alive, hessian, codes, grid, config.refine)
+        slope = prepared.slope_(errors)
+        del errors  # used up, and as large as the weight
+        codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
         loss -= fallen
     return Solution(CompressedTensor.from_grid(codes, grid), loss)
 

@@ -14,13 +14,14 @@ def keep_better(
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
 
     `hessian` `[in, in]` is undamped; `W` is `target` `[out, in]` where the solver aimed at another weight than the layer's,
-    and `rounded` the rounding to compare with where it is not the plain one. Records `loss`, `rtn_loss`, `relative_error`
-    and, where rounding won, `fallback`.
+    and `rounded` the rounding to compare with where it is not the plain one, on a grid that is weighted where it is
+    searched. Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
     """
     assert linear.result is not None
     dtype = hessian.dtype
     weight = (linear.weight if target is None else target).to(dtype)
-    rounded = round_to_nearest(linear.weight, linear.grid_args) if rounded is None else rounded
+    if rounded is None:
+        rounded = round_to_nearest(linear.weight, linear.grid_args, hessian.diagonal().to(linear.weight.dtype))
     loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
     rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)
     if not loss <= rtn_loss:

@@ -27,7 +27,7 @@ def apply(config: RTN, block: Block) -> None:
         linear.result = round_to_nearest(linear.weight, linear.grid_args)
 
 
-def round_to_nearest(weight: Tensor, args: QuantArgs) -> CompressedTensor:
-    """The nearest codes of `weight` `[out, in]` on the grid that `args` fits to it."""
-    grid = Grid.fit(weight, args)
+def round_to_nearest(weight: Tensor, args: QuantArgs, importance: Tensor | None = None) -> CompressedTensor:
+    """The nearest codes of `weight` `[out, in]` on the grid that `args` and the `importance` `[in]` fit to it."""
+    grid = Grid.fit(weight, args, importance)
     return CompressedTensor.from_grid(grid.quantize(weight), grid)

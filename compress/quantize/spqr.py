@@ -96,13 +96,12 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int) -> t
     grid = Grid(levels[0].values(weight.dtype), levels[1].values(weight.dtype), args)
     projection = _Projection(grid, outlier, prepared.order)
     settled = alive.T.contiguous()[prepared.order]
-    sweep(settled, prepared.factor.upper, projection)
+    errors = sweep(settled, prepared.factor.upper, projection)
     codes, values = projection.codes_in_order(), settled.T[:, prepared.order.argsort()]
     tensor = _assemble(codes, levels, values, outlier, args)
-    if sweeps:  # the outliers stand where they are: the dense part descends towards what they leave
-        residual = tensor.dequantize(weight.dtype) - tensor.dense(weight.dtype)
-        with prepared.damped() as hessian:
-            codes, _, _ = refine(alive - residual, hessian, codes, grid, sweeps)
+    if sweeps:  # the residual of the outliers stays as it is: the dense part descends beside it
+        slope = prepared.slope_(errors)
+        codes, _, _ = refine(slope, prepared.hessian, prepared.shift, codes, grid, sweeps)
         tensor = replace(tensor, codes=codes)
     rounded = _Projection(grid, outlier, torch.arange(weight.shape[1], device=weight.device))
     for j in range(weight.shape[1]):

@@ -76,10 +76,16 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
         calibration="none"
         if rows is None
         else f"{rows.source}, {rows.tokens:,} tokens, sha256 {rows.fingerprint[:12]}",
-        adaptations="".join(f"| adapted | {note} |\n" for note in plan.notes),
+        adaptations="".join(f"| {kind} | {note} |\n" for kind, note in _further(plan)),
         loading=_loading(plan),
         recipe=dump(recipe),
     )
+
+
+def _further(plan: Plan) -> list[tuple[str, str]]:
+    """Rows of the table that not every card has."""
+    cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, other loaders do not")]
+    return cache + [("adapted", note) for note in plan.notes]
 
 
 def _weights(plan: Plan) -> str:
@@ -108,7 +114,8 @@ def _format(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return f"`{args.storage}`"
-    return f"compressed-tensors `{pack_quantized.NAME if plan.inputs is None else int_quantized.NAME}`"
+    int8 = plan.inputs is not None and all(int_quantized.holds_int8(a) for a in plan.quantized.values())
+    return f"compressed-tensors `{int_quantized.NAME if int8 else pack_quantized.NAME}`"
 
 
 def _two_level(plan: Plan) -> bool:

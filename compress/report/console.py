@@ -16,6 +16,7 @@ from ..pipeline import RunReport
 from ..plan import Plan
 from ..reduce.student import DistillReport
 from .progress import Event, Observer
+from .verdict import output_errors
 
 DOING = {
     "plan": "planning",
@@ -159,12 +160,13 @@ def print_distilled(console: Console, report: DistillReport) -> None:
 
 def _worst(report: RunReport) -> list[str]:
     """The layer with the largest relative output error, where errors were measured."""
-    measured = [layer for layer in report.layers if "relative_error" in layer]
-    if not measured:
+    errors = output_errors(report.layers)
+    if not errors:
         return []
-    errors = sorted(float(layer["relative_error"]) for layer in measured)
-    worst = max(measured, key=lambda layer: float(layer["relative_error"]))
-    return [f"output error: median {errors[len(errors) // 2]:.3f}, largest {errors[-1]:.3f} ({worst['name']})"]
+    worst = max(errors, key=lambda name: errors[name])
+    when = " before training" if any("block_loss" in layer for layer in report.layers) else ""
+    median = sorted(errors.values())[len(errors) // 2]
+    return [f"output error{when}: median {median:.3f}, largest {errors[worst]:.3f} ({worst})"]
 
 
 def size(nbytes: int) -> str:

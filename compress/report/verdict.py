@@ -8,6 +8,10 @@ BROKEN_ERROR = 0.9  # a layer whose output is off by nine tenths of its norm car
 OUTLYING_ERROR = 10.0  # times the median layer's error
 
 
+BEFORE_TRAINING = "_before_training"  # what the name of a figure ends in where a layer was trained after it was solved
+Figures = dict[str, float | int | str]
+
+
 @dataclass(frozen=True)
 class Verdict:
     """HEALTHY, SUSPECT or BROKEN, and the layer that decided it."""
@@ -16,9 +20,20 @@ class Verdict:
     reason: str = ""
 
 
-def judge(layers: Sequence[dict[str, float | int | str]]) -> Verdict:
+def output_errors(layers: Sequence[Figures]) -> dict[str, float]:
+    """The relative output error of every layer that was solved for, by its name: where it was trained, from before that,
+    since training a block to give the right output has no error of one layer to go by."""
+    found = {}
+    for layer in layers:
+        error = layer.get("relative_error", layer.get(f"relative_error{BEFORE_TRAINING}"))
+        if error is not None:
+            found[str(layer["name"])] = float(error)
+    return found
+
+
+def judge(layers: Sequence[Figures]) -> Verdict:
     """Judge by the relative output errors and by what the solver had to resort to."""
-    errors = {str(layer["name"]): float(layer["relative_error"]) for layer in layers if "relative_error" in layer}
+    errors = output_errors(layers)
     if not errors:
         return Verdict("HEALTHY")
     worst = max(errors, key=lambda name: errors[name])

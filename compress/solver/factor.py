@@ -7,7 +7,8 @@ from torch import Tensor
 
 # Damping grows by this factor until the Cholesky factorisation succeeds, up to the mean diagonal itself.
 ESCALATION, LARGEST_DAMPING = 10.0, 1.0
-LEAF = 256  # below this order a plain triangular solve beats further splitting
+# Below this order a plain triangular solve beats further splitting, and a strip's zeros are worth multiplying.
+LEAF = 256
 STRIP = 2**20  # elements that are turned around at a time
 
 
@@ -38,11 +39,26 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
-def times_inverse(matrix: Tensor, upper: Tensor) -> Tensor:
-    """`matrix Hd^-1` `[rows, n]` with `Hd^-1 = U^T U`: two products by strips of `U` that leave its zeros out."""
-    strips = [slice(start, start + LEAF) for start in range(0, len(upper), LEAF)]
-    half = torch.cat([matrix[:, s.start :] @ upper[s, s.start :].T for s in strips], 1)
-    return torch.cat([half[:, : s.stop] @ upper[: s.stop, s] for s in strips], 1)
+def times_inverse_(columns: Tensor, upper: Tensor) -> Tensor:
+    """`Hd^-1 columns` with `Hd^-1 = U^T U`, in place of `columns` `[n, rows]`: by strips of `U`, which leave its zeros out."""
+    for s in _strips(upper):
+        columns[s] = upper[s, s.start :] @ columns[s.start :]
+    for s in reversed(_strips(upper)):
+        columns[s] = upper[: s.stop, s].T @ columns[: s.stop]
+    return columns
+
+
+def solve_upper_(upper: Tensor, columns: Tensor) -> Tensor:
+    """`U^-1 columns` in place of `columns` `[n, rows]`: substitution from the last strip up, all by matrix products."""
+    for s in reversed(_strips(upper)):
+        rest = columns[s].addmm_(upper[s, s.stop :], columns[s.stop :], alpha=-1)
+        corner = upper[s, s].T.clone(memory_format=torch.contiguous_format)
+        columns[s] = triangular_inverse_(corner).T @ rest
+    return columns
+
+
+def _strips(upper: Tensor) -> list[slice]:
+    return [slice(start, min(start + LEAF, len(upper))) for start in range(0, len(upper), LEAF)]
 
 
 def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:

@@ -5,8 +5,8 @@ the others by `-H^-1[:, p] e_p / [H^-1]_pp`, and takes row and column `p` out of
 `H^-1 -= H^-1[:, p] H^-1[p, :] / [H^-1]_pp`.
 
 Rows are worked on in batches. Within a panel of steps the inverse stays as it is: the updates are kept as a factor `U`
-per row (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only). After the panel each row gets its
-own inverse of the columns that are left, updated by one matrix product.
+per row (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only). After the panel each row's own
+inverse is updated by one matrix product; once a share of its columns is settled, only those that are left are kept.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,10 @@ from torch import Tensor
 from ..grid import Grid, encode
 from ..scheme import layer_zeros
 
-PANEL = (16, 128)  # columns settled per row before the inverse is updated: a quarter of those left, within these limits
-BATCH_BYTES = 2**26  # memory for the copies of the inverse
+PANEL = 48  # columns settled per row before the inverse is updated
+SHRINK = 0.25  # share of the columns that are settled before the inverse is copied without them
+BATCH_BYTES = 2**27  # memory for the copies of the inverse
+TALL = 8  # rows whose inverses are copied at a time
 
 # (weights `[rows, m]`, diagonal of their inverse) -> (what settling removes from each, the key: the smallest is next)
 Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -149,7 +151,9 @@ class _Elimination:
         count, width = weight.shape
         self._rows, self._target, self._block, self._copies = rows, target, block, copies
         self._settled, self._weight = torch.empty_like(weight), weight.clone()
-        self._inverse = inverse  # shared by all rows until the first panel ends
+        self._inverse, self._own = inverse, False  # the caller's until the first panel ends
+        self._gone: list[Tensor] = []  # positions `[rows, 1]` that the inverse still holds, though they are settled
+        self._values: list[Tensor] = []
         self._batch = torch.arange(count, device=weight.device)
         self._columns = torch.arange(width, device=weight.device).expand(count, -1)
         self._judge = target(rows, self._columns)
@@ -170,19 +174,17 @@ class _Elimination:
         losses = self._weight.new_zeros(order.shape)
         start = 0
         while start < order.shape[1]:
-            steps = min(max(self._weight.shape[1] // 4, PANEL[0]), PANEL[1]) // self._block
-            stop = min(start + max(steps, 1), order.shape[1])
-            settled, factor = self._panel(order[:, start:stop], losses[:, start:stop])
+            stop = min(start + max(PANEL // self._block, 1), order.shape[1])
+            factor = self._panel(order[:, start:stop], losses[:, start:stop])
             if stop < order.shape[1]:
-                self._restrict(settled, factor)
+                self._update(factor)
             start = stop
         self._settled.scatter_(1, self._columns, self._weight)
         return order, losses, self._settled
 
-    def _panel(self, order: Tensor, losses: Tensor) -> tuple[Tensor, Tensor]:
-        """Settle one block per column of `order` and `losses` (views to be filled): the positions, the factor `U`."""
+    def _panel(self, order: Tensor, losses: Tensor) -> Tensor:
+        """Settle one block per column of `order` and `losses` (views to be filled); returns the factor `U`."""
         factor = self._weight.new_empty(len(order), order.shape[1] * self._block, self._weight.shape[1])
-        settled, values = [], []
         for index in range(order.shape[1]):
             errors, key = self._keys()
             chosen = key.add_(self._barred).argmin(1, keepdim=True)
@@ -194,13 +196,13 @@ class _Elimination:
                 self._groups.take(column, self._columns, self._barred)
             for step in range(index * self._block, (index + 1) * self._block):
                 error = errors.gather(1, position)
-                settled.append(position)
-                values.append(self._weight.gather(1, position) - error)
+                self._gone.append(position)
+                self._values.append(self._weight.gather(1, position) - error)
                 losses[:, index] += self._settle(position, error, factor, step)
                 position = position + 1
-        positions = torch.cat(settled, dim=1)
-        self._weight.scatter_(1, positions, torch.cat(values, dim=1))  # without what later steps' rounding added
-        return positions, factor
+        # What is settled stays: later steps change it by their rounding.
+        self._weight.scatter_(1, torch.cat(self._gone, dim=1), torch.cat(self._values, dim=1))
+        return factor
 
     def _keys(self) -> tuple[Tensor, Tensor]:
         """What settling would remove from each weight, and the key of each block."""
@@ -228,8 +230,18 @@ class _Elimination:
             self._corners[self._batch, position.squeeze(1) // self._block] = self._unit
         return scaled.square_().squeeze(1).div_(2)
 
-    def _restrict(self, settled: Tensor, factor: Tensor) -> None:
-        """Leave the positions `settled` `[rows, steps]` out of every vector and of the inverse, and update the inverse."""
+    def _update(self, factor: Tensor) -> None:
+        """Bring the inverse up to date: in a copy the first time, and when enough is settled in a copy of what is left."""
+        if len(self._gone) >= SHRINK * self._weight.shape[1]:
+            keep = self._restrict(torch.cat(self._gone, dim=1))
+            self._own, self._gone, self._values = True, [], []
+            factor = factor.gather(2, keep.unsqueeze(1).expand(-1, factor.shape[1], -1))
+        elif not self._own:
+            self._inverse, self._own = self._copies.whole(self._inverse, len(factor)), True
+        self._inverse.baddbmm_(factor.transpose(1, 2), factor, alpha=-1)
+
+    def _restrict(self, settled: Tensor) -> Tensor:
+        """Leave the positions `settled` `[rows, steps]` out of every vector and of the inverse; returns those that stay."""
         self._settled.scatter_(1, self._columns, self._weight)
         gone = torch.zeros_like(self._weight, dtype=torch.uint8).scatter_(1, settled, 1)
         keep = gone.argsort(dim=1, stable=True)[:, : gone.shape[1] - settled.shape[1]]
@@ -242,22 +254,34 @@ class _Elimination:
             self._corners = self._corners[self._batch.unsqueeze(1), blocks]
         self._judge = self._target(self._rows, self._columns)
         self._inverse = self._copies.submatrices(self._inverse, keep)
-        left = factor.gather(2, keep.unsqueeze(1).expand(-1, factor.shape[1], -1))
-        self._inverse.baddbmm_(left.transpose(1, 2), left, alpha=-1)
+        return keep
 
 
 class _Copies:
     """Memory for the inverses of a batch of rows, used again and again: fresh pages would cost more than the arithmetic."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
-        self._held, self._spare = (like.new_empty(rows * like.shape[-1] ** 2) for _ in range(2))
+        self._held = like.new_empty(rows * like.shape[-1] ** 2)
+        self._tall = like.new_empty(min(rows, TALL) * like.shape[-1] ** 2)
+
+    def whole(self, inverse: Tensor, rows: int) -> Tensor:
+        """A copy of `inverse` for each of the `rows`."""
+        return self._held[: rows * inverse.shape[-1] ** 2].view(rows, *inverse.shape[-2:]).copy_(inverse)
 
     def submatrices(self, inverse: Tensor, keep: Tensor) -> Tensor:
-        """Rows and columns `keep` `[rows, l]` of `inverse` `[m, m]` or, row by row, `[rows, m, m]`, which may be held here."""
+        """Rows and columns `keep` `[rows, l]` of `inverse` `[m, m]` or, row by row, `[rows, m, m]`, which may be held here.
+
+        A few rows at a time: what is held shrinks, so that nothing is overwritten before it was read.
+        """
         count, living = keep.shape
-        tall = self._spare[: count * living * inverse.shape[-1]].view(count, living, -1)
         small = self._held[: count * living * living].view(count, living, living)
-        return torch.gather(_rows_of(inverse, keep, out=tall), 2, keep.unsqueeze(1).expand(-1, living, -1), out=small)
+        for start in range(0, count, TALL):
+            chosen = keep[start : start + TALL]
+            tall = self._tall[: len(chosen) * living * inverse.shape[-1]].view(len(chosen), living, -1)
+            _rows_of(inverse if inverse.ndim == 2 else inverse[start : start + TALL], chosen, out=tall)
+            columns = chosen.unsqueeze(1).expand(-1, living, -1)
+            torch.gather(tall, 2, columns, out=small[start : start + TALL])
+        return small
 
 
 def _rows_of(matrix: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor:

@@ -2,8 +2,16 @@
 
 from torch import Tensor
 
+STRIP = 256  # columns whose part above the diagonal is left out together: the Hessian is symmetric
+
 
 def layer_loss(delta: Tensor, hessian: Tensor, rows: int = 2048) -> float:
     """`1/2 * tr(D H D^T)` for `delta` `D` `[out, in]` and the undamped `hessian` `[in, in]`; rows in chunks for memory."""
-    chunks = delta.split(rows)
-    return sum(float((chunk @ hessian).mul_(chunk).sum(dtype=chunk.double().dtype)) for chunk in chunks) / 2
+    total = 0.0
+    for chunk in delta.split(rows):
+        for start in range(0, len(hessian), STRIP):
+            strip = slice(start, min(start + STRIP, len(hessian)))
+            product = chunk[:, strip] @ hessian[strip, strip]
+            product.addmm_(chunk[:, strip.stop :], hessian[strip.stop :, strip], alpha=2)
+            total += float(product.mul_(chunk[:, strip]).sum(dtype=chunk.double().dtype))
+    return total / 2

@@ -3,126 +3,149 @@
 The sweep settles a column for good when it comes to it; here every column is looked at again with all others in place, and
 every group's scale is fitted to the codes that it ended up with. Each move is the exact minimum over its own variable, so
 `1/2 tr((W-Q) Hd (W-Q)^T)` only falls; the damped `Hd` keeps the descent from fitting noise in the calibration tokens.
+
+All that a move needs of `W` is the slope `Hd (W - Q)^T`, which after a sweep is one triangular solve. Moves are carried into
+the slope by halves, so that almost all work is matrix products.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..grid import Grid, encode, stored
+from ..grid import Grid, stored
 from ..scheme import QuantArgs
 
-BLOCK = 128  # columns that see each other's moves at once; the rest of the matrix learns of them by one product
+BLOCK = 512  # columns whose moves reach the rest of the matrix by one product
+TILE = 32  # columns that tell each other of their moves one by one
 
 
-def refine(target: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> tuple[Tensor, Grid, float]:
-    """Descend from `codes` `[out, in]` on `grid` towards `target` `W` `[out, in]`, at most `sweeps` times over all columns.
+def refine(
+    slope: Tensor, hessian: Tensor, shift: float, codes: Tensor, grid: Grid, sweeps: int
+) -> tuple[Tensor, Grid, float]:
+    """Descend from `codes` uint8 `[out, in]` on `grid`, at most `sweeps` times over all columns.
 
-    `hessian` `[in, in]` is damped, in natural order and in the dtype of `target`. Returns uint8 codes, the grid, and by how
-    much the damped loss fell; stops early when nothing moves any more. Scales move where each is a row's own plain number:
-    those of a whole tensor and two-level ones stay.
+    `hessian` `H` `[in, in]` in natural order and `shift` make up `Hd = H + shift * I`; `slope` `Hd (W - Q)^T` `[in, out]` is
+    used up. Returns uint8 codes, the grid, and by how much the damped loss fell; stops early when nothing moves any more.
+    Scales move where each is a row's own plain number: those of a whole tensor and two-level ones stay.
     """
-    goal, lattice = target.T.contiguous(), _Lattice.of(codes, grid)
-    delta = goal - lattice.settled()
+    descent = Descent.start(slope, hessian, shift, codes, grid)
     fallen = 0.0
-    for _ in range(sweeps):
-        fall = _sweep(goal, hessian, lattice, delta)
+    for left in reversed(range(sweeps)):
+        fall = descent.sweep(last=left == 0)
         fallen += fall
         if fall == 0:
             break
-    settled = Grid(lattice.scale.T.contiguous(), grid.zero, grid.args)
-    return lattice.codes.T.to(torch.uint8).contiguous(), settled, fallen
+    return descent.codes.T.contiguous(), Grid(descent.scale.T.contiguous(), grid.zero, grid.args), fallen
 
 
-@dataclass(frozen=True)
-class _Lattice:
-    """A quantized matrix held transposed: `Q^T = scale * (codes - zero)`, group by group; changed in place.
+@dataclass
+class Descent:
+    """The state of a descent, held transposed and changed in place: `Q^T = scale * (codes - zero)`, group by group.
 
-    codes `[in, out]` whole numbers as floats; scale `[groups, out]` representable in its stored dtype; zero `[groups, out]`.
+    codes uint8 `[in, out]`; scale `[groups, out]` representable in its stored dtype; zero `[groups, out]`; slope `[in, out]`.
     """
 
+    slope: Tensor
+    hessian: Tensor
+    shift: float
     codes: Tensor
     scale: Tensor
     zero: Tensor
     args: QuantArgs
 
     @classmethod
-    def of(cls, codes: Tensor, grid: Grid) -> "_Lattice":
-        values = codes.T.to(grid.scale.dtype).contiguous()
+    def start(cls, slope: Tensor, hessian: Tensor, shift: float, codes: Tensor, grid: Grid) -> "Descent":
+        """Descend from `codes` `[out, in]` on `grid`."""
         scale, zero = (
             t.expand(len(codes), -1).T.clone(memory_format=torch.contiguous_format) for t in (grid.scale, grid.zero)
         )
-        return cls(values, scale, zero, grid.args)
+        transposed = codes.T.clone(memory_format=torch.contiguous_format)
+        return cls(slope, hessian, shift, transposed, scale, zero, grid.args)
 
-    @property
-    def size(self) -> int:
-        """Columns of a group; the last one may be shorter."""
-        return self.args.columns_per_scale(len(self.codes))
+    def sweep(self, last: bool) -> float:
+        """One pass over all groups; the fall of the damped loss. After the `last` the slope of what is behind is not needed."""
+        width, size = len(self.hessian), self.args.columns_per_scale(len(self.hessian))
+        fallen = torch.zeros(self.slope.shape[1], dtype=torch.float64, device=self.slope.device)
+        step = size * max(1, BLOCK // size)
+        moves = torch.empty_like(self.slope[:step])
+        for start in range(0, width, step):
+            block = slice(start, min(start + step, width))
+            moved = moves[: block.stop - start]
+            self._halves(block, size, moved, lambda part, out: fallen.add_(self._group(part, out, last)), last)
+            self._tell(slice(block.stop, width), block, moved)
+            if not last:
+                self._tell(slice(0, start), block, moved)
+        return float(fallen.sum())
 
-    @property
-    def scales_move(self) -> bool:
-        return self.args.strategy != "tensor" and self.args.scale_dtype != "bilevel"
+    def move_scale(self, group: slice, moves: Tensor) -> Tensor:
+        """Fit the scale of one group to its codes, all else fixed; refused per row where rounding spoils it.
 
-    def settled(self) -> Tensor:
-        """`Q^T` `[in, out]`."""
-        scale, zero = (t.repeat_interleave(self.size, 0)[: len(self.codes)] for t in (self.scale, self.zero))
-        return (self.codes - zero).mul_(scale)
+        Fills in `moves` `[size, out]`, by how much `Q^T` grew; returns the fall of the loss `[out]`.
+        """
+        index = group.start // self.args.columns_per_scale(len(self.codes))
+        scale = self.scale[index]
+        steps = torch.sub(self.codes[group].to(scale.dtype), self.zero[index], out=moves)
+        near = (self.hessian[group, group] @ steps).add_(steps, alpha=self.shift)
+        curvature = torch.linalg.vecdot(near, steps, dim=0)
+        pull = torch.linalg.vecdot(self.slope[group], steps, dim=0)
+        best = scale + pull / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
+        wanted = torch.where(best > 0, stored(best, self.args), scale)
+        change = wanted - scale
+        gain = change * (pull - change * curvature / 2)
+        change = change.where(gain > 0, 0)
+        self.scale[index] = scale + change
+        self.slope[group] -= near.mul_(change)
+        steps.mul_(change)
+        return gain.clamp_(min=0)
 
+    def _group(self, group: slice, moves: Tensor, last: bool) -> Tensor:
+        """Move the scale and then every code of one group; `moves` `[size, out]` is by how much `Q^T` grew."""
+        gain, moved = torch.zeros_like(self.scale[0]), torch.zeros_like(moves)
+        if self.args.strategy != "tensor" and self.args.scale_dtype != "bilevel":
+            gain += self.move_scale(group, moved)
+        self._halves(group, TILE, moves, lambda part, out: gain.add_(self._tile(part, out, last)), last)
+        moves += moved  # the group itself knows of them already
+        return gain
 
-def _sweep(goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor) -> float:
-    """One pass over all groups. `delta` `W^T - Q^T` is kept up to date. Returns the fall of the damped loss.
+    def _tile(self, tile: slice, moves: Tensor, last: bool) -> Tensor:
+        """Move every code of a few columns, one column after another, to the grid point nearest to its own optimum."""
+        index = tile.start // self.args.columns_per_scale(len(self.codes))
+        scale, inverse = self.scale[index], self.scale[index].reciprocal()
+        corner = self.hessian[tile, tile].clone()
+        corner.diagonal().add_(self.shift)
+        slope, codes = self.slope[tile], self.codes[tile].to(scale.dtype)
+        curvature = corner.diagonal()
+        lines = zip(slope.unbind(), codes.unbind(), moves.unbind(), curvature.tolist(), strict=True)
+        for j, (pull, code, move, stiffness) in enumerate(lines):
+            best = torch.addcmul(code, pull, inverse, value=1 / stiffness).round_().clamp_(0, self.args.maxq)
+            torch.sub(best, code, out=move).mul_(scale)
+            code.copy_(best)
+            slope[j + 1 :].addr_(corner[j, j + 1 :], move, alpha=-1)
+        self.codes[tile] = codes.to(torch.uint8)
+        gain = torch.linalg.vecdot(slope - moves * (curvature / 2).unsqueeze(1), moves, dim=0)
+        if not last:
+            slope.addmm_(corner.triu(), moves, alpha=-1)
+        return gain
 
-    The slope `Hd (W - Q)^T` of a block is one product when the block is reached, and exact within the block after that.
-    """
-    width, size = len(hessian), lattice.size
-    fallen = torch.zeros(goal.shape[1], dtype=torch.float64, device=goal.device)
-    span = size * max(1, BLOCK // size)
-    for start in range(0, width, span):
-        stop = min(start + span, width)
-        slope = hessian[start:stop] @ delta
-        for first in range(start, stop, size):
-            group = slice(first, min(first + size, stop))
-            if lattice.scales_move:
-                fallen += _move_scale(hessian, lattice, delta, slope, start, group)
-            fallen += _move_codes(goal, hessian, lattice, delta, slope, start, group)
-    return float(fallen.sum())
+    def _halves(
+        self, span: slice, unit: int, moves: Tensor, move: Callable[[slice, Tensor], object], last: bool
+    ) -> None:
+        """Call `move` on parts of `unit` columns from left to right, each of which knows what the parts before it did."""
+        units = -(-(span.stop - span.start) // unit)
+        if units == 1:
+            move(span, moves)
+            return
+        middle = span.start + units // 2 * unit
+        left, right = slice(span.start, middle), slice(middle, span.stop)
+        first, second = moves[: middle - span.start], moves[middle - span.start :]
+        self._halves(left, unit, first, move, last)
+        self._tell(right, left, first)
+        self._halves(right, unit, second, move, last)
+        if not last:
+            self._tell(left, right, second)
 
-
-def _move_scale(hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor, start: int, group: slice) -> Tensor:
-    """Fit the scale of one group to its codes, all else fixed; refused per row where rounding spoils it."""
-    index = group.start // lattice.size
-    steps = lattice.codes[group] - lattice.zero[index]
-    near = hessian[group, group] @ steps
-    curvature = (near * steps).sum(0)
-    pull = (slope[group.start - start : group.stop - start] * steps).sum(0)
-    scale = lattice.scale[index]
-    best = scale + pull / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
-    wanted = torch.where(best > 0, stored(best, lattice.args), scale)
-    change = wanted - scale
-    gain = change * (pull - change * curvature / 2)
-    change = change.where(gain > 0, 0)
-    lattice.scale[index] = scale + change
-    moved = steps * change
-    delta[group] -= moved
-    rest = slice(group.start, start + len(slope))
-    slope[group.start - start :].addmm_(hessian[rest, group], moved, alpha=-1)
-    return gain.clamp(min=0).double()
-
-
-def _move_codes(
-    goal: Tensor, hessian: Tensor, lattice: _Lattice, delta: Tensor, slope: Tensor, start: int, group: slice
-) -> Tensor:
-    """Move every code of one group, column after column, to the grid point nearest to its own optimum."""
-    index = group.start // lattice.size
-    scale, zero = lattice.scale[index], lattice.zero[index]
-    gain = torch.zeros_like(scale)
-    for j in range(group.start, group.stop):
-        curvature, pull = hessian[j, j], slope[j - start]
-        codes = encode(goal[j] - delta[j] + pull / curvature, scale, zero, lattice.args)
-        change = (codes - lattice.codes[j]).mul_(scale)
-        lattice.codes[j] = codes
-        gain += change * (pull - change * (curvature / 2))
-        delta[j] -= change
-        slope[j + 1 - start :].addr_(hessian[j, j + 1 : start + len(slope)], change, alpha=-1)
-    return gain.double()
+    def _tell(self, others: slice, span: slice, moves: Tensor) -> None:
+        """Carry the `moves` `[span, out]` of `Q^T` into the slope of other columns."""
+        self.slope[others].addmm_(self.hessian[others, span], moves, alpha=-1)

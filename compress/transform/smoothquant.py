@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ...calibrate.discovery import set_weight, weight_of
 from ...calibrate.wiring.feeds import Feed, find_feeds
-from ..activations import fake_quantize, scale_of
+from ..activations import fake_quantize, grid_of
 from ..errors import UsageError
 from ..passes import Block, Linear
 from ..quantize.rtn import round_to_nearest
@@ -96,8 +96,9 @@ def alpha_losses(
     for alpha in CANDIDATES:
         scale = factors(activations, weights, alpha)
         columns = spread(scale, feed.channels)
-        largest = (recording.inputs / columns).abs().amax()
-        with _quantized(block.module, linears, columns, largest), _divided(block.module, feed.source, source, scale):
+        smoothed = recording.inputs / columns
+        ends = smoothed.amin(), smoothed.amax()
+        with _quantized(block.module, linears, columns, ends), _divided(block.module, feed.source, source, scale):
             losses[alpha] = recording.loss()
     return losses
 
@@ -118,8 +119,10 @@ def _divided(block: nn.Module, name: str, linear: Linear | None, scale: Tensor) 
 
 
 @contextmanager
-def _quantized(block: nn.Module, linears: dict[str, Linear], scale: Tensor, largest: Tensor) -> Iterator[None]:
-    """Inside the `with` the linears compute `Qx(x / s) Q(W s)^T`; `largest` |x / s| is what a static scale would be from."""
+def _quantized(
+    block: nn.Module, linears: dict[str, Linear], scale: Tensor, ends: tuple[Tensor, Tensor]
+) -> Iterator[None]:
+    """Inside the `with` the linears compute `Qx(x / s) Q(W s)^T`; `ends` are those of the range of x / s."""
     modules = {block.get_submodule(name): linear for name, linear in linears.items()}
     saved = {module: weight_of(module).clone() for module in modules}
 
@@ -127,7 +130,7 @@ def _quantized(block: nn.Module, linears: dict[str, Linear], scale: Tensor, larg
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             if linear.inputs is None:
                 return (args[0] / scale, *args[1:])
-            static = None if linear.inputs.dynamic else scale_of(largest, linear.inputs)
+            static = None if linear.inputs.dynamic else grid_of(*ends, linear.inputs)
             return (fake_quantize(args[0] / scale, linear.inputs, static), *args[1:])
 
         return hook

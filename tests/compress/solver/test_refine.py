@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lmpress.compress.grid import Grid
 from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.solver.factor import inverse_factor, solve_upper_, times_inverse_
 from lmpress.compress.solver.loss import layer_loss
-from lmpress.compress.solver.refine import _Lattice, _move_scale, refine
+from lmpress.compress.solver.refine import Descent, refine
 
 
 def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -19,13 +20,22 @@ def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, width, generator=generator, dtype=torch.float64), inputs.T @ inputs / len(inputs)
 
 
+def descend(weight: Tensor, hessian: Tensor, codes: Tensor, grid: Grid, sweeps: int) -> tuple[Tensor, Grid, float]:
+    """`refine` towards `weight`, a part of the Hessian's diagonal given as damping."""
+    shift = 0.125 * float(hessian.diagonal().min())
+    undamped = hessian - shift * torch.eye(len(hessian), dtype=hessian.dtype)
+    return refine(hessian @ (weight - grid.dequantize(codes)).T, undamped, shift, codes, grid, sweeps)
+
+
 def args_for(width: int, group: int | None, symmetric: bool, bits: int = 3) -> QuantArgs:
     strategy = "group" if group else "channel"
     return QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=group).for_width(width)
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-@pytest.mark.parametrize(("width", "group"), [(96, 32), (172, 43), (70, None), (200, 4), (5, None), (1, None)])
+@pytest.mark.parametrize(
+    ("width", "group"), [(96, 32), (172, 43), (70, None), (200, 4), (5, None), (1, None), (1100, 100), (650, None)]
+)
 def test_the_loss_falls_by_exactly_what_is_reported(width: int, group: int | None, symmetric: bool) -> None:
     weight, hessian = problem(9, width)
     grid = Grid.fit(weight, args_for(width, group, symmetric))
@@ -33,7 +43,7 @@ def test_the_loss_falls_by_exactly_what_is_reported(width: int, group: int | Non
     before = layer_loss(weight - grid.dequantize(codes), hessian)
     previous = before
     for sweeps in (1, 2, 5):
-        settled, moved, fallen = refine(weight, hessian, codes, grid, sweeps)
+        settled, moved, fallen = descend(weight, hessian, codes, grid, sweeps)
         after = layer_loss(weight - moved.dequantize(settled), hessian)
         assert after == pytest.approx(before - fallen, rel=1e-9, abs=1e-12)
         assert after <= previous * (1 + 1e-12)
@@ -48,7 +58,7 @@ def test_no_single_code_can_be_improved_at_the_end() -> None:
     """Brute force over every code of every weight, all others fixed."""
     weight, hessian = problem(4, 12)
     grid = Grid.fit(weight, args_for(12, 4, symmetric=False, bits=2))
-    codes, grid, _ = refine(weight, hessian, grid.quantize(weight), grid, 50)
+    codes, grid, _ = descend(weight, hessian, grid.quantize(weight), grid, 50)
     reached = layer_loss(weight - grid.dequantize(codes), hessian)
     for row, column, code in product(range(4), range(12), range(4)):
         other = codes.clone()
@@ -60,7 +70,7 @@ def test_one_column_takes_the_best_code() -> None:
     weight, hessian = torch.tensor([[0.83], [-0.31]], dtype=torch.float64), torch.tensor([[2.0]], dtype=torch.float64)
     args = QuantArgs(bits=3, strategy="tensor", group_size=None)  # a tensor's scale stays
     grid = Grid(torch.tensor([[0.25]], dtype=torch.float64), torch.tensor([[4.0]], dtype=torch.float64), args)
-    codes, moved, _ = refine(weight, hessian, torch.zeros(2, 1, dtype=torch.uint8), grid, 1)
+    codes, moved, _ = descend(weight, hessian, torch.zeros(2, 1, dtype=torch.uint8), grid, 1)
     best = [min(range(8), key=lambda c: (w - 0.25 * (c - 4)) ** 2) for w in weight.flatten().tolist()]
     assert codes.flatten().tolist() == best
     assert (moved.scale == 0.25).all()
@@ -72,12 +82,11 @@ def test_moving_scales_alone_reaches_the_joint_least_squares_optimum() -> None:
     args = QuantArgs(bits=4, group_size=8, scale_dtype="float32")
     grid = Grid.fit(weight, args)
     codes = grid.quantize(weight)
-    lattice = _Lattice.of(codes, grid)
-    delta = weight.T - lattice.settled()
+    descent = Descent.start(hessian @ (weight - grid.dequantize(codes)).T, hessian, 0.0, codes, grid)
     for _ in range(60):
         for first in range(0, 24, 8):
-            slope = hessian @ delta
-            _move_scale(hessian, lattice, delta, slope, 0, slice(first, first + 8))
+            descent.move_scale(slice(first, first + 8), torch.empty(8, 5, dtype=torch.float64))
+            descent.slope = hessian @ (weight - Grid(descent.scale.T, grid.zero, args).dequantize(codes)).T
     root = torch.linalg.cholesky(hessian).T  # 1/2 ||root (w - q)||^2 is the loss
     for row in range(5):
         steps = torch.zeros(24, 3, dtype=torch.float64)
@@ -85,7 +94,7 @@ def test_moving_scales_alone_reaches_the_joint_least_squares_optimum() -> None:
             part = slice(8 * group, 8 * group + 8)
             steps[part, group] = codes[row, part].double() - grid.zero[row, group]
         expected = torch.linalg.lstsq(root @ steps, (root @ weight[row]).unsqueeze(1)).solution.flatten()
-        assert torch.allclose(lattice.scale[:, row], expected, rtol=1e-4)
+        assert torch.allclose(descent.scale[:, row], expected, rtol=1e-4)
 
 
 def test_dead_and_duplicated_columns_and_zero_weights_are_survived() -> None:
@@ -95,8 +104,22 @@ def test_dead_and_duplicated_columns_and_zero_weights_are_survived() -> None:
     hessian = inputs.T @ inputs + 0.01 * torch.eye(16, dtype=torch.float64)
     weight[1] = 0
     grid = Grid.fit(weight, args_for(16, 8, symmetric=True))
-    codes, moved, fallen = refine(weight, hessian, grid.quantize(weight), grid, 10)
+    codes, moved, fallen = descend(weight, hessian, grid.quantize(weight), grid, 10)
     assert moved.dequantize(codes).isfinite().all()
     assert (moved.scale > 0).all()
     assert not moved.dequantize(codes)[1].any()
     assert fallen >= 0
+
+
+def test_the_slope_after_a_sweep_is_one_triangular_solve() -> None:
+    weight, hessian = problem(7, 300)
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(5))
+    upper = inverse_factor(hessian, 0.01, order).upper
+    errors = torch.randn(300, 7, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(300, dtype=torch.float64)
+    expected = damped[order][:, order] @ (errors.T @ upper).T
+    assert torch.allclose(
+        solve_upper_(upper, errors.clone()), expected, rtol=1e-6, atol=1e-8 * float(expected.abs().max())
+    )
+    repaired = times_inverse_(weight.T[order].contiguous(), upper)
+    assert torch.allclose(repaired, torch.linalg.solve(damped, weight.T)[order], rtol=1e-6, atol=1e-9)

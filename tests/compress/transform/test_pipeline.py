@@ -9,9 +9,12 @@ from transformers import AutoModelForCausalLM
 
 from lmpress import load, run
 from lmpress.compress import workspace
+from lmpress.compress.activations import quantized_inputs
 from lmpress.compress.api import default_out, quantization_recipe
 from lmpress.compress.errors import StorageError, UsageError
+from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.compress.formats.shards import read_header
+from lmpress.compress.scheme import QuantArgs
 from lmpress.recipes import schema
 
 ASYMMETRIC = {"bits": 8, "symmetric": False, "strategy": "group", "group_size": 16}
@@ -192,7 +195,7 @@ def test_the_short_forms_of_methods():
         ([{"method": "awq"}], "awq alone stores nothing smaller"),
         ([rtn(), {"method": "awq"}, rtn()], "awq comes after rtn"),
         ([{"method": "rotate"}, {"method": "rotate"}, rtn()], "only one pass"),
-        ([rtn(PER_ROW, inputs=PER_TOKEN | {"strategy": "channel"})], "inputs cannot have scales per channel"),
+        ([rtn(PER_ROW, inputs=PER_TOKEN | {"strategy": "channel"})], "inputs have no dynamic scales per channel"),
         ([rtn(PER_ROW, inputs=PER_TOKEN | {"dynamic": False})], "tokens are not known in advance"),
     ],
 )
@@ -201,6 +204,44 @@ def test_recipes_that_make_no_sense_are_refused(passes, says):
         schema.build({"passes": passes})
 
 
-def test_other_widths_than_w8a8_are_refused(saved, text, tmp_path):
-    with pytest.raises(UsageError, match="W8A8, not W4A8"):
-        run(saved("llama"), tmp_path / "out", recipe(text, rtn(PER_ROW | {"bits": 4}, inputs=PER_TOKEN)))
+ASYMMETRIC_INPUTS = PER_TOKEN | {"symmetric": False, "formula": "gptq"}
+KINDS = {
+    "w4a8": (ASYMMETRIC | {"bits": 4}, PER_TOKEN),
+    "w4a8-static-asymmetric": (ASYMMETRIC | {"bits": 4}, ASYMMETRIC_INPUTS | {"strategy": "tensor", "dynamic": False}),
+    "w8a8-asymmetric": (PER_ROW, ASYMMETRIC_INPUTS),
+    "w8a8-static-asymmetric": (PER_ROW, ASYMMETRIC_INPUTS | {"strategy": "tensor", "dynamic": False}),
+    "w8a6": (PER_ROW, PER_TOKEN | {"bits": 6}),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_weights_and_inputs_of_any_width_are_stored_and_served(saved, text, random_ids, tmp_path, kind):
+    """Served is what the pipeline evaluated: the dequantized weights with inputs rounded before every linear."""
+    weights, inputs = KINDS[kind]
+    report = run(saved("llama"), tmp_path / "out", recipe(text, rtn(weights, inputs=inputs)))
+    assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == report.bytes_after
+    checkpoint, random_ids = Checkpoint.open(tmp_path / "out"), random_ids % 8 + 2
+    found, dense = load(tmp_path / "out"), load(saved("llama"))
+    layers = {name: checkpoint.layer(name) for name in checkpoint.layers}
+    assert len(layers) == 14 and {layer.inputs for layer in layers.values()} == {QuantArgs(**inputs)}
+    for name, layer in layers.items():
+        dense.get_submodule(name).weight.data.copy_(layer.dequantize())
+    others = {n: t for n, t in found.named_parameters() if n in dict(dense.named_parameters())}
+    dense.load_state_dict(others, strict=False)
+    plain = logits(dense, random_ids)
+    with quantized_inputs(dense, layers):
+        expected = logits(dense, random_ids)
+    assert off_by(logits(found, random_ids), expected) < 1e-5 < off_by(plain, expected)
+
+
+def test_mixed_widths_with_quantized_inputs(saved, text, random_ids, tmp_path):
+    """ZeroQuant's W4/8: feed-forward layers at 4 bits, attention at 8, inputs at 8."""
+    pattern = {"*.self_attn.*": {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}}
+    weights = ASYMMETRIC | {"bits": 4, "symmetric": True}
+    run(saved("llama"), tmp_path / "out", recipe(text, rtn(weights, inputs=PER_TOKEN), overrides=pattern))
+    config = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
+    assert config["format"] == "mixed-precision"
+    assert {group["format"] for group in config["config_groups"].values()} == {"int-quantized", "pack-quantized"}
+    bits = {name: args.bits for name, args in Checkpoint.open(tmp_path / "out").layers.items()}
+    assert all(bits[name] == (8 if "self_attn" in name else 4) for name in bits) and len(bits) == 14
+    assert off_by(logits(load(tmp_path / "out"), random_ids), logits(load(saved("llama")), random_ids)) < 0.3

@@ -5,7 +5,7 @@ import torch
 
 from lmpress.calibrate.discovery import set_weight, weight_of
 from lmpress.calibrate.wiring.feeds import find_feeds
-from lmpress.compress.activations import fake_quantize, scale_of
+from lmpress.compress.activations import fake_quantize, grid_of
 from lmpress.compress.errors import UsageError
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import LEVELS, inputs_per
@@ -160,8 +160,8 @@ def test_activation_grids():
     per_token = fake_quantize(x, token)
     assert per_token[0].tolist() == [1.0, -127.0, 0.0] and per_token[1].tolist() == [0, 0, 0]
     assert per_token[2, 0] == 2.0
-    static = scale_of(torch.tensor(50.8), tensor)
-    assert float(static) == pytest.approx(50.8 / 127)
+    static = grid_of(torch.tensor(-3.0), torch.tensor(50.8), tensor)
+    assert float(static[0]) == pytest.approx(50.8 / 127)
     assert fake_quantize(x, tensor, static)[0, 1] == pytest.approx(-128 * 50.8 / 127)  # saturates
     noise = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 64).unsqueeze(1)
     errors = [(fake_quantize(noise, args) - noise).abs().sum() for args in (token, inputs_per("tensor", dynamic=True))]

@@ -1,0 +1,181 @@
+"""Write docs/taxonomy.md from the code's own tables of roles, methods, formats, runtimes and kernels.
+
+python docs/taxonomy.py
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+
+from lmpress.compress.errors import UsageError
+from lmpress.compress.formats import int_quantized
+from lmpress.compress.formats.storage import format_of
+from lmpress.compress.formats.targets import TARGETS, faults
+from lmpress.compress.passes import METHODS, method
+from lmpress.compress.plan import LayerPlan
+from lmpress.compress.scheme import (
+    CACHE_KEY,
+    CACHED,
+    GRIDS,
+    INPUTS,
+    STRATEGIES,
+    WEIGHTS,
+    QuantArgs,
+    Role,
+    Scheme,
+    Strategy,
+    signed_weights,
+)
+from lmpress.kernels.cache.cache import PackedCache
+from lmpress.kernels.dispatch import KERNELS
+from lmpress.kernels.kernel import Need
+from lmpress.kernels.quantized_inputs import IntegerLinear, RoundedInputs
+from lmpress.recipes.schema import build
+
+BITS = range(2, 9)
+WIDTH, GROUP = 4096, 128  # of the layer that formats and kernels are asked about
+HEAD = """\
+# The taxonomy: what is quantized, and how
+
+`docs/taxonomy.py` wrote this page from the tables that the code itself works with; a test holds the two together.
+
+A `Scheme` has three roles, `weights`, `inputs` and `kv`, each described by a `QuantArgs`: 2 to 8 bits, symmetric or asymmetric,
+static or dynamic, one scale per tensor, output row (`channel`), group of neighbours (`group`) or token. Every cell is a row
+below. Cells that make no sense are refused before any work, with the reason given here. Bits stand behind a format or a kernel
+that does not have them all.
+
+"""
+FOOT = """
+Transforms ({transforms}) may come before any of these methods, and {goers} after those that leave plain codes: all but
+two-level scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
+"""
+
+
+def main() -> None:
+    (Path(__file__).parent / "taxonomy.md").write_text(page(), encoding="utf-8")
+
+
+def page() -> str:
+    """The whole text of taxonomy.md."""
+    names = [method(name) for name in METHODS]
+    foot = FOOT.format(
+        transforms=_listed(each.name for each in names if not each.compresses),
+        goers=_listed(each.name for each in names if each.compresses and not _has_scheme(each.name)),
+    )
+    return HEAD + "\n".join(_table(role, cell) for role, cell in ROLES) + foot
+
+
+def _table(role: Role, cell: Callable[[QuantArgs], tuple[str, str, str]]) -> str:
+    lines = [
+        f"## {role.name.capitalize()}\n",
+        "| scale per | range | grid | observers | methods | formats | served by |",
+    ]
+    lines.append("|---|---|---|---|---|---|---|")
+    for dynamic in (False, True):
+        for strategy in STRATEGIES:
+            lines += _rows(role, strategy, dynamic, cell)
+    return "\n".join(lines) + "\n"
+
+
+def _rows(
+    role: Role, strategy: Strategy, dynamic: bool, cell: Callable[[QuantArgs], tuple[str, str, str]]
+) -> Iterator[str]:
+    place = f"| {strategy} | {'dynamic' if dynamic else 'static'} |"
+    reason = role.reason(strategy, dynamic)
+    if reason is not None:
+        yield f"{place} | | refused: {reason} | | |"
+        return
+    for args in _grids(role, strategy, dynamic):
+        kind = "symmetric" if args.symmetric else "asymmetric"
+        kind += ", two-level scales" if args.scale_dtype == "bilevel" else ""
+        yield f"{place} {kind} | {', '.join(role.observers[dynamic])} | {' | '.join(cell(args))} |"
+
+
+def _grids(role: Role, strategy: Strategy, dynamic: bool) -> Iterator[QuantArgs]:
+    group = GROUP if strategy == "group" else None
+    for symmetric in (True, False):
+        formula = next(formula for formula in role.formulas if symmetric in GRIDS[formula])
+        yield QuantArgs(8, symmetric, strategy, group, formula=formula, dynamic=dynamic)
+    if role is WEIGHTS and strategy == "group":
+        yield QuantArgs(8, False, strategy, group, formula="spqr", scale_dtype="bilevel")
+
+
+def _weights(args: QuantArgs) -> tuple[str, str, str]:
+    return _listed(_methods(Scheme(args))), _weight_formats(args), _listed(_kernels(args)) or "dequantized"
+
+
+def _inputs(args: QuantArgs) -> tuple[str, str, str]:
+    weights = {IntegerLinear: signed_weights("channel"), RoundedInputs: QuantArgs(bits=4)}
+    formats = dict.fromkeys(
+        group["format"]
+        for each in weights.values()
+        for group in format_of(each, args).quantization_config({"layer": each}, [])["config_groups"].values()
+    )
+    modules = [
+        f"{module.__name__} ({'int8 rows' if int_quantized.holds_int8(each) else 'other weights'})"
+        for module, each in weights.items()
+    ]
+    return _listed(_methods(Scheme(signed_weights("channel"), args))), _listed(formats), _listed(modules)
+
+
+def _cached(args: QuantArgs) -> tuple[str, str, str]:
+    return "`load(kv_bits=...)`, `kv` of any scheme", f"`{CACHE_KEY}` of config.json", PackedCache.__name__
+
+
+ROLES = ((WEIGHTS, _weights), (INPUTS, _inputs), (CACHED, _cached))
+
+
+def _methods(scheme: Scheme) -> Iterator[str]:
+    """The methods that take the scheme."""
+    for name in METHODS:
+        if _has_scheme(name):
+            try:
+                build({"passes": [{"method": name, "scheme": asdict(scheme)}]})
+            except UsageError:
+                continue
+            yield name
+
+
+def _has_scheme(name: str) -> bool:
+    known = method(name)
+    return known.compresses and "scheme" in known.options()
+
+
+def _weight_formats(args: QuantArgs) -> str:
+    storing = format_of(args)
+    own = storing.NAME if storing.supports(args) is None else "-"  # type: ignore[union-attr]
+    others: dict[str, set[int]] = {}
+    containers = [c for target, several in TARGETS.items() if target != "lmpress" for c in several]
+    for container in dict.fromkeys(containers):
+        for bits in BITS:
+            layer = LayerPlan("layer", 0, "Linear", (WIDTH, WIDTH), _with(args, bits), 0)
+            if container.format != own and not any(faults([layer], container)):
+                others.setdefault(container.format, set()).add(bits)
+    return own + "".join(f"; {_with_bits(name, bits)}" for name, bits in sorted(others.items()))
+
+
+def _kernels(args: QuantArgs) -> Iterator[str]:
+    if args.scale_dtype == "bilevel":
+        return
+    group = args.columns_per_scale(WIDTH)
+    for kernel in KERNELS:
+        needs = {bits: [Need(bits, group, args.symmetric, device=d) for d in ("cpu", "cuda")] for bits in BITS}
+        bits = {b for b, asked in needs.items() if any(kernel.serves.refusal(need) is None for need in asked)}
+        if bits:
+            yield _with_bits(kernel.name, bits)
+
+
+def _with(args: QuantArgs, bits: int) -> QuantArgs:
+    return QuantArgs(**{**asdict(args), "bits": bits})
+
+
+def _with_bits(name: str, bits: set[int]) -> str:
+    return name if bits == set(BITS) else f"{name} ({', '.join(str(b) for b in sorted(bits))})"
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""The cache that a transformers model fills while it generates, packed: real codes in memory, not rounded floats."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from ...compress.errors import UsageError
+from ...compress.scheme import CacheScheme
+from .packed import PackedStates
+
+
+class PackedLayer(DynamicLayer):
+    """The past of one attention layer: packed keys and values, and the latest tokens as they came (`keys`, `values`).
+
+    A pass reads what was packed before it, so a prompt attends to itself in full precision; what a later token reads depends
+    on the number of tokens before it alone, not on how they were handed over.
+    """
+
+    is_croppable = False  # `crop` into the packed part gives back rounded tokens
+
+    def __init__(self, scheme: CacheScheme) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.packed: tuple[PackedStates, PackedStates] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Add the states `[batch, heads, tokens, width]` of new tokens; what attention is to read, past tokens first."""
+        past = self._unpacked(key_states.dtype)
+        keys, values = super().update(key_states, value_states)
+        count = self.scheme.packed(self.get_seq_length()) - self._packed_tokens
+        if count:
+            self._pack(count)
+        return (keys, values) if past is None else (torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2))
+
+    def get_seq_length(self) -> int:
+        """How many tokens are kept, packed or not."""
+        return self._packed_tokens + super().get_seq_length()
+
+    def reset(self) -> None:
+        """Forget everything."""
+        super().reset()
+        self.packed = None
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last `-tokens_to_remove` tokens; those of a step that is cut come back as they were rounded."""
+        removed = -tokens_to_remove
+        if removed <= 0 or not self.is_initialized:
+            super().crop(tokens_to_remove)
+            return
+        left = max(0, self.get_seq_length() - removed)
+        past, packed = self._unpacked(self._window[0].dtype), self._packed_tokens
+        if past is not None and self.packed is not None and left < packed:
+            whole = left // self.scheme.step * self.scheme.step
+            self.keys, self.values = (states[:, :, whole:left] for states in past)
+            for states in self.packed:
+                states.keep(whole)
+            self.packed = self.packed if whole else None
+        else:
+            self.keys, self.values = (states[:, :, : left - packed] for states in self._window)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Put the rows of the batch in another order."""
+        self.batch_select_indices(beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Have every row `repeats` times."""
+        if self.is_initialized:
+            self.batch_select_indices(torch.arange(len(self._window[0])).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only these rows of the batch."""
+        if self.is_initialized:
+            indices = indices.to(self._window[0].device)
+            self.keys, self.values = (states[indices] for states in self._window)
+            for states in self.packed or ():
+                states.choose(indices)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the packed states, their scales, and the window."""
+        window = self._window if self.is_initialized else ()
+        return sum(states.nbytes for states in (*window, *(self.packed or ())))
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same tokens take in full precision."""
+        window = self._window if self.is_initialized else ()
+        token = sum(states.shape[0] * states.shape[1] * states.shape[3] * states.itemsize for states in window)
+        return token * self.get_seq_length()
+
+    @property
+    def _window(self) -> tuple[Tensor, Tensor]:
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    @property
+    def _packed_tokens(self) -> int:
+        return 0 if self.packed is None else self.packed[0].tokens
+
+    def _unpacked(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        return None if self.packed is None else (self.packed[0].states(dtype), self.packed[1].states(dtype))
+
+    def _pack(self, count: int) -> None:
+        """Move the first `count` tokens of the window into the packed part."""
+        old = [states[:, :, :count] for states in self._window]
+        keys = PackedStates.of(old[0], self.scheme.keys, self.scheme.keys.strategy == "group")
+        values = PackedStates.of(old[1], self.scheme.values, along_tokens=False)
+        self.keys, self.values = (states[:, :, count:].clone() for states in self._window)
+        if self.packed is None:
+            self.packed = keys, values
+        else:
+            self.packed[0].append(keys)
+            self.packed[1].append(values)
+
+
+class PackedCache(Cache):
+    """A transformers cache whose layers keep past tokens as `scheme` says, for a model with this `config`.
+
+    Raises `UsageError` for models whose layers keep anything but all keys and values: sliding windows, recurrent states.
+    """
+
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme) -> None:
+        super().__init__(layers=[PackedLayer(scheme) for _ in range(check_cache(config))])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of what is kept now."""
+        return sum(layer.nbytes for layer in self._layers)
+
+    @property
+    def dense_nbytes(self) -> int:
+        """Bytes that the same tokens take in full precision."""
+        return sum(layer.dense_nbytes for layer in self._layers)
+
+    @property
+    def _layers(self) -> list[PackedLayer]:
+        return [layer for layer in self.layers if isinstance(layer, PackedLayer)]
+
+
+def check_cache(config: PreTrainedConfig) -> int:
+    """The number of attention layers of a model whose cache can be packed. Raises `UsageError` for other models: those with
+    layers that keep anything but all keys and values, such as sliding windows and recurrent states."""
+    layers = DynamicCache(config=config).layers
+    for index, layer in enumerate(layers):
+        if type(layer) is not DynamicLayer:
+            raise UsageError(
+                f"layer {index} of {config.model_type} keeps its past as a {type(layer).__name__}, not as all keys and values",
+                "leave its cache in full precision",
+            )
+    return len(layers)
+
+
+def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
+    """Have `model` pack its past by `scheme` wherever it would make a cache of its own: in `generate`, and when called.
+
+    An empty `DynamicCache` gives way to a packed one, which the model returns; a cache with tokens in it, or of another kind,
+    is used as it is. Raises `UsageError` as `PackedCache` does.
+    """
+    check_cache(model.config)
+
+    def give(
+        module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        past, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
+        if wanted is None:
+            wanted = getattr(model.config.get_text_config(), "use_cache", True)
+        if wanted and (past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)):
+            kwargs = kwargs | {"past_key_values": PackedCache(model.config, scheme)}
+        return args, kwargs
+
+    model.register_forward_pre_hook(give, with_kwargs=True)

@@ -1,0 +1,137 @@
+"""Keys or values of past tokens as packed codes.
+
+States `[batch, heads, tokens, width]` are kept as channels `[batch, heads * width, tokens]`. A scale is shared by neighbouring
+tokens of a channel (keys, whose outliers sit in channels) or by neighbouring channels of a token (values); either way batch
+is the first axis of everything stored and time the last one, so that the cache grows at its end and rows can be chosen.
+
+    state = scale * code + low          symmetric: low = -2**(bits-1) * scale, which is not stored
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ...compress.errors import CompressError
+from ...compress.grid import encode, fit_groups
+from ...compress.scheme import QuantArgs
+
+
+@dataclass
+class PackedStates:
+    """The quantized states of `tokens` past tokens under `args`.
+
+    codes       uint8 `[batch, channels, tokens * bits / 8]`, eight tokens in `bits` bytes
+    scale, low  in `args.scale_dtype`: `[batch, channels, tokens / group]` for groups of tokens, `[batch, groups, tokens]` for
+                groups of channels; `low` is None for symmetric grids
+    heads       that the channels are divided into
+    """
+
+    args: QuantArgs
+    along_tokens: bool
+    heads: int
+    codes: Tensor
+    scale: Tensor
+    low: Tensor | None
+
+    @classmethod
+    def of(cls, states: Tensor, args: QuantArgs, along_tokens: bool) -> "PackedStates":
+        """Quantize `states` `[batch, heads, tokens, width]`; tokens are a multiple of 8 and of the group along them.
+
+        Raises `CompressError` where a state does not fit the dtype of the scales.
+        """
+        channels = states.float().transpose(2, 3).flatten(1, 2)
+        lines = channels if along_tokens else channels.transpose(1, 2)
+        args = args if along_tokens else args.for_width(lines.shape[2])
+        groups = lines.unflatten(2, (-1, args.columns_per_scale(lines.shape[2])))
+        scale, zero = fit_groups(groups, args)
+        low = None
+        if not args.symmetric:
+            low = _stored(-zero * scale, args)
+            zero = -low / scale
+        codes = encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), args).flatten(2).to(torch.uint8)
+        kept = [None if t is None else t.to(args.torch_scale_dtype) for t in (scale, low)]
+        if not along_tokens:
+            codes = codes.transpose(1, 2)
+            kept = [None if t is None else t.transpose(1, 2) for t in kept]
+        scale, low = kept
+        assert scale is not None
+        return cls(args, along_tokens, states.shape[1], pack(codes, args.bits), scale.contiguous(), low)
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens are kept."""
+        return self.codes.shape[2] * 8 // self.args.bits
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all that is stored."""
+        return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.low) if t is not None)
+
+    def states(self, dtype: torch.dtype) -> Tensor:
+        """What attention reads: `[batch, heads, tokens, width]`, computed in float32."""
+        lines = unpack(self.codes, self.args.bits).float()
+        scale = self.scale.float()
+        low = -(2.0 ** (self.args.bits - 1)) * scale if self.low is None else self.low.float()
+        axis = 2 if self.along_tokens else 1
+        groups = lines.unflatten(axis, (scale.shape[axis], -1))
+        values = torch.addcmul(low.unsqueeze(axis + 1), groups, scale.unsqueeze(axis + 1)).flatten(axis, axis + 1)
+        return values.unflatten(1, (self.heads, -1)).transpose(2, 3).to(dtype)
+
+    def append(self, later: "PackedStates") -> None:
+        """Take up the states of the tokens after these."""
+        self.codes, self.scale = torch.cat([self.codes, later.codes], 2), torch.cat([self.scale, later.scale], 2)
+        self.low = None if self.low is None or later.low is None else torch.cat([self.low, later.low], 2)
+
+    def keep(self, tokens: int) -> None:
+        """Forget all but the first `tokens`, a multiple of 8 and of the group."""
+        scales = self.scale.shape[2] * tokens // self.tokens
+        self.codes, self.scale = self.codes[..., : tokens * self.args.bits // 8], self.scale[..., :scales]
+        self.low = None if self.low is None else self.low[..., :scales]
+
+    def choose(self, rows: Tensor) -> None:
+        """Keep the `rows` (indices, repeated or not) of the batch, in their order."""
+        rows = rows.to(self.codes.device)
+        self.codes, self.scale = self.codes[rows], self.scale[rows]
+        self.low = None if self.low is None else self.low[rows]
+
+
+def pack(codes: Tensor, bits: int) -> Tensor:
+    """Pack uint8 `codes` `[..., n]` below `2**bits`, `n` a multiple of 8, into uint8 `[..., n * bits / 8]`.
+
+    Eight codes become `bits` bytes: each of their pieces of 8, 4, 2 or 1 bits fills as many bytes, the first code lowest.
+    """
+    eights = codes.unflatten(-1, (-1, 8))
+    pieces = []
+    for shift, width in _pieces(bits):
+        piece = ((eights >> shift) & (2**width - 1)).unflatten(-1, (width, -1))
+        pieces.append((piece << _places(width, codes.device)).sum(-1, dtype=torch.uint8))
+    return torch.cat(pieces, -1).flatten(-2)
+
+
+def unpack(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of `pack`."""
+    pieces = _pieces(bits)
+    parts = packed.unflatten(-1, (-1, bits)).split([width for _, width in pieces], -1)
+    eights = torch.zeros((), dtype=torch.uint8, device=packed.device)
+    for part, (shift, width) in zip(parts, pieces, strict=True):
+        piece = (part.unsqueeze(-1) >> _places(width, packed.device)) & (2**width - 1)
+        eights = eights | (piece.flatten(-2) << shift)
+    return eights.flatten(-2)
+
+
+def _pieces(bits: int) -> list[tuple[int, int]]:
+    """Shift and width of the pieces of a code: the powers of two that `bits` is the sum of, widest first."""
+    widths = [width for width in (8, 4, 2, 1) if bits & width]
+    return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
+
+
+def _places(width: int, device: torch.device) -> Tensor:
+    return torch.arange(0, 8, width, dtype=torch.uint8, device=device)
+
+
+def _stored(low: Tensor, args: QuantArgs) -> Tensor:
+    dtype, largest = args.torch_scale_dtype, float(low.abs().max())
+    if largest > torch.finfo(dtype).max:
+        raise CompressError(f"a cached state of {largest:.3g} overflows {args.scale_dtype}", "use float32 scales")
+    return low.to(dtype).float()

@@ -6,14 +6,9 @@ Any other failure removes it.
 
 import json
 import shutil
-<<<<<<< HEAD
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-=======
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
->>>>>>> main
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, TracebackType

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from .compress.api import prune, quantize, run
+    from .compress.api import distill, prune, quantize, run
     from .compress.errors import CompressError, StorageError, UsageError
     from .compress.export import export
     from .compress.formats.load import load
@@ -22,6 +22,7 @@ __all__ = [
     "CompressError",
     "StorageError",
     "UsageError",
+    "distill",
     "evaluate",
     "export",
     "load",
@@ -35,6 +36,7 @@ _HOMES = {
     "CompressError": "compress.errors",
     "StorageError": "compress.errors",
     "UsageError": "compress.errors",
+    "distill": "compress.api",
     "evaluate": "eval.perplexity",
     "export": "compress.export",
     "load": "compress.formats.load",

@@ -28,6 +28,7 @@ from .compress.report.flags import (
     SeqLen,
     Target,
     Threads,
+    parse_numbers,
     parse_options,
 )
 from .compress.report.session import session
@@ -170,6 +171,71 @@ def prune(
             options=parse_options(options),
         )
         carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+
+
+@app.command()
+def distill(
+    model: Model,
+    out: Out = None,
+    keep_layers: Annotated[int | None, typer.Option(help="How many layers stay.", show_default=False)] = None,
+    drop: Annotated[int | None, typer.Option(help="How many layers go.", show_default=False)] = None,
+    layers: Annotated[str | None, typer.Option(help="The layers that stay: 0,2,3,5", show_default=False)] = None,
+    choice: Annotated[
+        str, typer.Option(help="How layers are chosen: greedy, influence, angular, spread, first or last.")
+    ] = "greedy",
+    teacher: Annotated[
+        str | None, typer.Option(help="Model to learn from. Default: MODEL as it was.", show_default=False)
+    ] = None,
+    data: Annotated[
+        str, typer.Option(help="Text to learn on: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
+    ] = "python-stdlib",
+    samples: Annotated[int, typer.Option(min=2, help="Rows of text.")] = 4096,
+    seq_len: Annotated[int, typer.Option(min=2, help="Tokens a row, the context at most.")] = 512,
+    steps: Annotated[int, typer.Option(min=0, help="Updates; 0: no training.")] = 500,
+    batch: Annotated[int, typer.Option(min=1, help="Rows an update.")] = 16,
+    rate: Annotated[float, typer.Option(help="Learning rate at its height.")] = 5e-4,
+    checks: Annotated[int, typer.Option(min=1, help="How often the state is saved and held-out text looked at.")] = 10,
+    options: Annotated[
+        list[str], typer.Option("--set", help="Option of the training, NAME=VALUE (repeatable): --set hidden=1")
+    ] = [],  # noqa: B006
+    evaluate_on: Eval = None,
+    seed: Seed = 0,
+    overwrite: Overwrite = False,
+    json_file: Json = None,
+    quiet: Quiet = False,
+    debug: Debug = False,
+    threads: Threads = None,
+    device: Device = "cpu",
+) -> None:
+    """Leave layers of MODEL out, and teach what is left to predict as before.
+
+    compress distill --drop 4 MODEL
+    """
+    with session(json_file, quiet, debug, threads) as output:
+        from .compress import api
+        from .compress.report.carry import evaluated
+        from .compress.report.console import print_distilled, watching
+
+        lessons = {"steps": steps, "batch": batch, "rate": rate, "checks": checks, "seed": seed}
+        with watching(output.console) as observer:
+            report = api.distill(
+                model,
+                out,
+                layers=None if layers is None else parse_numbers(layers, "--layers", least=0),
+                keep_layers=keep_layers,
+                drop=drop,
+                choice=choice,
+                teacher=teacher,
+                data=data,
+                samples=samples,
+                seq_len=seq_len,
+                options=lessons | parse_options(options),
+                overwrite=overwrite,
+                device=device,
+                observer=observer,
+            )
+        print_distilled(output.console, report)
+        output.result(report.as_dict() | evaluated(report.out, teacher or model, evaluate_on, device, output))
 
 
 @app.command()
@@ -338,7 +404,6 @@ def bench(
     """Time the kernels on this CPU against torch and other libraries."""
     with session(json_file, quiet, debug, threads) as output:
         from .compress.report.console import watching
-        from .compress.report.flags import parse_numbers
         from .eval.bench import bench as time_all
         from .eval.render import timings
 

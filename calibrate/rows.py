@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 from ..compress.errors import CompressError, UsageError
 from .corpus import documents as built_in
 
-Split = Literal["calibration", "heldout"]
+Split = Literal["calibration", "training", "heldout"]
 
 BUILT_IN = "python-stdlib"
 RANDOM = "random-tokens"  # no data at all, which is enough for ZeroQuant's distillation
@@ -64,8 +64,15 @@ class Rows:
         return seen.unique().numel() / self.vocabulary
 
 
-def calibration_rows(data: str, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int = 0) -> Rows:
-    """`samples` random rows of `length` tokens from the calibration split of `data`, the same for the same seed.
+def calibration_rows(
+    data: str,
+    tokenizer: PreTrainedTokenizerBase,
+    samples: int,
+    length: int,
+    seed: int = 0,
+    split: Split = "calibration",
+) -> Rows:
+    """`samples` random rows of `length` tokens from a split of `data`, the same for the same seed.
 
     Documents are shuffled and tokenised until they suffice (joined texts are tokenised whole), then rows are drawn
     without replacement. Fewer rows than asked for are used with a note. `random-tokens` are uniform over the vocabulary,
@@ -80,7 +87,7 @@ def calibration_rows(data: str, tokenizer: PreTrainedTokenizerBase, samples: int
         if bos is not None:
             ids[:, 0] = bos
         return Rows(ids, RANDOM, len(tokenizer))
-    found = documents(data, "calibration")
+    found = documents(data, split)
     if found.join == BOS:
         order = torch.randperm(len(found.texts), generator=generator).tolist()
         found = Documents([found.texts[i] for i in order], found.source, found.join)
@@ -271,7 +278,7 @@ def _hub_documents(data: str, split: Split) -> Documents:
     from datasets.exceptions import DatasetsError
 
     wanted = HUB.get(data) or HubSet(name, config or None)
-    which = 0 if split == "calibration" else 1
+    which = 1 if split == "heldout" else 0
     part = wanted.splits[which]
     try:
         texts = _download(wanted, which)

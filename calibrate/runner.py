@@ -96,7 +96,7 @@ class Runner:
         batch = 1 if rows is None else _batch(rows.ids, small_batches)
         self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)
-        self._scratch = scratch
+        self.scratch = scratch
         self._hidden = ActivationStore(scratch)
         self._reference = ActivationStore(scratch / "reference") if reference else None
         self._original: nn.Module | None = None  # the loaded block as it was, for the reference stream
@@ -199,7 +199,7 @@ class Runner:
             self._original,
             self._masks,
             self.device,
-            self._scratch / "targets",
+            self.scratch / "targets",
         )
 
     @torch.no_grad()

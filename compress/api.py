@@ -1,7 +1,7 @@
 """The Python API: the command line's words as arguments."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +9,12 @@ from ..recipes import schema
 from ..recipes.allocation import decided
 from ..recipes.schema import PassSpec, Recipe
 from . import passes, pipeline
+from .distill.knowledge import Lessons
 from .errors import UsageError
 from .pipeline import RunReport
 from .prune.args import Pruning
+from .reduce import student
+from .reduce.student import DistillReport, Reduction
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Scheme, group_strategy
 from .workspace import check_target
@@ -135,6 +138,49 @@ def run(
         return pipeline.run(model, place, final, targets=target, overwrite=overwrite, device=device, observer=observer)
 
 
+def distill(
+    model: str | Path,
+    out: str | Path | None = None,
+    *,
+    layers: Sequence[int] | None = None,
+    keep_layers: int | None = None,
+    drop: int | None = None,
+    choice: str = "greedy",
+    teacher: str | Path | None = None,
+    data: str = "python-stdlib",
+    samples: int = 4096,
+    seq_len: int = 512,
+    options: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> DistillReport:
+    """Leave layers of `model` out and teach the rest to predict as before, into the directory `out`.
+
+    `layers` stay, or as many as `keep_layers`, or all but `drop`, chosen by `choice`; with none of them `model` itself is
+    taught, by `teacher`. `options` are those of the training (`Lessons`). Raises `UsageError`, `CompressError`.
+    """
+    reduction = Reduction(None if layers is None else tuple(layers), keep_layers, drop, choice)
+    unknown = [name for name in options or {} if name not in {entry.name for entry in fields(Lessons)}]
+    if unknown:
+        raise UsageError(f"distill has no option {unknown[0]!r}", "see compress distill --help")
+    lessons = Lessons(**(options or {}))
+    place = Path(out) if out else _beside(model, "distill")
+    return student.distill(
+        model,
+        place,
+        reduction,
+        lessons,
+        teacher=teacher,
+        data=data,
+        samples=samples,
+        seq_len=seq_len,
+        overwrite=overwrite,
+        device=device,
+        observer=observer,
+    )
+
+
 def quantization_recipe(
     *,
     method: str = "gptq",
@@ -224,11 +270,14 @@ def default_out(model: str | Path, recipe: Recipe) -> Path:
 
     Passes that improve on what another one left are not named: `--quality` does not change where a result lies.
     """
-    path = Path(model)
     names = [entry.method for entry in recipe.passes if not _goes_on(entry)]
     methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
-    name = f"{path.resolve().name if path.exists() else path.name}-{methods}-{_amount(recipe)}"
-    return path.resolve().parent / name if path.exists() else Path(name)
+    return _beside(model, f"{methods}-{_amount(recipe)}")
+
+
+def _beside(model: str | Path, suffix: str) -> Path:
+    path = Path(model)
+    return path.resolve().parent / f"{path.resolve().name}-{suffix}" if path.exists() else Path(f"{path.name}-{suffix}")
 
 
 def _goes_on(entry: PassSpec) -> bool:

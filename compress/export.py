@@ -1,10 +1,8 @@
 """Write a checkpoint in another runtime's format. Nothing is solved anew: codes and scales go over as they are."""
 
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +18,9 @@ from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
-from .formats.shards import storage_errors
 from .scheme import PruneArgs, QuantArgs, WeightArgs
 from .tensor import CompressedTensor
-from .workspace import check_target, put_in_place
+from .workspace import appearing, check_target
 
 PACKED = LayerFormat(packed.NAME, lambda args, shape: packed.supports(args), packed.pack, packed.quantization_config)
 LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, BITSANDBYTES, *map(dense, DTYPES))}
@@ -55,7 +52,7 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     write = _writer(format)
     check_target(target, overwrite)
     opened = Checkpoint.open(checkpoint)
-    with _appearing(target) as folder:
+    with appearing(target) as folder:
         notes = write(opened, folder)
         opened.source.copy_companions(folder)
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
@@ -143,17 +140,3 @@ def _has_zero_of_zero(checkpoint: Checkpoint, name: str) -> bool:
         return False
     tensor = checkpoint.layer(name)
     return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
-
-
-@contextmanager
-def _appearing(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out`, renamed to it when complete and removed otherwise."""
-    folder = out.parent / f".{out.name}.export"
-    with storage_errors(out):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            put_in_place(folder, out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)

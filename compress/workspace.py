@@ -6,7 +6,8 @@ Any other failure removes it.
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -216,6 +217,20 @@ def _figures(linear: Linear) -> Figures:
         else {"bits": args.bits, "group_size": args.group_size or -1}
     )
     return {"name": linear.name, **stored, **linear.figures}
+
+
+@contextmanager
+def appearing(out: Path) -> Iterator[Path]:
+    """A hidden sibling of `out` to write into, renamed to it when complete and removed otherwise."""
+    folder = out.parent / f".{out.name}.growing"
+    with shards.storage_errors(out):
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+            put_in_place(folder, out)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def put_in_place(complete: Path, out: Path) -> None:

@@ -10,7 +10,6 @@ from .session import Output
 
 if TYPE_CHECKING:
     from ...recipes.schema import Recipe
-    from ..pipeline import RunReport
 
 BROKEN = 3
 
@@ -47,7 +46,7 @@ def carry_out(
             model, target, final, overwrite=overwrite, device=device, targets=runtimes, observer=observer
         )
     print_report(output.console, report)
-    output.result(report.as_dict() | _evaluated(report, model, evaluate_on, device, output))
+    output.result(report.as_dict() | evaluated(report.out, model, evaluate_on, device, output))
     if report.verdict.word == "BROKEN":
         raise typer.Exit(BROKEN)
 
@@ -73,7 +72,8 @@ def _foretell(model: str, recipe: "Recipe", runtimes: Sequence[str], output: Out
     output.result(sizes | {"layer_bytes_at_most": most})
 
 
-def _evaluated(report: "RunReport", model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
+def evaluated(made: Path, model: str, data: str | None, device: str, output: Output) -> dict[str, Any]:
+    """The evaluation of the checkpoint `made` against `model`, shown and for JSON; empty where no `data` were named."""
     if data is None:
         return {}
     from ...eval.perplexity import evaluate
@@ -81,6 +81,6 @@ def _evaluated(report: "RunReport", model: str, data: str | None, device: str, o
     from .console import watching
 
     with watching(output.console) as observer:
-        found = evaluate(report.out, data, against=model, device=device, progress=observer)
-    output.console.print(table({report.out.name: found}))
+        found = evaluate(made, data, against=model, device=device, progress=observer)
+    output.console.print(table({made.name: found}))
     return {"evaluation": found.as_dict()}

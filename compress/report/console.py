@@ -14,6 +14,7 @@ from ..export import ExportReport
 from ..formats.shards import storage_errors
 from ..pipeline import RunReport
 from ..plan import Plan
+from ..reduce.student import DistillReport
 from .progress import Event, Observer
 from .verdict import output_errors
 
@@ -30,6 +31,7 @@ DOING = {
     "evaluate": "evaluating",
     "bench": "timing kernels",
     "speed": "timing the models",
+    "distill": "distilling",
 }
 
 
@@ -140,6 +142,23 @@ def print_export(console: Console, report: ExportReport) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def print_distilled(console: Console, report: DistillReport) -> None:
+    """The last lines of a distillation."""
+    lines = [
+        f"layers {', '.join(map(str, report.kept))} stay; "
+        f"{report.parameters_before:,} -> {report.parameters_after:,} parameters, "
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)}"
+    ]
+    curve = report.course.curve
+    if curve:
+        best = next(kl for step, _, kl in curve if step == report.course.best_step)
+        lines.append(
+            f"KL divergence to the teacher on held-out rows {curve[0][2]:.4f} -> {best:.4f} "
+            f"(step {report.course.best_step} of {curve[-1][0]}), {report.seconds:.1f} s"
+        )
+    console.print("\n".join([*lines, f"written to {report.out}"]), highlight=False, markup=False, soft_wrap=True)
 
 
 def _worst(report: RunReport) -> list[str]:

@@ -57,9 +57,11 @@ def parse_options(given: list[str]) -> dict[str, Any]:
     return options
 
 
-def parse_numbers(given: str, flag: str) -> list[int]:
-    """Positive whole numbers, separated by commas."""
-    words = given.split(",")
-    if not all(word.strip().isdecimal() and int(word) for word in words):
-        raise UsageError(f"{flag} {given!r} holds something else than numbers from 1 on", "write for example 1,8,64")
+def parse_numbers(given: str, flag: str, least: int = 1) -> list[int]:
+    """Whole numbers from `least` on, separated by commas. Raises `UsageError`."""
+    words = [word.strip() for word in given.split(",")]
+    if not all(word.isdecimal() and int(word) >= least for word in words):
+        raise UsageError(
+            f"{flag} {given!r} holds something else than numbers from {least} on", "write for example 1,8,64"
+        )
     return [int(word) for word in words]

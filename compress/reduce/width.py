@@ -1,0 +1,170 @@
+"""Narrower blocks: inner channels of the MLP and key-value heads go, the same number in every block, and the rest makes up
+for them by least squares. The result is a plain dense model that every runtime loads.
+
+Each block is proven as it is written: the smaller block must give what the original one gives with these channels at zero.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from ...calibrate.discovery import find_blocks, find_linears, set_weight, weight_of
+from ...calibrate.rows import Rows
+from ...calibrate.runner import Runner
+from ...calibrate.skeleton import Names, assign, build, release
+from ...calibrate.source import CONFIG, Source, open_source
+from ...calibrate.wiring.trial import difference
+from ..errors import CompressError, UsageError
+from ..formats import shards
+from ..report.progress import Event, Observer, silent
+from ..solver.channels import refit_channels, remove_channels
+from ..solver.damped import damped
+from ..workspace import appearing, check_target
+from .cuts import Cut, attention_cut, cut_tensors, mlp_cut
+from .layers import write_model
+
+DAMPING = 0.01
+SAME = 1e-4  # relative difference of two orders of the same float32 sums
+
+
+@dataclass(frozen=True)
+class Width:
+    """What every block is narrowed to: `mlp` inner channels, `kv_heads` key-value heads with their queries; None: as it is.
+
+    `refit` False only takes the channels out, for comparison.
+    """
+
+    mlp: int | None = None
+    kv_heads: int | None = None
+    refit: bool = True
+
+
+def narrow(
+    model: str | Path,
+    out: Path,
+    width: Width,
+    rows: Rows,
+    device: str = "cpu",
+    overwrite: bool = False,
+    observer: Observer = silent,
+) -> None:
+    """Write a narrower `model` into the directory `out`, channels chosen and weights refitted on the calibration `rows`.
+
+    Raises `UsageError` where the model has no such channels or its config cannot say so, `CompressError` where the narrower
+    block does not compute what it should.
+    """
+    source = open_source(model)
+    skeleton = build(source)
+    config = narrowed(source, width)
+    check_target(out, overwrite)
+    with appearing(out) as folder:
+        runner = Runner(skeleton, source, rows, folder / "scratch", device)
+        runner.capture()
+        small, names = _skeleton(source, config, folder), Names(skeleton, source)
+        tensors: dict[str, Tensor] = {}
+        for index in range(len(runner.blocks)):
+            runner.load(index)
+            replaced = _narrow_block(runner, index, small, width)
+            for local, tensor in replaced.items():
+                stored = names.find(f"{runner.block_name(index)}.{local}")
+                assert stored is not None
+                tensors[stored] = tensor.cpu().to(source.tensors[stored].spec.torch_dtype)
+            runner.forward(index)
+            runner.unload(index)
+            observer(Event("block", index, len(runner.blocks)))
+        specs = {name: t.spec for name, t in source.tensors.items()} | {
+            name: shards.TensorSpec.of(t) for name, t in tensors.items()
+        }
+        write_model(folder, source, config, specs, lambda name: tensors[name] if name in tensors else source.read(name))
+
+
+def narrowed(source: Source, width: Width) -> dict[str, Any]:
+    """The content of config.json of the narrower model. Raises `UsageError` for widths that cannot be."""
+    parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    text = parsed.get_text_config()
+    if text is not parsed:
+        raise UsageError(f"{source.path} holds a language model inside another one", "only its layers can be reduced")
+    changes: dict[str, Any] = {}
+    if width.mlp is not None:
+        key = next(
+            (k for k in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") if hasattr(text, k)), None
+        )
+        if key is None:
+            raise UsageError(f"{source.path / 'config.json'} names no width of the MLP", "leave out --mlp-width")
+        changes[key] = _smaller("--mlp-width", width.mlp, getattr(text, key) or 4 * text.hidden_size)
+    if width.kv_heads is not None:
+        heads = text.num_attention_heads
+        groups = getattr(text, "num_key_value_heads", None) or heads
+        kept = _smaller("--kv-heads", width.kv_heads, groups)
+        head = getattr(text, "head_dim", None) or text.hidden_size // heads
+        changes |= {"num_attention_heads": heads // groups * kept, "num_key_value_heads": kept, "head_dim": head}
+    return {**source.config, **changes}
+
+
+def _mlp_width(text: PreTrainedConfig) -> tuple[str, int]:
+    """What the config calls the width of the MLP, and how wide it is."""
+    for key in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size"):
+        if hasattr(text, key):
+            return key, getattr(text, key) or 4 * text.hidden_size
+    raise UsageError(f"{type(text).__name__} names no width of the MLP", "leave out --mlp-width")
+
+
+def _smaller(flag: str, wanted: int, now: int) -> int:
+    if not 0 < wanted <= now:
+        raise UsageError(f"{flag} {wanted} is not possible", f"give a number between 1 and {now}")
+    return wanted
+
+
+def _skeleton(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+    """The narrower model without weights, by the config that it will have in `folder`."""
+    (folder / CONFIG).write_text(json.dumps(config))
+    return build(Source(folder, source.name, dict(config), source.tensors))
+
+
+def _narrow_block(runner: Runner, index: int, small: PreTrainedModel, width: Width) -> dict[str, Tensor]:
+    """Narrow the loaded block in place (channels that go become zero), and give the smaller tensors, proven."""
+    block = runner.blocks[index]
+    sharing = runner.groups(index, set(find_linears(block)))
+    wanted: list[tuple[Cut, int]] = []
+    if width.kv_heads is not None:
+        wanted.append((attention_cut(block, sharing, runner.model.config), width.kv_heads))
+    if width.mlp is not None:
+        wanted.append((mlp_cut(block, sharing, _mlp_width(runner.model.config)[1]), width.mlp))
+    replaced: dict[str, Tensor] = {}
+    for cut, kept in wanted:
+        hessian = damped(runner.collect(index, {cut.consumer}).hessians[cut.consumer].matrix(), DAMPING)
+        weight = weight_of(block.get_submodule(cut.consumer)).detach()
+        gone = remove_channels(weight, hessian, cut.size(block), cut.groups - kept)
+        columns = gone.repeat_interleave(cut.size(block))
+        fitted = refit_channels(weight, hessian, columns) if width.refit else weight.masked_fill(columns, 0)
+        set_weight(block.get_submodule(cut.consumer), fitted)
+        replaced |= cut_tensors(block, cut, gone)
+    _prove(runner, index, small, replaced)
+    return replaced
+
+
+@torch.no_grad()
+def _prove(runner: Runner, index: int, small: PreTrainedModel, replaced: Mapping[str, Tensor]) -> None:
+    """Raise `CompressError` where the smaller block does not give what the larger one with zeros gives."""
+    large, narrow_block = runner.blocks[index], find_blocks(small)[1][index]
+    for name, placeholder in narrow_block.state_dict(keep_vars=True).items():
+        tensor = replaced.get(name, large.state_dict(keep_vars=True)[name].detach())
+        if tensor.shape != placeholder.shape:
+            raise UsageError(
+                f"{name} would have shape {tuple(tensor.shape)}, the config says {tuple(placeholder.shape)}",
+                "this architecture cannot be narrowed so",
+            )
+        assign(narrow_block, name, tensor)
+    call, hidden, _ = next(runner.samples(index))
+    off = difference(call.replay(narrow_block, hidden), call.replay(large, hidden))
+    release(narrow_block)
+    if not off <= SAME:
+        raise CompressError(
+            f"block {index} computes something else when it is narrower (by {off:.1e})", "report this architecture"
+        )

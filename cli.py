@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .compress.report.carry import carry_out
-from .compress.report.flags import (
+from .compress.command import look
+from .compress.command.carry import carry_out
+from .compress.command.flags import (
     Calib,
     Debug,
     Device,
@@ -18,7 +18,6 @@ from .compress.report.flags import (
     Eval,
     Json,
     Keep,
-    KernelName,
     Model,
     Out,
     Overwrite,
@@ -31,7 +30,7 @@ from .compress.report.flags import (
     parse_numbers,
     parse_options,
 )
-from .compress.report.session import session
+from .compress.command.session import session
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -213,7 +212,7 @@ def distill(
     """
     with session(json_file, quiet, debug, threads) as output:
         from .compress import api
-        from .compress.report.carry import evaluated
+        from .compress.command.carry import evaluated
         from .compress.report.console import print_distilled, watching
 
         lessons = {"steps": steps, "batch": batch, "rate": rate, "checks": checks, "seed": seed}
@@ -259,70 +258,6 @@ def run(
         carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
 
 
-@app.command(name="eval")
-def eval_(
-    model: Model,
-    data: Annotated[
-        str, typer.Option(help="Text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
-    ] = "python-stdlib",
-    against: Annotated[
-        str | None,
-        typer.Option(help="Base model: adds the KL divergence and the agreement with it.", show_default=False),
-    ] = None,
-    seq_len: Annotated[
-        int | None, typer.Option(min=2, help="Tokens a row. Default: the context, at most 2048.", show_default=False)
-    ] = None,
-    stride: Annotated[int | None, typer.Option(min=1, help="Default: the row length.", show_default=False)] = None,
-    rows: Annotated[int | None, typer.Option(min=1, help="First rows only.", show_default=False)] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    kernel: KernelName = None,
-    speed: Annotated[
-        bool, typer.Option("--speed", help="Tokens per second too, beside those of --against, and peak memory.")
-    ] = False,
-    kv_bits: Annotated[
-        int | None,
-        typer.Option(help="Pack the keys and values of past tokens: 2 to 8; 16: never.", show_default=False),
-    ] = None,
-    kv_window: Annotated[
-        int | None, typer.Option(min=0, help="Latest tokens that are not packed. Default: 64", show_default=False)
-    ] = None,
-    json_file: Json = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    threads: Threads = None,
-    device: Device = "cpu",
-) -> None:
-    """Measure the perplexity of MODEL, and its divergence from a base model."""
-    with session(json_file, quiet, debug, threads) as output:
-        from .compress.report.console import watching
-        from .eval.perplexity import DTYPES, evaluate
-        from .eval.render import speeds, table
-
-        with watching(output.console) as observer:
-            found = evaluate(
-                model,
-                data,
-                seq_len=seq_len,
-                stride=stride,
-                rows=rows,
-                against=against,
-                device=device,
-                dtype=dtype,
-                kernel=kernel,
-                kv_bits=kv_bits,
-                kv_window=kv_window,
-                progress=observer,
-            )
-            timed = []
-            if speed:
-                from .eval.speed import speed as time_models
-
-                options = {"device": device, "dtype": DTYPES[dtype], "kernel": kernel, "progress": observer}
-                timed = time_models(model, against=against, **options)
-        content = found.as_dict() | ({"speed": [each.as_dict() for each in timed]} if speed else {})
-        output.result(content, Group(table({Path(model).name: found}), *([speeds(timed)] if speed else [])))
-
-
 @app.command()
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory: ours, or GPTQ, AWQ, compressed-tensors.")],
@@ -343,78 +278,10 @@ def export(
         output.result(report.as_dict())
 
 
-@app.command()
-def verify(
-    checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory to load elsewhere.")],
-    runtime: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "transformers",
-    against: Annotated[
-        str | None, typer.Option(help="Checkpoint it was exported from. Default: itself.", show_default=False)
-    ] = None,
-    json_file: Json = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-) -> None:
-    """Prove that other runtimes serve CHECKPOINT as it was meant, or name the tensor and block at fault."""
-    with session(json_file, quiet, debug) as output:
-        from .eval.render import verification
-        from .eval.verify import verify as prove
-
-        found = prove(checkpoint, against=against, runtime=runtime.split(","))
-        output.result(found.as_dict(), verification(found))
-    if not found.ok:
-        raise typer.Exit(1)
-
-
-@app.command()
-def inspect(
-    model: Model,
-    kernel: KernelName = None,
-    json_file: Json = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    device: Device = "cpu",
-) -> None:
-    """Show what MODEL is made of: blocks, linear layers, how they are stored and served. Loads no weights."""
-    with session(json_file, quiet, debug) as output:
-        from dataclasses import asdict
-
-        from .eval.inspect import inspect as look
-        from .eval.render import inspection
-        from .eval.served import served
-
-        found = look(model)
-        kernels = served(model, kernel=kernel, device=device) if found.quantization else []
-        output.result(found.as_dict() | {"kernels": [asdict(each) for each in kernels]}, inspection(found, kernels))
-
-
-@app.command()
-def bench(
-    shapes: Annotated[str, typer.Option(help="Weights to multiply by, OUTxIN.")] = "4096x4096,11008x4096",
-    rows: Annotated[str, typer.Option(help="Numbers of input rows.")] = "1,8,64,512",
-    rounds: Annotated[int, typer.Option(min=1, help="Times that each product is taken; medians count.")] = 15,
-    only: Annotated[str, typer.Option(help="Regular expression: the products to time.", show_default=False)] = "",
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw the ratios into a file: .svg, .png, .pdf.", show_default=False)
-    ] = None,
-    json_file: Json = None,
-    quiet: Quiet = False,
-    debug: Debug = False,
-    threads: Threads = 1,
-) -> None:
-    """Time the kernels on this CPU against torch and other libraries."""
-    with session(json_file, quiet, debug, threads) as output:
-        from .compress.report.console import watching
-        from .eval.bench import bench as time_all
-        from .eval.render import timings
-
-        numbers = parse_numbers(rows, "--rows")
-        with watching(output.console) as observer:
-            found = time_all(shapes.split(","), numbers, rounds=rounds, only=only, progress=observer)
-        if plot is not None:
-            from .eval.plot import save
-
-            save(found, plot)
-        output.result(found.as_dict(), timings(found))
+app.command(name="eval")(look.evaluate)
+app.command()(look.verify)
+app.command()(look.inspect)
+app.command()(look.bench)
 
 
 @recipes_app.command("list")

@@ -7,11 +7,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from .bench import Bench, Timing
 from .inspect import Inspection
 from .perplexity import Evaluation
 from .served import Served
-from .speed import ANSWER, PROMPT, ROUNDS, Speed
+from .timing.bench import Bench, Timing
+from .timing.speed import ANSWER, PROMPT, ROUNDS, Speed
 from .verify import Finding, Verification
 
 ABSENT = "-"

@@ -29,8 +29,8 @@ def carry_out(
     from ..api import default_out
     from ..pipeline import plan
     from ..pipeline import run as run_recipe
+    from ..report.console import print_plan, print_report, watching
     from ..workspace import check_target
-    from .console import print_plan, print_report, watching
 
     target, runtimes = out or default_out(model, recipe), targets.split(",") if targets else ()
     if dry_run:
@@ -55,7 +55,7 @@ def _foretell(model: str, recipe: "Recipe", runtimes: Sequence[str], output: Out
     """The plan with its exact sizes or, where layers share a budget, with the most that they may take."""
     from ...recipes.allocation import most_bytes, uniform
     from ..pipeline import plan
-    from .console import print_plan, size
+    from ..report.console import print_plan, size
 
     planned = plan(model, uniform(recipe), runtimes)
     sizes: dict[str, Any] = {"bytes_before": planned.bytes_before, "notes": planned.notes}
@@ -78,7 +78,7 @@ def evaluated(made: Path, model: str, data: str | None, device: str, output: Out
         return {}
     from ...eval.perplexity import evaluate
     from ...eval.render import table
-    from .console import watching
+    from ..report.console import watching
 
     with watching(output.console) as observer:
         found = evaluate(made, data, against=model, device=device, progress=observer)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from lmpress.cli import app
 from lmpress.compress.errors import UsageError
-from lmpress.eval import bench, candidates, plot
+from lmpress.eval.timing import bench, candidates, plot
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Unavailable
 

@@ -21,16 +21,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibrate.rows import context_length
-from ..compress.errors import CompressError, UsageError
-from ..compress.formats.load import load
-from ..compress.report.progress import Event, Observer, silent
-from ..kernels.modules.linear import PackedLinear, kernels_of
+from ...calibrate.rows import context_length
+from ...compress.errors import CompressError, UsageError
+from ...compress.formats.load import load
+from ...compress.report.progress import Event, Observer, silent
+from ...kernels.modules.linear import PackedLinear, kernels_of
 from .bench import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes
-CHILD = "import sys, json; from lmpress.eval.speed import peak; print(peak(**json.loads(sys.argv[1])))"
+CHILD = "import sys, json; from lmpress.eval.timing.speed import peak; print(peak(**json.loads(sys.argv[1])))"
 
 
 @dataclass(frozen=True)

@@ -10,9 +10,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..kernels import apart, dispatch
-from ..kernels.kernel import Activations, Kernel, Need
-from ..kernels.weight import SparseRows, Weight
+from ...kernels import apart, dispatch
+from ...kernels.kernel import Activations, Kernel, Need
+from ...kernels.weight import SparseRows, Weight
 
 RING_BYTES = 4 * 32 << 20
 GROUP = 128

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compress.errors import UsageError
-from ..compress.report.progress import Event, Observer, silent
-from ..kernels.cpu import build, library
+from ...compress.errors import UsageError
+from ...compress.report.progress import Event, Observer, silent
+from ...kernels.cpu import build, library
 from .candidates import BASELINE, GROUP, RING_BYTES, Candidate, candidates
 
 STREAM = Path(library.__file__).with_name("stream.c")

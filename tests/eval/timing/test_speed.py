@@ -12,9 +12,9 @@ import lmpress
 from lmpress.calibrate.source import open_source
 from lmpress.cli import app
 from lmpress.compress.errors import UsageError
-from lmpress.eval import speed as module
 from lmpress.eval.served import served
-from lmpress.eval.speed import speed
+from lmpress.eval.timing import speed as module
+from lmpress.eval.timing.speed import speed
 from lmpress.kernels.modules.linear import PackedLinear, kernels_of
 
 

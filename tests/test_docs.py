@@ -1,0 +1,185 @@
+"""The documentation says what the code does: options, defaults, command lines, formats and links are held to it."""
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import typer
+import yaml
+from typer.testing import CliRunner, Result
+
+from lmpress import cli
+from lmpress.compress import export
+from lmpress.compress.command import look
+from lmpress.compress.formats.targets import ROW, TARGETS, Container
+from lmpress.compress.passes import METHODS, QUALITIES, Method, method
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
+OPTIONS = "## Options"
+SPEAKS_FOR_ITSELF = {"scheme"}  # a default that is a value of many parts: its cell says it in words
+BUILD_RECIPES = ("quantize", "prune", "run")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_option_table_of_a_method_is_its_config(name: str) -> None:
+    page = DOCS / "methods" / f"{name}.md"
+    assert page.is_file(), f"write docs/methods/{name}.md"
+    known, described = method(name), option_table(page.read_text(encoding="utf-8"))
+    assert list(described) == known.options()
+    for field in fields(known.config):
+        for column, cell in described[field.name].items():
+            if column in ("default", *QUALITIES) and field.name not in SPEAKS_FOR_ITSELF:
+                assert yaml.safe_load(cell) == value_in(known, field, column, described), (field.name, column)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_command_line_parses(page: Path, parsed_only: None) -> None:
+    for line in command_lines(page.read_text(encoding="utf-8")):
+        done = invoke(line)
+        assert done.exit_code == 0, f"{line}: {done.output}"
+
+
+@pytest.mark.parametrize("line", ["quantize --bitz 4 MODEL", "quantize MODEL --bits four", "prune", "shrink MODEL"])
+def test_a_wrong_command_line_is_noticed(line: str, parsed_only: None) -> None:
+    assert invoke(f"compress {line}").exit_code == 2
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
+    for span in mentions(page.read_text(encoding="utf-8")):
+        command, rest = named(re.sub(r"[\[\]]", " ", span).split()[1:])
+        known = {flag for parameter in command.params for flag in parameter.opts}
+        assert {word.partition("=")[0] for word in rest if word.startswith("-")} <= known, span
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_recipe_that_a_command_line_asks_for_can_be_built(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[str] = []
+    monkeypatch.setattr(cli, "carry_out", lambda model, *_: built.append(model))
+    lines = [line for line in command_lines(page.read_text(encoding="utf-8")) if line.split()[1] in BUILD_RECIPES]
+    for line in lines:
+        done = invoke(line)
+        assert done.exit_code == 0, f"{line}: {done.output}"
+    assert len(built) == len(lines)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_link_leads_somewhere(page: Path) -> None:
+    for target in links(page):
+        assert target.exists(), target
+
+
+def test_the_map_leads_to_every_page() -> None:
+    listed = {target.resolve() for target in links(DOCS / "index.md")}
+    assert {page for page in PAGES if page.is_relative_to(DOCS)} - listed == {DOCS / "index.md"}
+
+
+def test_the_page_of_formats_says_what_runtimes_accept() -> None:
+    page = (DOCS / "formats.md").read_text(encoding="utf-8").splitlines()
+    for runtime, containers in TARGETS.items():
+        for container in containers:
+            assert row_of(runtime, container) in page
+    assert sum(line.startswith("| `") and line.count("|") == 9 for line in page) == sum(map(len, TARGETS.values()))
+    assert all(any(f"| `{name}` |" in line for line in page) for name in export.formats())
+
+
+@pytest.fixture
+def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands end where their work would begin."""
+
+    def end(*_: object) -> NoReturn:
+        raise typer.Exit
+
+    for module in (cli, look):
+        monkeypatch.setattr(module, "session", end)
+
+
+def option_table(page: str) -> dict[str, dict[str, str]]:
+    """The table below the heading `OPTIONS`: option -> column -> cell, backquotes taken off; empty without options."""
+    assert f"\n{OPTIONS}\n" in page, f"the page has no heading {OPTIONS!r}"
+    section = re.split(r"\n## ", page.partition(f"\n{OPTIONS}\n")[2])[0]
+    rows = [[cell.strip().strip("`") for cell in line.strip("|").split("|")] for line in table_lines(section)]
+    if not rows:
+        return {}
+    header, _, *body = rows
+    assert header[:2] == ["option", "default"]
+    return {row[0]: dict(zip(header, row, strict=True)) for row in body}
+
+
+def table_lines(section: str) -> list[str]:
+    """The lines of the first table."""
+    found = re.search(r"(?:^\|.*\n?)+", section, re.MULTILINE)
+    return found[0].splitlines() if found else []
+
+
+def value_in(known: Method, field: Field[Any], column: str, described: Mapping[str, Mapping[str, str]]) -> Any:
+    """What a cell must say: the default, or what a quality makes of it; None (an empty cell) where that changes nothing."""
+    default = None if field.default is MISSING else field.default
+    return default if column == "default" else known.preset(column).get(field.name)
+
+
+def command_lines(page: str) -> Iterator[str]:
+    """The lines of code blocks that begin with `compress`, wherever it is installed."""
+    for line in code_lines(page):
+        if re.match(r"(\.venv/bin/)?compress ", line):
+            yield line
+
+
+def code_lines(page: str) -> Iterator[str]:
+    fenced = False
+    for line in page.splitlines():
+        if line.startswith("```"):
+            fenced = not fenced
+        elif fenced or line.startswith("    "):
+            yield line.strip()
+
+
+def mentions(page: str) -> list[str]:
+    """Code spans in running text that begin with `compress`; they need not be whole."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL)
+    return re.findall(r"`(compress [^`]+)`", text)
+
+
+def invoke(line: str) -> Result:
+    return CliRunner().invoke(cli.app, shlex.split(line, comments=True)[1:])
+
+
+def named(words: list[str]) -> tuple[Any, list[str]]:
+    """The command that the first words name, and the words after it."""
+    command: Any = typer.main.get_command(cli.app)
+    while words and words[0] in getattr(command, "commands", {}):
+        command, words = command.commands[words[0]], words[1:]
+    return command, words
+
+
+def links(page: Path) -> Iterator[Path]:
+    """Where the page's relative links lead to."""
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if "://" not in target:
+            yield page.parent / target
+
+
+def row_of(runtime: str, container: Container) -> str:
+    """The line of the page that says what `runtime` reads of one format."""
+    groups = "any" if container.groups is None else ", ".join("row" if g == ROW else str(g) for g in container.groups)
+    if container.block > 1:
+        groups = f"multiples of {container.block}"
+    grids = " and ".join("symmetric" if symmetric else "asymmetric" for symmetric in container.symmetric)
+    alike = {(True, True): "all layers", (True, False): "all layers", (False, True): "joined projections"}
+    cells = [
+        f"`{runtime}`",
+        f"`{container.format}`",
+        ", ".join(map(str, container.bits)),
+        grids,
+        groups,
+        f"multiples of {container.multiple}" if container.multiple > 1 else "any",
+        alike.get((container.uniform, container.fused), "none"),
+        ", ".join(container.kinds) + (", Conv1D" if container.conv1d else ""),
+    ]
+    return f"| {' | '.join(cells)} |"

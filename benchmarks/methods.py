@@ -62,7 +62,7 @@ RUNS: dict[str, Run] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model: `original` is the perplexity of the original, `share` the weight files' size over the original's."""
+    """One compressed model: `original` is the original's perplexity, `share` the size of the weight files over its."""
 
     model: str
     command: str
@@ -119,8 +119,8 @@ def measure(model: Path, command: str, calib: str, heldout: str) -> Row:
 
 def table(rows: list[Row]) -> str:
     """Markdown: a line per run."""
-    head = "| model | command | original | perplexity | KL | bits a weight | size | seconds |\n|---|---|---|---|---|---|---|---|\n"
-    return head + "".join(map(line, rows))
+    columns = ("model", "command", "original", "perplexity", "KL", "bits a weight", "size", "seconds")
+    return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n" + "".join(map(line, rows))
 
 
 def line(row: Row) -> str:

@@ -47,7 +47,7 @@ def quantize(
     model: Model,
     out: Out = None,
     method: Annotated[
-        str, typer.Option(help="gptq, spqr, obq, rtn, nf4, llm-int8, awq, smoothquant, rotate.")
+        str, typer.Option(help="gptq, spqr, obq, rtn, zeroquant, nf4, llm-int8, awq, smoothquant, rotate.")
     ] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
     average_bits: Annotated[

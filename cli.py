@@ -177,11 +177,20 @@ def distill(
     model: Model,
     out: Out = None,
     keep_layers: Annotated[int | None, typer.Option(help="How many layers stay.", show_default=False)] = None,
-    drop: Annotated[int | None, typer.Option(help="How many layers go.", show_default=False)] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="How many layers go; below 1: which share of them.", show_default=False)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="The layers that stay: 0,2,3,5", show_default=False)] = None,
     choice: Annotated[
         str, typer.Option(help="How layers are chosen: greedy, influence, angular, spread, first or last.")
     ] = "greedy",
+    mlp_width: Annotated[
+        float | None,
+        typer.Option(help="Inner channels that each MLP keeps; below 1: a share of them.", show_default=False),
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key-value heads that stay, with their queries.", show_default=False)
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model to learn from. Default: MODEL as it was.", show_default=False)
     ] = None,
@@ -206,7 +215,7 @@ def distill(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Leave layers of MODEL out, and teach what is left to predict as before.
+    """Leave layers and channels of MODEL out, and teach what is left to predict as before.
 
     compress distill --drop 4 MODEL
     """
@@ -224,6 +233,8 @@ def distill(
                 keep_layers=keep_layers,
                 drop=drop,
                 choice=choice,
+                mlp_width=mlp_width,
+                kv_heads=kv_heads,
                 teacher=teacher,
                 data=data,
                 samples=samples,

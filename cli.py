@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compress.command import look
-from .compress.command.carry import carry_out
+from .compress.command.carry import carry_chain, carry_out
 from .compress.command.flags import (
     Calib,
     Debug,
@@ -262,11 +262,15 @@ def run(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Carry out the passes of a recipe on MODEL."""
+    """Carry out the passes of a recipe on MODEL, or the stages of a chain."""
     with session(json_file, quiet, debug, threads) as output:
-        from .recipes import schema
+        from .recipes import chain
 
-        carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
+        wanted = chain.read(recipe)
+        if isinstance(wanted, chain.Chain):
+            carry_chain(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        else:
+            carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
 
 
 @app.command()
@@ -317,10 +321,13 @@ def show_recipe(
 ) -> None:
     """Print a recipe with every option written out."""
     with session(json_file, quiet, debug) as output:
-        from .recipes.schema import dump, read
+        from .recipes import chain, schema
 
-        recipe = read(name)
-        output.result(recipe.model_dump(mode="json"), Text(dump(recipe).rstrip()))
+        found = chain.read(name)
+        if isinstance(found, chain.Chain):
+            output.result(found.as_dict(), Text(chain.dump(found).rstrip()))
+        else:
+            output.result(found.model_dump(mode="json"), Text(schema.dump(found).rstrip()))
 
 
 if __name__ == "__main__":

@@ -190,7 +190,7 @@ def run(
         place = work / name
         if not place.exists():
             observer(Event("warning", message=f"stage {number} of {len(names)}: {kind_of(stage)}"))
-            with _named(number, kind_of(stage), work, names):
+            with _named(number, kind_of(stage), work):
                 figures = _carry_out(stage, previous, place, device, observer)
             (work / f"{number}.json").write_text(json.dumps(figures))
         note = work / f"{number}.json"
@@ -256,12 +256,12 @@ def _prepare(work: Path, chain: Chain, fingerprint: str, names: list[str], overw
 
 
 @contextmanager
-def _named(number: int, kind: str, work: Path | None = None, names: list[str] | None = None) -> Iterator[None]:
-    """Put the stage's name in front of an error; a `work` folder in which nothing is finished goes with it."""
+def _named(number: int, kind: str, work: Path | None = None) -> Iterator[None]:
+    """Put the stage's name in front of an error; a `work` folder in which nothing is begun or finished goes with it."""
     try:
         yield
     except CompressError as error:
-        if work is not None and not [path for path in work.iterdir() if path.name in (names or ()) or path.is_dir()]:
+        if work is not None and not any(path.is_dir() for path in work.iterdir()):
             shutil.rmtree(work)
         raise type(error)(f"stage {number} ({kind}): {error.message}", error.hint) from error
 

@@ -26,6 +26,7 @@ from ..distill.knowledge import Course, Lessons, teach
 from ..errors import CompressError, StorageError, UsageError
 from ..formats.load import load
 from ..formats.shards import storage_errors
+from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
 from .choice import check_choice, choose
@@ -33,7 +34,7 @@ from .layers import check_layers, keep_layers, write_model
 from .width import Width, narrow, narrowed
 
 HELD_OUT = 16  # one row in so many is not trained on
-MANIFEST, REPORT = "manifest.json", "report.json"
+MANIFEST, REPORT, PICTURE = "manifest.json", "report.json", "loss.png"
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,9 @@ def distill(
             course,
         )
         (student / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
+        if missing is not None:
+            observer(Event("warning", message=missing))
         with storage_errors(out):
             put_in_place(student, out)
             shutil.rmtree(work)

@@ -48,6 +48,23 @@ def test_width_alone_with_training(tiny: Path, tmp_path: Path, text: str) -> Non
     assert report.course.curve[0][0] == 0 and report.course.curve[0][2] > 0
 
 
+def test_the_losses_are_drawn_or_said_to_be_missing(
+    tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str | None] = []
+    words = {"mlp_width": 16, "data": text, "observer": lambda event: said.append(event.message), **TAUGHT}
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    lmpress.distill(tiny, tmp_path / "without", **words)
+    assert not (tmp_path / "without/loss.png").exists()
+    assert [line for line in said if line] == [
+        "no picture of the losses, which needs matplotlib: pip install lmpress[plot]"
+    ]
+    monkeypatch.undo()
+    pytest.importorskip("matplotlib")
+    lmpress.distill(tiny, tmp_path / "with", **words)
+    assert (tmp_path / "with/loss.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_shares_are_rounded_to_layers_and_to_whole_groups() -> None:
     assert Reduction(drop=0.25).wanted(8) == Reduction(drop=2).wanted(8) == 6
     assert Width(mlp=0.67).channels(768) == 512 and Width(mlp=0.67).channels(24) == 16

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from .compress.command import look
-from .compress.command.carry import carry_out
+from .compress.command.carry import carry_chain, carry_out
 from .compress.command.flags import (
     Calib,
     Debug,
@@ -177,11 +177,20 @@ def distill(
     model: Model,
     out: Out = None,
     keep_layers: Annotated[int | None, typer.Option(help="How many layers stay.", show_default=False)] = None,
-    drop: Annotated[int | None, typer.Option(help="How many layers go.", show_default=False)] = None,
+    drop: Annotated[
+        float | None, typer.Option(help="How many layers go; below 1: which share of them.", show_default=False)
+    ] = None,
     layers: Annotated[str | None, typer.Option(help="The layers that stay: 0,2,3,5", show_default=False)] = None,
     choice: Annotated[
         str, typer.Option(help="How layers are chosen: greedy, influence, angular, spread, first or last.")
     ] = "greedy",
+    mlp_width: Annotated[
+        float | None,
+        typer.Option(help="Inner channels that each MLP keeps; below 1: a share of them.", show_default=False),
+    ] = None,
+    kv_heads: Annotated[
+        int | None, typer.Option(help="Key-value heads that stay, with their queries.", show_default=False)
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model to learn from. Default: MODEL as it was.", show_default=False)
     ] = None,
@@ -206,7 +215,7 @@ def distill(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Leave layers of MODEL out, and teach what is left to predict as before.
+    """Leave layers and channels of MODEL out, and teach what is left to predict as before.
 
     compress distill --drop 4 MODEL
     """
@@ -224,6 +233,8 @@ def distill(
                 keep_layers=keep_layers,
                 drop=drop,
                 choice=choice,
+                mlp_width=mlp_width,
+                kv_heads=kv_heads,
                 teacher=teacher,
                 data=data,
                 samples=samples,
@@ -251,11 +262,15 @@ def run(
     threads: Threads = None,
     device: Device = "cpu",
 ) -> None:
-    """Carry out the passes of a recipe on MODEL."""
+    """Carry out the passes of a recipe on MODEL, or the stages of a chain."""
     with session(json_file, quiet, debug, threads) as output:
-        from .recipes import schema
+        from .recipes import chain
 
-        carry_out(model, out, schema.read(recipe), overwrite, dry_run, evaluate_on, device, output)
+        wanted = chain.read(recipe)
+        if isinstance(wanted, chain.Chain):
+            carry_chain(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        else:
+            carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
 
 
 @app.command()
@@ -306,10 +321,13 @@ def show_recipe(
 ) -> None:
     """Print a recipe with every option written out."""
     with session(json_file, quiet, debug) as output:
-        from .recipes.schema import dump, read
+        from .recipes import chain, schema
 
-        recipe = read(name)
-        output.result(recipe.model_dump(mode="json"), Text(dump(recipe).rstrip()))
+        found = chain.read(name)
+        if isinstance(found, chain.Chain):
+            output.result(found.as_dict(), Text(chain.dump(found).rstrip()))
+        else:
+            output.result(found.model_dump(mode="json"), Text(schema.dump(found).rstrip()))
 
 
 if __name__ == "__main__":

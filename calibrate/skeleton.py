@@ -14,8 +14,10 @@ from .experts import stored_names, unfuse
 from .source import Source
 
 
-def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: bool = True) -> PreTrainedModel:
     """The causal language model that `source` describes, parameters on the meta device, real buffers, eval mode.
+
+    Fused experts become linear layers of their own (see experts.py), or stay as transformers has them: `split_experts` False.
 
     Raises `UsageError` where transformers has no such architecture; code from the checkpoint is never run.
     """
@@ -25,7 +27,8 @@ def build(source: Source, dtype: torch.dtype = torch.float32) -> PreTrainedModel
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     except ValueError as error:
         raise _no_model(source.path, error) from error
-    unfuse(model)
+    if split_experts:
+        unfuse(model)
     return model.eval()
 
 

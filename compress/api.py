@@ -15,6 +15,7 @@ from .pipeline import RunReport
 from .prune.args import Pruning
 from .reduce import student
 from .reduce.student import DistillReport, Reduction
+from .reduce.width import Width
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Scheme, group_strategy
 from .workspace import check_target
@@ -144,8 +145,10 @@ def distill(
     *,
     layers: Sequence[int] | None = None,
     keep_layers: int | None = None,
-    drop: int | None = None,
+    drop: float | None = None,
     choice: str = "greedy",
+    mlp_width: float | None = None,
+    kv_heads: int | None = None,
     teacher: str | Path | None = None,
     data: str = "python-stdlib",
     samples: int = 4096,
@@ -155,12 +158,15 @@ def distill(
     device: str = "cpu",
     observer: Observer = silent,
 ) -> DistillReport:
-    """Leave layers of `model` out and teach the rest to predict as before, into the directory `out`.
+    """Leave layers and channels of `model` out and teach the rest to predict as before, into the directory `out`.
 
-    `layers` stay, or as many as `keep_layers`, or all but `drop`, chosen by `choice`; with none of them `model` itself is
-    taught, by `teacher`. `options` are those of the training (`Lessons`). Raises `UsageError`, `CompressError`.
+    `layers` stay, or as many as `keep_layers`, or all but `drop` (below 1: a share), chosen by `choice`; the MLPs keep
+    `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the rest refitted by least
+    squares. With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
+    Raises `UsageError`, `CompressError`.
     """
-    reduction = Reduction(None if layers is None else tuple(layers), keep_layers, drop, choice)
+    width = Width(mlp_width, kv_heads)
+    reduction = Reduction(None if layers is None else tuple(layers), keep_layers, drop, choice, width=width)
     unknown = [name for name in options or {} if name not in {entry.name for entry in fields(Lessons)}]
     if unknown:
         raise UsageError(f"distill has no option {unknown[0]!r}", "see compress distill --help")

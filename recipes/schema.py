@@ -142,41 +142,52 @@ def configure(name: str, options: Mapping[str, Any]) -> PassConfig:
     try:
         config: PassConfig = TypeAdapter[Any](known.config).validate_python(dict(options))
     except ValidationError as error:
-        raise _as_usage_error(error, name) from error
+        raise as_usage_error(error, name) from error
     return config
 
 
 def parse(text: str, where: str) -> Recipe:
     """The recipe in the YAML `text`; `where` names it in errors. Raises `UsageError`."""
-    try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, Mapping):
-        raise UsageError(f"{where} is no recipe", "it must be a mapping with a list `passes`")
-    return build(content, where)
+    return build(_mapping(text, where), where)
 
 
 def build(content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
     """The recipe that a mapping describes. Raises `UsageError`."""
+    if "stages" in content:
+        raise UsageError(f"{where} is a chain of stages", "carry it out with: compress run --recipe")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise _as_usage_error(error, where) from error
+        raise as_usage_error(error, where) from error
 
 
 def read(name: str | Path) -> Recipe:
     """The recipe in a YAML file, or the shipped one of that name. Raises `UsageError`."""
+    return build(*content(name))
+
+
+def content(name: str | Path) -> tuple[Mapping[str, Any], str]:
+    """What stands in a YAML file or the shipped recipe of that name, and what errors call it. Raises `UsageError`."""
     file = Path(name)
     if file.is_file():
         try:
             text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8", "a recipe is a YAML file; see: compress recipes list") from error
-        return parse(text, str(file))
+        return _mapping(text, str(file)), str(file)
     if str(name) in shipped():
-        return parse(shipped()[str(name)], f"recipe {name}")
+        return _mapping(shipped()[str(name)], f"recipe {name}"), f"recipe {name}"
     raise UsageError(f"{name}: no such recipe", _suggest(str(name), list(shipped())))
+
+
+def _mapping(text: str, where: str) -> Mapping[str, Any]:
+    try:
+        found = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, Mapping):
+        raise UsageError(f"{where} is no recipe", "it must be a mapping with a list `passes`")
+    return found
 
 
 def shipped() -> dict[str, str]:
@@ -198,7 +209,7 @@ def _replaced(args: WeightArgs, changes: Mapping[str, Any], pattern: str) -> Wei
     try:
         return replace(args, **changes)
     except ValidationError as error:
-        raise _as_usage_error(error, f"override {pattern!r}") from error
+        raise as_usage_error(error, f"override {pattern!r}") from error
 
 
 def _suggest(name: str, known: list[str]) -> str:
@@ -206,7 +217,8 @@ def _suggest(name: str, known: list[str]) -> str:
     return f"did you mean {' or '.join(close)}?" if close else f"known: {', '.join(known)}"
 
 
-def _as_usage_error(error: ValidationError, where: str) -> UsageError:
+def as_usage_error(error: ValidationError, where: str) -> UsageError:
+    """The first thing that pydantic found wrong, in one line."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     return UsageError(f"{where}: {place or 'value'}: {first['msg'].lower()}")

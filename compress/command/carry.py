@@ -9,6 +9,7 @@ import typer
 from .session import Output
 
 if TYPE_CHECKING:
+    from ...recipes.chain import Chain
     from ...recipes.schema import Recipe
 
 BROKEN = 3
@@ -48,6 +49,45 @@ def carry_out(
     print_report(output.console, report)
     output.result(report.as_dict() | evaluated(report.out, model, evaluate_on, device, output))
     if report.verdict.word == "BROKEN":
+        raise typer.Exit(BROKEN)
+
+
+def carry_chain(
+    model: str,
+    out: Path | None,
+    wanted: "Chain",
+    overwrite: bool,
+    dry_run: bool,
+    evaluate_on: str | None,
+    device: str,
+    output: Output,
+) -> None:
+    from ...calibrate.source import open_source
+    from ...recipes import chain
+    from ..report.console import size, watching
+
+    target = out or chain.default_out(model, wanted)
+    names = wanted.names(Path(model).name)
+    if dry_run:
+        before = open_source(model).nbytes
+        for number, (stage, name) in enumerate(zip(wanted.stages, names, strict=True), start=1):
+            output.console.print(f"stage {number}: {chain.kind_of(stage)} -> {name}", highlight=False)
+        output.result({"bytes_before": before, **wanted.as_dict()})
+        return
+    with watching(output.console, target.parent / f"{target.name}.log") as observer:
+        report = chain.run(model, target, wanted, overwrite=overwrite, device=device, observer=observer)
+    for number, record in enumerate(report.stages, start=1):
+        output.console.print(f"stage {number}: {record['stage']}, {size(record['bytes'])}", highlight=False)
+    share = report.bytes_after / report.bytes_before
+    output.console.print(
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({share:.1%}), {report.seconds:.1f} s\n"
+        f"written to {report.out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+    output.result(report.as_dict() | evaluated(report.out, model, evaluate_on, device, output))
+    if any(record.get("verdict") == "BROKEN" for record in report.stages):
         raise typer.Exit(BROKEN)
 
 

@@ -39,10 +39,7 @@ def choose(
     """
     model = build(source)
     layers = len(find_blocks(model)[1])
-    if how not in CHOICES:
-        raise UsageError(f"unknown choice {how!r}", f"use one of: {', '.join(CHOICES)}")
-    if not 0 < count < layers:
-        raise UsageError(f"{count} of {layers} layers cannot be kept", f"give a number between 1 and {layers - 1}")
+    check_choice(how, count, layers)
     dropped = layers - count
     if how == "greedy":
         return greedy(load(source.path, device), rows.ids, dropped, observer)
@@ -55,6 +52,14 @@ def choose(
         first = min(range(len(angles)), key=lambda layer: (angles[layer], layer))
         return [layer for layer in range(layers) if not first <= layer < first + dropped]
     return mapped(how, count, layers)
+
+
+def check_choice(how: str, count: int, layers: int) -> None:
+    """Raise `UsageError` for an unknown way and for a count that leaves no layer or all of them."""
+    if how not in CHOICES:
+        raise UsageError(f"unknown choice {how!r}", f"use one of: {', '.join(CHOICES)}")
+    if not 0 < count < layers:
+        raise UsageError(f"{count} of {layers} layers cannot be kept", f"give a number between 1 and {layers - 1}")
 
 
 def mapped(how: str, count: int, layers: int) -> list[int]:

@@ -7,7 +7,8 @@ of the target, the training its state, so that a run that was killed goes on fro
 import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -22,38 +23,53 @@ from ...calibrate.skeleton import Names, build, device_of
 from ...calibrate.source import Source, open_source
 from ..distill.journal import Journal
 from ..distill.knowledge import Course, Lessons, teach
-from ..errors import UsageError
+from ..errors import CompressError, StorageError, UsageError
 from ..formats.load import load
 from ..formats.shards import storage_errors
+from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
-from .choice import choose
+from .choice import check_choice, choose
 from .layers import check_layers, keep_layers, write_model
+from .width import Width, narrow, narrowed
 
 HELD_OUT = 16  # one row in so many is not trained on
-MANIFEST = "manifest.json"
+MANIFEST, REPORT, PICTURE = "manifest.json", "report.json", "loss.png"
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What goes. At most one of the first three: `layers` that stay, how many stay (`keep_layers`), or go (`drop`); `choice`
-    says which ones (see choice.py)."""
+    """What goes: layers, then channels of those that stay.
+
+    layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many go (below 1: which share)
+    choice, choice_rows        which ones (see choice.py), and on how many rows that is judged
+    width, width_rows          what the blocks are narrowed to (see width.py), and on how many rows they are refitted
+    """
 
     layers: tuple[int, ...] | None = None
     keep_layers: int | None = None
-    drop: int | None = None
+    drop: float | None = None
     choice: str = "greedy"
     choice_rows: int = 32
+    width: Width = field(default_factory=Width)
+    width_rows: int = 128
 
     def __post_init__(self) -> None:
         if sum(asked is not None for asked in (self.layers, self.keep_layers, self.drop)) > 1:
             raise UsageError("layers are chosen in two ways", "give one of --layers, --keep-layers and --drop")
+        if self.drop is not None and self.drop >= 1 and self.drop % 1:
+            raise UsageError(f"--drop {self.drop:g} is no number of layers", "give 1, 2, ... or a share such as 0.25")
 
     def wanted(self, layers: int) -> int | None:
         """How many of `layers` layers are to be chosen; None where none is."""
         if self.drop is not None:
-            return layers - self.drop
+            return layers - round(self.drop * layers if self.drop < 1 else self.drop)
         return self.keep_layers
+
+    @property
+    def shallower(self) -> bool:
+        """Whether it is about layers."""
+        return any(asked is not None for asked in (self.layers, self.keep_layers, self.drop))
 
 
 @dataclass
@@ -96,34 +112,52 @@ def distill(
     device_of(device)
     source = open_source(model)
     count = len(find_blocks(build(source))[1])
-    if reduction.layers is not None:
-        check_layers(reduction.layers, count)
+    _check(reduction, lessons, source, count)
     check_target(out, overwrite)
     rows = _rows(source, data, samples, seq_len, lessons.seed)
-    work = out.parent / f".{out.name}.distill"
-    _prepare(work, _manifest(source, teacher, reduction, lessons, rows), overwrite)
-    kept = _reduced(work / "start", model, source, count, reduction, rows, device, observer)
-    start = open_source(work / "start")
-    course = Course()
-    if lessons.steps:
-        course = _taught(work, start, teacher or model, kept, rows, lessons, device, observer)
-    report = DistillReport(
-        out,
-        kept,
-        _parameters(source),
-        _parameters(start),
-        source.nbytes,
-        start.nbytes,
-        time.monotonic() - started,
-        course,
-    )
-    complete = work / ("taught" if lessons.steps else "start")
-    (complete / "report.json").write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-    with storage_errors(out):
-        put_in_place(complete, out)
-        shutil.rmtree(work)
+    manifest = _manifest(source, teacher, reduction, lessons, rows)
+    with _working(out.parent / f".{out.name}.distill", manifest, overwrite) as work:
+        kept, student, course = list(range(count)), source.path, Course()
+        if reduction.shallower:
+            kept, student = _shallower(work, source, count, reduction, rows, device, observer)
+        if reduction.width.asked:
+            student = _narrower(work, student, reduction, rows, device, observer)
+        start = open_source(student)
+        if lessons.steps:
+            student, course = _taught(work, start, teacher or model, kept, rows, lessons, device, observer)
+        report = DistillReport(
+            out,
+            kept,
+            _parameters(source),
+            _parameters(start),
+            source.nbytes,
+            start.nbytes,
+            time.monotonic() - started,
+            course,
+        )
+        (student / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
+        missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
+        if missing is not None:
+            observer(Event("warning", message=missing))
+        with storage_errors(out):
+            put_in_place(student, out)
+            shutil.rmtree(work)
     observer(Event("done"))
     return report
+
+
+def _check(reduction: Reduction, lessons: Lessons, source: Source, count: int) -> None:
+    """Raise `UsageError` for what shows before anything is computed."""
+    if not (reduction.shallower or reduction.width.asked or lessons.steps):
+        raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
+    if reduction.layers is not None:
+        check_layers(reduction.layers, count)
+    wanted = reduction.wanted(count)
+    if wanted is not None:
+        check_choice(reduction.choice, wanted, count)
+    narrowed(source, reduction.width)
+    if lessons.steps:
+        _stored_names(build(source, split_experts=False), source)
 
 
 def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> Rows:
@@ -145,8 +179,13 @@ def _manifest(
     }
 
 
-def _prepare(work: Path, manifest: dict[str, Any], overwrite: bool) -> None:
-    """The folder of this request, with what an unfinished run of the same one left. Raises `UsageError` for another one."""
+@contextmanager
+def _working(work: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+    """The folder of this request, with what an unfinished run of the same one left.
+
+    Raises `UsageError` where another one is unfinished. Stays when the run is killed, and goes when the request cannot be
+    carried out.
+    """
     text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
     known = found.read_text() if found.exists() else ""
     if known not in ("", text) and not overwrite:
@@ -158,30 +197,40 @@ def _prepare(work: Path, manifest: dict[str, Any], overwrite: bool) -> None:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         found.write_text(text)
+    try:
+        yield work
+    except CompressError as error:
+        if not isinstance(error, StorageError):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
 
 
-def _reduced(
-    place: Path,
-    model: str | Path,
-    source: Source,
-    count: int,
-    reduction: Reduction,
-    rows: Rows,
-    device: str,
-    observer: Observer,
-) -> list[int]:
-    """Make the student at its start in `place`, or find it there; the teacher's layers in it."""
-    note = place.parent / "kept.json"
-    if place.exists() and note.exists():
-        return json.loads(note.read_text())
-    wanted = reduction.wanted(count)
-    kept = list(reduction.layers or range(count))
+def _shallower(
+    work: Path, source: Source, count: int, reduction: Reduction, rows: Rows, device: str, observer: Observer
+) -> tuple[list[int], Path]:
+    """Leave layers out, or find that done; the layers that stayed, and where the model of them lies."""
+    place, note = work / "shallower", work / "kept.json"
+    if place.exists():
+        return json.loads(note.read_text()), place
+    wanted, kept = reduction.wanted(count), list(reduction.layers or ())
     if wanted is not None:
-        few = Rows(rows.ids[: reduction.choice_rows], rows.source, rows.vocabulary)
-        kept = choose(reduction.choice, wanted, source, few, place.parent / "scratch", device, observer)
+        few = _first(rows, reduction.choice_rows)
+        kept = choose(reduction.choice, wanted, source, few, work / "scratch", device, observer)
     note.write_text(json.dumps(kept))
-    keep_layers(model, place, kept, overwrite=True)
-    return kept
+    keep_layers(source.path, place, kept)
+    return kept, place
+
+
+def _narrower(work: Path, model: Path, reduction: Reduction, rows: Rows, device: str, observer: Observer) -> Path:
+    """Narrow the blocks of `model`, or find that done; where the result lies."""
+    place = work / "narrower"
+    if not place.exists():
+        narrow(model, place, reduction.width, _first(rows, reduction.width_rows), device, observer=observer)
+    return place
+
+
+def _first(rows: Rows, count: int) -> Rows:
+    return Rows(rows.ids[:count], rows.source, rows.vocabulary)
 
 
 def _taught(
@@ -193,8 +242,8 @@ def _taught(
     lessons: Lessons,
     device: str,
     observer: Observer,
-) -> Course:
-    """Train the student at `start` and write it as it was best into `work/taught`."""
+) -> tuple[Path, Course]:
+    """Train the student at `start`; where it lies as it was best, and how the training went."""
     student, master = load(start.path, device), load(teacher, device)
     _check_vocabularies(student, master)
     count = max(1, len(rows.ids) // HELD_OUT)
@@ -202,23 +251,34 @@ def _taught(
     pairs = [(new, old) for new, old in enumerate(kept) if old < layers]
     course = teach(student, master, rows.ids[count:], rows.ids[:count], pairs, lessons, Journal(work), observer)
     _write(work / "taught", start, student)
-    return course
+    return work / "taught", course
 
 
 def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
     """The trained student with the names and dtypes of the checkpoint that it started from."""
-    names = Names(student, start)
-    parameters = {names.find(name): p.detach() for name, p in student.named_parameters()}
-    if None in parameters:
-        raise UsageError(f"{start.path} stores its tensors in another form than transformers trains them")
+    stored, parameters = _stored_names(student, start), dict(student.named_parameters())
+    trained = {stored[name]: parameter.detach() for name, parameter in parameters.items()}
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
 
     def read(name: str) -> torch.Tensor:
-        found = parameters.get(name)
+        found = trained.get(name)
         return start.read(name) if found is None else found.cpu().to(start.tensors[name].spec.torch_dtype)
 
     write_model(folder, start, start.config, {name: t.spec for name, t in start.tensors.items()}, read)
+
+
+def _stored_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
+    """What the checkpoint calls each parameter of `model`. Raises `UsageError` where it stores one in another form."""
+    names = Names(model, source)
+    found = {name: names.find(name) for name, _ in model.named_parameters()}
+    missing = next((name for name, stored in found.items() if stored is None), None)
+    if missing is not None:
+        raise UsageError(
+            f"{source.path} stores {missing} in another form than transformers trains it (such as expert by expert)",
+            "reduce it without training: --steps 0",
+        )
+    return {name: stored for name, stored in found.items() if stored is not None}
 
 
 def _parameters(source: Source) -> int:

@@ -5,6 +5,7 @@ Each block is proven as it is written: the smaller block must give what the orig
 """
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,19 +31,33 @@ from .cuts import Cut, attention_cut, cut_tensors, mlp_cut
 from .layers import write_model
 
 DAMPING = 0.01
+GROUP = 128  # channels: the usual group of weights that share a scale
 SAME = 1e-4  # relative difference of two orders of the same float32 sums
 
 
 @dataclass(frozen=True)
 class Width:
-    """What every block is narrowed to: `mlp` inner channels, `kv_heads` key-value heads with their queries; None: as it is.
+    """What every block is narrowed to: `mlp` inner channels (below 1: that share of them, in whole groups as weights are
+    quantized in), `kv_heads` key-value heads with their queries; None: as it is.
 
     `refit` False only takes the channels out, for comparison.
     """
 
-    mlp: int | None = None
+    mlp: float | None = None
     kv_heads: int | None = None
     refit: bool = True
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything becomes narrower."""
+        return self.mlp is not None or self.kv_heads is not None
+
+    def channels(self, now: int) -> int:
+        """How many of `now` inner channels stay. Raises `UsageError` where that cannot be."""
+        assert self.mlp is not None
+        group = math.gcd(now, GROUP)
+        wanted = max(1, round(self.mlp * now / group)) * group if 0 < self.mlp < 1 else self.mlp
+        return _smaller("--mlp-width", wanted, now)
 
 
 def narrow(
@@ -88,16 +103,12 @@ def narrowed(source: Source, width: Width) -> dict[str, Any]:
     """The content of config.json of the narrower model. Raises `UsageError` for widths that cannot be."""
     parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
     text = parsed.get_text_config()
-    if text is not parsed:
+    if text is not parsed and width.asked:
         raise UsageError(f"{source.path} holds a language model inside another one", "only its layers can be reduced")
     changes: dict[str, Any] = {}
     if width.mlp is not None:
-        key = next(
-            (k for k in ("intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") if hasattr(text, k)), None
-        )
-        if key is None:
-            raise UsageError(f"{source.path / 'config.json'} names no width of the MLP", "leave out --mlp-width")
-        changes[key] = _smaller("--mlp-width", width.mlp, getattr(text, key) or 4 * text.hidden_size)
+        key, now = _mlp_width(text)
+        changes[key] = width.channels(now)
     if width.kv_heads is not None:
         heads = text.num_attention_heads
         groups = getattr(text, "num_key_value_heads", None) or heads
@@ -115,10 +126,10 @@ def _mlp_width(text: PreTrainedConfig) -> tuple[str, int]:
     raise UsageError(f"{type(text).__name__} names no width of the MLP", "leave out --mlp-width")
 
 
-def _smaller(flag: str, wanted: int, now: int) -> int:
-    if not 0 < wanted <= now:
-        raise UsageError(f"{flag} {wanted} is not possible", f"give a number between 1 and {now}")
-    return wanted
+def _smaller(flag: str, wanted: float, now: int) -> int:
+    if not 0 < wanted <= now or wanted % 1:
+        raise UsageError(f"{flag} {wanted:g} is not possible", f"give a number between 1 and {now}")
+    return int(wanted)
 
 
 def _skeleton(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
@@ -135,7 +146,8 @@ def _narrow_block(runner: Runner, index: int, small: PreTrainedModel, width: Wid
     if width.kv_heads is not None:
         wanted.append((attention_cut(block, sharing, runner.model.config), width.kv_heads))
     if width.mlp is not None:
-        wanted.append((mlp_cut(block, sharing, _mlp_width(runner.model.config)[1]), width.mlp))
+        now = _mlp_width(runner.model.config)[1]
+        wanted.append((mlp_cut(block, sharing, now), width.channels(now)))
     replaced: dict[str, Tensor] = {}
     for cut, kept in wanted:
         hessian = damped(runner.collect(index, {cut.consumer}).hessians[cut.consumer].matrix(), DAMPING)

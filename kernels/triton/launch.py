@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
 from torch import Tensor
 
 from ..kernel import Activations
@@ -51,7 +50,7 @@ def slabs(tiles: Tiles, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
     memory = torch.empty(min(SLAB, tiles.rows), tiles.columns, dtype=dtype, device=tiles.low.device)
     for start in range(0, tiles.rows, SLAB):
         count = min(SLAB, tiles.rows - start)
-        grid = (triton.cdiv(count, DEQUANTIZE_ROWS), tiles.slabs)
+        grid = (_ceil_div(count, DEQUANTIZE_ROWS), tiles.slabs)
         _run(
             dequantize, grid, *_tensors(tiles), memory, start, count, tiles.rows, tiles.columns, tiles.group,
             tiles.scales.shape[0], *_strides(tiles), **_constants(tiles, per_row=False), BLOCK_N=DEQUANTIZE_ROWS,
@@ -65,12 +64,12 @@ def quantized(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -
     group_width = tiles.group_parts * tiles.width
     padded = tiles.scales.shape[0] * group_width
     span, padded_span = (tiles.group, group_width) if activations == "group" else (columns, padded)
-    spans = triton.cdiv(columns, span)
+    spans = _ceil_div(columns, span)
     if activations == "token" and tiles.padded:
         x, span, columns = _filled_up(x, tiles), padded, padded
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scales = torch.empty(m, spans, dtype=torch.float32, device=x.device)
-    block = min(QUANTIZE_BLOCK, triton.next_power_of_2(padded_span))
+    block = min(QUANTIZE_BLOCK, _power_of_two(padded_span))
     if m:
         numbers = (columns, span, padded_span, spans, padded, steps)
         _run(quantize, (m, spans), x, codes, scales, *numbers, BLOCK=block)
@@ -81,9 +80,9 @@ def added_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: 
     """`y + x S^T` for S in compressed rows; `y` float32 `[m, rows]`, `x` `[m, width]`."""
     (m, n), x = y.shape, x.contiguous()
     total = torch.empty_like(y, memory_format=torch.contiguous_format)
-    block = min(16, triton.next_power_of_2(max(1, m)))
+    block = min(16, _power_of_two(max(1, m)))
     if m:
-        tensors, grid = (y.contiguous(), x, starts, columns, values, total), (n, triton.cdiv(m, block))
+        tensors, grid = (y.contiguous(), x, starts, columns, values, total), (n, _ceil_div(m, block))
         _run(add_sparse, grid, *tensors, m, n, x.shape[1], BLOCK_M=block, BLOCK_E=SPARSE_BLOCK)
     return total
 
@@ -109,7 +108,7 @@ def _multiply_tiles(
     chosen = config(m, activations, tiles.bits, tiles.table is not None, capability_of(x))
     split = _splits(x, tiles, chosen)
     y = _output(x, (m, tiles.rows), split, dtype)
-    grid = (triton.cdiv(tiles.rows, chosen.block_n), triton.cdiv(m, chosen.block_m), split)
+    grid = (_ceil_div(tiles.rows, chosen.block_n), _ceil_div(m, chosen.block_m), split)
     _run(
         linear, grid, x, x if x_scales is None else x_scales, *_tensors(tiles), y, m, tiles.rows, x.shape[1],
         tiles.scales.shape[0], *_strides(tiles), tiles.slabs, **_constants(tiles), INPUTS=activations,
@@ -122,7 +121,7 @@ def _multiply_row(x: Tensor, tiles: Tiles) -> Tensor:
     chosen = configs.GEMV
     split = _splits(x, tiles, chosen)
     y = _output(x, (1, tiles.rows), split, x.dtype)
-    grid = (triton.cdiv(tiles.rows, chosen.block_n), split)
+    grid = (_ceil_div(tiles.rows, chosen.block_n), split)
     _run(
         gemv, grid, x, *_tensors(tiles), y, tiles.rows, x.shape[1], tiles.scales.shape[0],
         *_strides(tiles), tiles.slabs, **_constants(tiles), BLOCK_N=chosen.block_n, SPLIT=split,
@@ -136,7 +135,7 @@ def _multiply_by_slabs(x: Tensor, tiles: Tiles) -> Tensor:
 
 
 def _splits(x: Tensor, tiles: Tiles, chosen: Config) -> int:
-    count = triton.cdiv(tiles.rows, chosen.block_n) * triton.cdiv(x.shape[0], chosen.block_m)
+    count = _ceil_div(tiles.rows, chosen.block_n) * _ceil_div(x.shape[0], chosen.block_m)
     return splits(count, tiles.slabs, chosen.programs * processors_of(x))
 
 
@@ -149,7 +148,7 @@ def _added_up(y: Tensor, dtype: torch.dtype) -> Tensor:
     if y.dim() == 2:
         return y
     total = torch.empty_like(y[0], dtype=dtype)
-    grid = (triton.cdiv(total.numel(), ADD_UP_BLOCK),)
+    grid = (_ceil_div(total.numel(), ADD_UP_BLOCK),)
     _run(add_up, grid, y, total, total.numel(), SPLIT=y.shape[0], BLOCK=ADD_UP_BLOCK)
     return total
 
@@ -185,3 +184,12 @@ def _constants(tiles: Tiles, per_row: bool = True) -> dict[str, Any]:
         "ZEROS": zeros,
         "TABLE": tiles.table is not None,
     }
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two from `n` on."""
+    return 1 << (n - 1).bit_length()

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..checkpoint import Checkpoint
-from . import gguf as blocks
+from ..gguf import blocks
 from .gguf_tokenizer import add_tokenizer
 
 FILE = "model.gguf"
 # Model types that are written, and whether their query and key rows are permuted.
 PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
+LABELS = {"Q4_K": "Q4_K_S"}  # the file types whose names are not the block's
 DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
@@ -57,7 +58,7 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
         order = _row_order(name, tensor.shape[0], config)
         writer.write_tensor_data(_dense_bytes(tensor if order is None else tensor[order]).numpy())
     writer.close()
-    return notes + _notes(kinds)
+    return notes + _notes(kinds, checkpoint)
 
 
 def _library() -> Any:
@@ -136,13 +137,14 @@ def _file_type(gguf: Any, kinds: list[blocks.Kind]) -> int:
     """The label of the commonest block."""
     if not kinds:
         return gguf.LlamaFileType.ALL_F32
-    return gguf.LlamaFileType[f"MOSTLY_{max(set(kinds), key=kinds.count)}"]
+    commonest = max(dict.fromkeys(kinds), key=kinds.count)
+    return gguf.LlamaFileType[f"MOSTLY_{LABELS.get(commonest, commonest)}"]
 
 
-def _notes(kinds: dict[str, blocks.Kind]) -> list[str]:
+def _notes(kinds: dict[str, blocks.Kind], checkpoint: Checkpoint) -> list[str]:
     rounded: dict[str, list[str]] = {}
     for name, kind in kinds.items():
-        words = blocks.rounding(kind)
+        words = blocks.rounding(kind, checkpoint.layers[name])
         if words:
             rounded.setdefault(f"{kind}: {words}", []).append(name)
     return [f"{words} ({len(names)} layers, such as {names[0]})" for words, names in rounded.items()]

@@ -23,13 +23,16 @@ DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Write `folder/model.gguf`. Returns what was rounded. Raises `UsageError` for models that GGUF readers would not run."""
-    gguf = _library()
+    """Write `folder/model.gguf` with the tokenizer that lies beside it. Returns what was rounded.
+
+    Raises `UsageError` for models that GGUF readers would not run.
+    """
+    gguf = library()
     config = checkpoint.model.config
     _check(config, checkpoint)
     writer = gguf.GGUFWriter(None, config.model_type)
     _add_config(writer, config, checkpoint)
-    notes = add_tokenizer(writer, checkpoint.source.path, config)
+    notes = add_tokenizer(writer, folder, config)
     names = _names(gguf, checkpoint)
     kinds: dict[str, blocks.Kind] = {
         name: blocks.kind(args, checkpoint.shape(name)[1]) for name, args in checkpoint.layers.items()
@@ -61,11 +64,12 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
     return notes + _notes(kinds, checkpoint)
 
 
-def _library() -> Any:
+def library(doing: str = "writing") -> Any:
+    """The package gguf. Raises `UsageError` where it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise UsageError("writing GGUF needs the package gguf", "pip install 'lmpress[gguf]'") from error
+        raise UsageError(f"{doing} GGUF needs the package gguf", "pip install 'lmpress[gguf]'") from error
     return gguf
 
 

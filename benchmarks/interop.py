@@ -39,6 +39,7 @@ ENVIRONMENTS = {
     "compressed-tensors": Environment("", "transformers", ("pack-quantized",)),
     "gptqmodel": Environment(GPTQMODEL, "transformers", ("gptq", "gptq_v2", "awq")),
     "gguf": Environment("gguf==0.19.0", "gguf-transformers", ("gguf",)),
+    "llama.cpp": Environment("llama-cpp-python==0.3.36 diskcache gguf==0.19.0", "llama.cpp", ("gguf",)),
     "onnxruntime": Environment(
         "onnx==1.23.2 onnxruntime==1.32.0 ml_dtypes protobuf flatbuffers", "onnxruntime", ("onnx",)
     ),

@@ -154,7 +154,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
             return tokenizer_of(file)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CompressError(
             f"the tokenizer of {path} cannot be read ({reason})",

@@ -271,7 +271,9 @@ def _multiples(
         start = found[which]
         for step in NEARBY:
             tried = list(found)
-            tried[which] = start.abs().add(step).clamp(least[which], LARGEST[args.symmetric]).copysign(start)
+            tried[which] = start.abs().add(step).clamp(least[which], LARGEST[args.symmetric])
+            if which == 0:
+                tried[0].copysign_(start)
             now = error(tried)
             better = now < best
             best = torch.where(better, now, best)

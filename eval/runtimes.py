@@ -24,9 +24,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from ..calibrate.discovery import find_blocks
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats import shards
+from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.export import gguf_model
 from ..compress.formats.export import onnx as onnx_model
 from ..compress.formats.load import load
+from . import llamacpp
 
 REQUEST, OUTPUTS, WEIGHTS, VERSIONS = "request.json", "outputs.safetensors", "weights", "versions.json"
 
@@ -96,6 +98,13 @@ def _lmpress(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> 
     run_model(load(checkpoint), ids, layers, folder)
 
 
+def _llama_cpp(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
+    shards.write(folder / OUTPUTS, {"logits": llamacpp.logits(checkpoint, ids)})
+    opened, weights = Checkpoint.open(checkpoint), llamacpp.Weights(checkpoint)
+    for name in layers:
+        write_weight(folder, name, weights.read(name, opened.shape(name)))
+
+
 def _onnxruntime(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
     import onnx
     import onnxruntime
@@ -146,6 +155,8 @@ RUNTIMES: dict[str, Runtime] = {
         _transformers, ("transformers", "torch", "compressed-tensors", "gptqmodel"), steps=0.3, logits=2e-2, top1=0.95
     ),
     "gguf-transformers": Runtime(_gguf, ("transformers", "torch", "gguf"), steps=0.3, logits=2e-2, top1=0.95),
+    # Products of inputs in 8 bits: logits of correct files were off by 0.05 to 0.15.
+    "llama.cpp": Runtime(_llama_cpp, ("llama-cpp-python", "gguf"), steps=0.3, logits=0.25, top1=0.9),
     "onnxruntime": Runtime(_onnxruntime, ("onnxruntime", "onnx"), steps=1e-3, logits=1e-3, top1=0.99),
     "lmpress": Runtime(_lmpress, ("lmpress", "torch"), steps=1e-3, logits=1e-4, top1=0.99),
 }
@@ -171,7 +182,7 @@ def main(name: str, checkpoint: str, folder: str) -> None:
 def _installed() -> set[str]:
     from importlib.metadata import distributions
 
-    return {str(each.metadata["Name"]).lower() for each in distributions()}
+    return {str(each.metadata["Name"]).lower().replace("_", "-") for each in distributions()}
 
 
 if __name__ == "__main__":

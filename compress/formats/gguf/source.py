@@ -4,14 +4,16 @@ Linear layers in blocks that `blocks.py` knows stay packed, as `stored.py` has t
 becomes float32 when it is read. Metadata are read by the library gguf.
 """
 
+import json
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tokenizers import Tokenizer
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from ....calibrate.source import Source
@@ -27,6 +29,9 @@ INNER = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
 )
 AGAIN = "fetch it again"
+ONE_SPACE = [  # what sentencepiece does to spaces where it is told to, and transformers leaves out
+    {"type": "Replace", "pattern": {"Regex": pattern}, "content": content} for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
+]
 # transformers' name of a setting: GGUF's, below the name of the architecture.
 SETTINGS = {
     "hidden_size": "embedding_length",
@@ -105,14 +110,22 @@ def open_gguf(file: Path) -> Source:
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in the metadata, as transformers converts it, with its special tokens, which that leaves out."""
-    tokenizer: Any = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
-    config = open_gguf(file).config
-    for name in ("bos", "eos", "pad"):
-        token = config[f"{name}_token_id"]
-        if token is not None and getattr(tokenizer, f"{name}_token") is None:
-            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
-    return tokenizer
+    """The tokenizer in the metadata, as transformers converts it, without the tokens that it adds of its own.
+
+    Raises what transformers raises where it cannot.
+    """
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    architecture, described, options = get_gguf_tokenizer(str(file))
+    if not described.get("tokens"):
+        raise ValueError("its metadata hold no tokens")
+    converted = json.loads(convert_gguf_tokenizer(architecture, described)[0].to_str())
+    converted["added_tokens"] = [t for t in converted["added_tokens"] if t["id"] < len(described["tokens"])]
+    collapsing = library("reading").GGUFReader(file).get_field("tokenizer.ggml.remove_extra_whitespaces")
+    if collapsing is not None and collapsing.contents() and converted["normalizer"] is None:
+        converted["normalizer"] = {"type": "Sequence", "normalizers": ONE_SPACE}
+        converted["pre_tokenizer"]["prepend_scheme"] = "always"
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(converted)), **options)
 
 
 def _config(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> dict[str, Any]:

@@ -49,7 +49,8 @@ Transforms ({transforms}) may come before any of these methods, and {goers} afte
 two-level scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
 
 Weights that are no plain grid have pages of their own: `methods/nf4.md` (a codebook, blocks of the flattened matrix, nested
-scales), `methods/llm-int8.md` (columns in 16 bits) and `methods/lorc.md` (a low-rank term, after any quantizer).
+scales), `formats.md` (llama.cpp's K-quants), `methods/llm-int8.md` (columns in 16 bits) and `methods/lorc.md` (a low-rank term,
+after any quantizer).
 """
 
 

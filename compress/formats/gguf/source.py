@@ -30,7 +30,8 @@ INNER = (
 )
 AGAIN = "fetch it again"
 ONE_SPACE = [  # what sentencepiece does to spaces where it is told to, and transformers leaves out
-    {"type": "Replace", "pattern": {"Regex": pattern}, "content": content} for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
+    {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
+    for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
 ]
 # transformers' name of a setting: GGUF's, below the name of the architecture.
 SETTINGS = {

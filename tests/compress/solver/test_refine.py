@@ -11,6 +11,7 @@ from lmpress.compress.scheme import QuantArgs
 from lmpress.compress.solver.factor import inverse_factor, solve_upper_, times_inverse_
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.compress.solver.refine import Descent, refine
+from lmpress.compress.tensor import of_grid
 
 
 def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -123,3 +124,38 @@ def test_the_slope_after_a_sweep_is_one_triangular_solve() -> None:
     )
     repaired = times_inverse_(weight.T[order].contiguous(), upper)
     assert torch.allclose(repaired, torch.linalg.solve(damped, weight.T)[order], rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize(("bits", "symmetric", "size"), [(4, False, 32), (6, True, 16)], ids=["Q4_K", "Q6_K"])
+def test_super_blocks_descend_from_multiple_to_multiple(bits: int, symmetric: bool, size: int) -> None:
+    """What the descent says it gained is the fall of the loss, and what it leaves can be stored."""
+    weight, hessian = problem(4, 256)
+    args = QuantArgs(bits, symmetric, group_size=size, formula="ggml", scale_dtype="super")
+    grid = Grid.fit(weight, args)
+    codes = grid.quantize(weight)
+    after, moved, fallen = descend(weight, hessian, codes, grid, 3)
+    tensor = of_grid(after, moved)
+    assert torch.allclose(tensor.dequantize(torch.float64), moved.dequantize(after), rtol=0, atol=1e-9)
+    losses = [layer_loss(weight - q, hessian) for q in (grid.dequantize(codes), tensor.dequantize(torch.float64))]
+    assert losses[0] - losses[1] == pytest.approx(fallen, rel=1e-6) and losses[1] < 0.8 * losses[0]
+
+
+def test_a_minimum_goes_to_the_best_of_all_multiples() -> None:
+    weight, hessian = problem(3, 256)
+    grid = Grid.fit(weight, QuantArgs(4, False, group_size=32, formula="ggml", scale_dtype="super"))
+    codes = grid.quantize(weight)
+    descent = Descent.start(hessian @ (weight - grid.dequantize(codes)).T, hessian, 0.0, codes, grid)
+    descent.move_minimum(slice(32, 64), torch.empty(32, 3, dtype=torch.float64))
+    assert grid.units is not None and grid.units.minimum is not None
+
+    def loss(row: int, multiple: int) -> float:
+        zero = grid.zero.clone()
+        zero[row, 1] = multiple * grid.units.minimum[row, 0] / grid.scale[row, 1]
+        return layer_loss(
+            weight[row : row + 1] - Grid(grid.scale, zero, grid.args).dequantize(codes)[row : row + 1], hessian
+        )
+
+    for row in range(3):
+        best = min(range(64), key=lambda multiple: loss(row, multiple))
+        found = descent.zero[1, row] * grid.scale[row, 1] / grid.units.minimum[row, 0]
+        assert float(found) == pytest.approx(best, abs=1e-6)

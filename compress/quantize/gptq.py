@@ -28,6 +28,7 @@ from ..tensor import CompressedTensor
 from .guard import keep_better
 
 Order = Literal["natural", "act", "group"]
+COARSE = 3  # bits up to which grids fitted to the aim itself lower the KL divergence, by 4 % on stories260K; above they do not
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the damping that was asked for: what `held_out` chooses from
 
 
@@ -165,6 +166,10 @@ class Prepared:
         """What to imitate instead of the weight, if a share of the drift is to be made up for."""
         return Aim.of(drift.matrix(), share, self.factor.upper, self.order) if share and drift is not None else None
 
+    def fitted_to(self, weight: Tensor, args: QuantArgs, aim: Aim | None) -> Tensor:
+        """The weight `[out, in]` that grids are fitted to: on coarse ones what the solver aims at, which costs a product."""
+        return weight if aim is None or args.bits > COARSE else aim.target(weight, self.factor.upper, self.order)
+
     def slope_(self, errors: Tensor) -> Tensor:
         """`Hd (W - Q)^T` `[in, out]` in natural order, from the errors `E^T` of the sweep, which are used up."""
         slope = torch.empty_like(errors)
@@ -220,7 +225,8 @@ def swept(
 ) -> tuple[Tensor, Grid, Tensor]:
     """The published method alone: codes `[out, in]`, their grid, and the scaled errors `E^T` `[in, out]` of the sweep."""
     importance = prepared.hessian.diagonal() if config.weighted_grid else None
-    projection = GridProjection(weight, prepared.order, args, config.groups == "dynamic", importance)
+    fitted = prepared.fitted_to(weight, args, aim)
+    projection = GridProjection(fitted, prepared.order, args, config.groups == "dynamic", importance)
     columns = weight.T.contiguous()[prepared.order]
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size, aim.errors if aim else None)
     return *projection.result(), errors

@@ -88,7 +88,7 @@ def solve(
     alive = weight.masked_fill(prepared.dead, 0.0)
     sensitivity = torch.empty_like(prepared.hessian.diagonal())
     sensitivity[prepared.order] = prepared.factor.upper.diagonal() ** -2
-    groups = _Groups(alive, sensitivity, args)
+    groups = _Groups(prepared.fitted_to(alive, args, aim), sensitivity, args)
     outlier = choose_outliers(groups, entries(args, *weight.shape))
     scale, zero = groups.fit(outlier)
     levels = TwoLevel.fit(scale), TwoLevel.fit(zero)

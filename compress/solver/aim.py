@@ -2,7 +2,7 @@
 
 With the drift `G` (calibrate/drift.py) and the share of it that is made up for, the weight to aim at is
 `T = W + share * G Hd^-1`. With `Hd^-1 = U^T U` that is `T = W + A^T U`, `A = share * U G^T`: the sweep takes `A` column by
-column, so that `T` is never computed, and what a solution `Q` lacks of it is, by the loss of the damped Hessian,
+column, so that `T` need not be computed, and what a solution `Q` lacks of it is, by the loss of the damped Hessian,
 
     1/2 tr((T-Q) Hd (T-Q)^T) = 1/2 tr((W-Q) Hd (W-Q)^T) + share * tr((W-Q) G^T) + 1/2 |A|^2.
 """
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .factor import upper_times_
+from .factor import transposed_times_, upper_times_
 
 ROWS = 512  # of the drift that are turned at a time: memory
 
@@ -34,6 +34,11 @@ class Aim:
             columns.copy_(rows[:, order].T)
         upper_times_(upper, errors).mul_(share)
         return cls(drift, share, errors, half_square(errors))
+
+    def target(self, weight: Tensor, upper: Tensor, order: Tensor) -> Tensor:
+        """`T` `[out, in]` for `weight` `W`, with the `upper` and the `order` that the aim was made with."""
+        moved = transposed_times_(upper, self.errors.clone())[order.argsort()]
+        return moved.T.add_(weight)
 
     def excess(self, delta: Tensor) -> float:
         """What is added to `1/2 tr(D H D^T)` of `delta` `D = W - Q` `[out, in]` when the target is `T` instead of `W`."""

@@ -46,6 +46,13 @@ def upper_times_(upper: Tensor, columns: Tensor) -> Tensor:
     return columns
 
 
+def transposed_times_(upper: Tensor, columns: Tensor) -> Tensor:
+    """`U^T columns` in place of `columns` `[n, rows]`."""
+    for s in reversed(_strips(upper)):
+        columns[s] = upper[: s.stop, s].T @ columns[: s.stop]
+    return columns
+
+
 def solve_upper_(upper: Tensor, columns: Tensor) -> Tensor:
     """`U^-1 columns` in place of `columns` `[n, rows]`: substitution from the last strip up, all by matrix products."""
     for s in reversed(_strips(upper)):

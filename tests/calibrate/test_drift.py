@@ -93,6 +93,8 @@ def test_the_aim_is_the_least_squares_answer(share: float) -> None:
     assert aim is not None
     moved = (aim.errors.T @ prepared.factor.upper)[:, prepared.order.argsort()]
     assert torch.allclose(moved, share * (layer.best - layer.weight), atol=1e-9)
+    target = aim.target(layer.weight, prepared.factor.upper, prepared.order)
+    assert torch.allclose(target, layer.weight + share * (layer.best - layer.weight), atol=1e-9)
 
 
 def test_no_share_and_no_drift_have_no_aim() -> None:

@@ -224,9 +224,8 @@ def quantization_recipe(
         scheme["inputs"] = asdict(usual.inputs) | of_inputs
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    plain = (
-        usual.weights.kind == "grid" and scheme["weights"]["scale_dtype"] != "bilevel"
-    )  # nothing else can be trained
+    weights = scheme["weights"]  # nothing but plain codes can be trained
+    plain = usual.weights.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
     trained = quality == "best" and plain
     return schema.build(
         {

@@ -53,8 +53,8 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     check_target(target, overwrite)
     opened = Checkpoint.open(checkpoint)
     with appearing(target) as folder:
-        notes = write(opened, folder)
         opened.source.copy_companions(folder)
+        notes = write(opened, folder)
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 

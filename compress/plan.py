@@ -22,7 +22,7 @@ from .formats import shards, sparse
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
 from .prune.args import Storage
-from .scheme import CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+from .scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
 
 
 @dataclass(frozen=True)
@@ -197,9 +197,9 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         if args.pattern != asked.pattern:
             note = f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
     else:
-        args = asked.for_width(columns)
+        args = _fitted(name, asked, columns)
         note = (
-            None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
+            None if args == asked else f"{_misfit(asked)} does not divide {columns}, uses {args.block or _group(args)}"
         )
         if args.kind == "nf4":
             args = replace(args, dtype=float_name(stored))
@@ -212,6 +212,17 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         raise UsageError(f"{name} cannot be stored: {reason}")
     nbytes = sum(spec.nbytes for spec in storing.spec(name, args, rows, columns).values())
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
+
+
+def _fitted(name: str, args: QuantArgs, columns: int) -> QuantArgs:
+    try:
+        return args.for_width(columns)
+    except UsageError as error:
+        raise UsageError(f"{name} cannot be stored: {error.message}", f"use --keep '{name}'") from error
+
+
+def _misfit(args: QuantArgs) -> str:
+    return f"{args.block}'s super-block of {SUPER_BLOCK}" if args.block else f"group size {args.group_size}"
 
 
 def _group(args: QuantArgs) -> str:

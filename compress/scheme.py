@@ -17,11 +17,11 @@ from .errors import UsageError
 from .prune.args import FloatDtype, PruneArgs
 
 Strategy = Literal["tensor", "channel", "group", "flat", "token"]
-Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4"]
+Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"]
 STRATEGIES: tuple[Strategy, ...] = ("tensor", "channel", "group", "token")  # of grids; a codebook's blocks are `flat`
 Observer = Literal["minmax", "mse", "percentile", "average"]
-ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested"]
-Kind = Literal["grid", "two-level", "nf4", "columns", "low-rank"]
+ScaleDtype = Literal["float16", "bfloat16", "float32", "bilevel", "nested", "super"]
+Kind = Literal["grid", "two-level", "nf4", "columns", "low-rank", "blocks"]
 
 # The named grids of the literature: which formulas exist in a symmetric and which in an asymmetric form.
 GRIDS: dict[Formula, tuple[bool, ...]] = {
@@ -31,8 +31,20 @@ GRIDS: dict[Formula, tuple[bool, ...]] = {
     "awq": (False,),
     "spqr": (False,),
     "nf4": (True,),
+    "ggml": (True, False),
 }
+REAL_ZEROS: tuple[Formula, ...] = ("spqr", "ggml")  # formulas whose zeros are no integers
 FLAT_SIZES = tuple(2**n for n in range(5, 13))  # blocks that bitsandbytes knows
+
+# GGUF's blocks: (bits, symmetric, group size). K-quants have scales that are whole multiples of a float16 per 256 columns; rows
+# that no such super-block fills get the plain block that llama.cpp gives them.
+SUPER_BLOCK, PLAIN_BLOCK = 256, 32
+K_QUANTS: dict[str, tuple[int, bool, int]] = {"Q4_K": (4, False, 32), "Q6_K": (6, True, 16)}
+PLAIN_BLOCKS: dict[str, tuple[int, bool, int]] = {
+    **{f"Q{bits}_0": (bits, True, PLAIN_BLOCK) for bits in (4, 5, 8)},
+    **{f"Q{bits}_1": (bits, False, PLAIN_BLOCK) for bits in (4, 5)},  # read, not solved: their minima are float16
+}
+IN_PLACE_OF = {"Q4_K": "Q5_0", "Q6_K": "Q8_0"}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -43,11 +55,11 @@ class QuantArgs:
     input columns of a row (`group`), as many of the flattened matrix (`flat`), or a row of activations (`token`). `formula`
     picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found (`percentile`: what so
     many hundredths of the values stay below; see `quantize/observers.py`), `scale_dtype` how the scale is stored: as a float,
-    or quantized itself (`bilevel`, `nested`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit residual
-    (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the original weight, which the plan finds out
-    where a format says it (`nf4`), `rank` that of a low-rank term beside the codes, which the pass `lorc` says. Of activations
-    only: `dynamic` ranges are found anew at every call, and columns with a value of `threshold` or more are not quantized
-    (0: all are).
+    or quantized itself (`bilevel`, `nested`, `super`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit
+    residual (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the original weight, which the plan
+    finds out where a format says it (`nf4`), `rank` that of a low-rank term beside the codes, which the pass `lorc` says. Of
+    activations only: `dynamic` ranges are found anew at every call, and columns with a value of `threshold` or more are not
+    quantized (0: all are).
 
     Raises `UsageError` where the values contradict each other.
     """
@@ -78,6 +90,7 @@ class QuantArgs:
             others = ", ".join(name for name, forms in GRIDS.items() if self.symmetric in forms)
             raise UsageError(f"the {self.formula!r} grid has no {kind} form", f"use one of: {others}")
         self._check_nf4()
+        self._check_blocks()
         if self.scale_dtype == "bilevel" and (self.formula != "spqr" or self.strategy != "group"):
             raise UsageError("two-level scales need the 'spqr' grid and groups", "use --method spqr --group-size 32")
         if self.outliers and self.scale_dtype != "bilevel" and (self.strategy, self.formula) != ("channel", "signed"):
@@ -107,14 +120,32 @@ class QuantArgs:
         if self.scale_dtype not in ("nested", "float32") or self.observer != "minmax":
             raise UsageError("NF4 divides by the largest magnitude, float32 or nested", "use --set scale_dtype=nested")
 
+    def _check_blocks(self) -> None:
+        if self.formula != "ggml":
+            if self.scale_dtype == "super":
+                raise UsageError("scales of super-blocks need the 'ggml' grid", "use --set formula=ggml")
+            return
+        if self.block is None:
+            words = "with scale_dtype=super 4 bits asymmetric in groups of 32 (Q4_K), 6 bits symmetric in groups of 16 (Q6_K)"
+            raise UsageError(f"GGUF has no block of {self.bits} bits in groups of {self.group_size} like this", words)
+
+    @property
+    def block(self) -> str | None:
+        """The GGUF block of the 'ggml' grid, by its name there; None where there is none."""
+        blocks = (
+            {"super": K_QUANTS, "float16": PLAIN_BLOCKS}.get(self.scale_dtype, {}) if self.formula == "ggml" else {}
+        )
+        own = (self.bits, self.symmetric, self.group_size)
+        return next((name for name, grid in blocks.items() if grid == own and self.strategy == "group"), None)
+
     @property
     def kind(self) -> Kind:
-        """What a weight quantized so is made of: a grid, SpQR's two levels, NF4's blocks, a grid and 16-bit
+        """What a weight quantized so is made of: a grid, SpQR's two levels, NF4's blocks, GGUF's blocks, a grid and 16-bit
         columns, or any of these and a low-rank term."""
         if self.rank:
             return "low-rank"
-        if self.formula == "nf4":
-            return "nf4"
+        if self.formula in ("nf4", "ggml"):
+            return "nf4" if self.formula == "nf4" else "blocks"
         if self.scale_dtype == "bilevel":
             return "two-level"
         return "columns" if self.outliers else "grid"
@@ -132,7 +163,7 @@ class QuantArgs:
     @property
     def torch_scale_dtype(self) -> torch.dtype:
         """The dtype in which scales are stored, those of the second level where there are two."""
-        quantized = {"bilevel": torch.float16, "nested": torch.float32}
+        quantized = {"bilevel": torch.float16, "nested": torch.float32, "super": torch.float16}
         return quantized.get(self.scale_dtype) or getattr(torch, self.scale_dtype)
 
     def columns_per_scale(self, width: int) -> int:
@@ -141,7 +172,9 @@ class QuantArgs:
 
     def for_width(self, width: int) -> "QuantArgs":
         """These arguments for a layer of `width` input columns: groups that do not divide it give way to the divisor
-        nearest in ratio (ties to the smaller group; the whole row is a divisor too)."""
+        nearest in ratio (ties to the smaller group; the whole row is a divisor too), super-blocks to plain blocks."""
+        if self.formula == "ggml":
+            return self._for_blocks(width)
         if self.strategy != "group" or self.group_size is None or width % self.group_size == 0:
             return self
         if (
@@ -152,6 +185,15 @@ class QuantArgs:
         if size == width:
             return replace(self, strategy="channel", group_size=None)
         return replace(self, group_size=size)
+
+    def _for_blocks(self, width: int) -> "QuantArgs":
+        """Raises `UsageError` where rows of `width` columns have no block at all."""
+        if width % PLAIN_BLOCK:
+            raise UsageError(f"no GGUF block holds rows of {width} columns", "keep such layers dense with --keep")
+        if self.scale_dtype != "super" or width % SUPER_BLOCK == 0:
+            return self
+        bits, symmetric, size = PLAIN_BLOCKS[IN_PLACE_OF[self.block or ""]]
+        return replace(self, bits=bits, symmetric=symmetric, group_size=size, scale_dtype="float16")
 
 
 def float_name(dtype: torch.dtype) -> FloatDtype:
@@ -209,7 +251,7 @@ WEIGHTS = Role(
     "weights",
     {False: ("tensor", "channel", "group", "flat"), True: ()},
     {False: ("minmax", "mse"), True: ()},
-    ("gptq", "signed", "ds", "awq", "spqr", "nf4"),
+    ("gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"),
     {("token", False): "weights have no tokens: use strategy group, channel or tensor"}
     | {(strategy, True): EVERY_CALL for strategy in STRATEGIES},
 )

@@ -19,7 +19,7 @@ from ..compress.export import export
 from ..compress.formats import shards
 from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.load import load
-from ..compress.tensor import Compressed, CompressedTensor
+from ..compress.tensor import BlockTensor, Compressed, CompressedTensor
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -145,8 +145,9 @@ def _steps(served: Tensor, tensor: Compressed) -> float:
     if served.shape != tensor.shape or not bool(served.isfinite().all()):
         return float("inf")
     expected = tensor.dequantize()
-    if isinstance(tensor, CompressedTensor):
-        step = tensor.scale.float().abs().repeat_interleave(tensor.shape[1] // tensor.scale.shape[1], dim=1)
+    if isinstance(tensor, CompressedTensor | BlockTensor):
+        scale = tensor.scales() if isinstance(tensor, BlockTensor) else tensor.scale.float()
+        step = scale.abs().repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
     else:
         step = expected.abs().max() / 127
     return float(((served - expected).abs() / step).max())

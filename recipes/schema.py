@@ -125,12 +125,21 @@ class Recipe(BaseModel):
         return args
 
 
+OF_BLOCKS = ("gptq", "obq", "rtn")  # the methods that solve on any grid
+
+
 def _check_two_levels(passes: Sequence[PassSpec]) -> None:
-    """Raise `UsageError` where a pass is to leave two-level scales and cannot."""
+    """Raise `UsageError` where a pass is to leave scales that are quantized themselves and cannot."""
     for entry in passes:
         scheme = entry.config.scheme
-        if isinstance(scheme, Scheme) and scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
+        if not isinstance(scheme, Scheme):
+            continue
+        if scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
             raise UsageError(f"{entry.method} leaves no two-level scales", "use method spqr, or scale_dtype float16")
+        if scheme.weights.kind == "blocks" and entry.method not in OF_BLOCKS:
+            raise UsageError(f"{entry.method} leaves no GGUF blocks", f"use method {', '.join(OF_BLOCKS)}")
+        if scheme.weights.kind == "blocks" and not scheme.weights.symmetric and scheme.weights.scale_dtype == "float16":
+            raise UsageError(f"{scheme.weights.block} is read, not solved", "use scale_dtype=super, or symmetric")
 
 
 def configure(name: str, options: Mapping[str, Any]) -> PassConfig:

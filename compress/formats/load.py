@@ -30,7 +30,7 @@ def load(
     kv_bits: int | None = None,
     kv_window: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
+    """The causal language model at `path` (a directory, GGUF file or hub id), in eval mode, computing in `dtype` on `device`.
 
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
     faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
@@ -42,7 +42,7 @@ def load(
     """
     device_of(device)
     source = open_source(path)
-    if "quantization_config" in source.config:
+    if "quantization_config" in source.config or source.path.is_file():
         model = _load_packed(source, device, Serving(exact, kernel, dtype))
     else:
         model = _load_dense(source, device, dtype)

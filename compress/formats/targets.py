@@ -47,7 +47,7 @@ class Container:
 PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
 GPTQ = Container("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
-GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32)
+GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"))
 NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
 TARGETS: dict[str, tuple[Container, ...]] = {
@@ -56,7 +56,7 @@ TARGETS: dict[str, tuple[Container, ...]] = {
             "pack-quantized",
             bits=(2, 3, 4, 5, 6, 7, 8),
             conv1d=True,
-            kinds=("grid", "two-level", "nf4", "columns", "low-rank"),
+            kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
         ),
     ),
     "transformers": (PACKED, NF4),
@@ -127,6 +127,8 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
     if args.kind not in container.kinds:
         yield Fault(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
+    if args.kind == "blocks":  # whole as they are, or not at all
+        return
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
         yield Fault(layer.name, f"{args.bits} bits", f"use --bits {nearest}")

@@ -24,7 +24,7 @@ from ..solver.factor import Factor, inverse_factor, solve_upper_
 from ..solver.loss import layer_loss
 from ..solver.refine import refine
 from ..solver.sweep import BLOCK, sweep
-from ..tensor import CompressedTensor
+from ..tensor import BlockTensor, CompressedTensor, of_grid
 from .guard import keep_better
 
 Order = Literal["natural", "act", "group"]
@@ -64,6 +64,8 @@ class GPTQ:
     def __post_init__(self) -> None:
         if self.order == "act" and self.groups == "dynamic":
             raise UsageError("order 'act' with dynamic groups scatters the groups", "use groups=static or order=group")
+        if self.groups == "dynamic" and self.scheme.weights.scale_dtype == "super":
+            raise UsageError("the groups of a super-block have their scales together", "use groups=static")
         if self.damping < 0:
             raise UsageError(f"damping {self.damping} is negative", "use a small positive share such as 0.01")
         if self.block_size < 1:
@@ -181,7 +183,7 @@ class Prepared:
 class Solution:
     """A solved layer: the packed result and its loss `1/2 tr((W-Q) Hd (W-Q)^T)`."""
 
-    tensor: CompressedTensor
+    tensor: CompressedTensor | BlockTensor
     damped_loss: float
 
 
@@ -217,7 +219,7 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, aim
         del errors  # used up, and as large as the weight
         codes, grid, fallen = refine(slope, prepared.hessian, prepared.shift, codes, grid, config.refine)
         loss -= fallen
-    return Solution(CompressedTensor.from_grid(codes, grid), loss)
+    return Solution(of_grid(codes, grid), loss)
 
 
 def swept(
@@ -242,7 +244,7 @@ class GridProjection:
         self.span = group if dynamic and args.strategy == "group" else None
         grid = Grid.fit(weight, args, importance)
         rows = weight.shape[0]
-        self._args, self._order, self._importance = args, order, importance
+        self._args, self._order, self._importance, self._units = args, order, importance, grid.units
         self._scale = grid.scale.expand(rows, -1).T.contiguous()  # [groups, out]
         self._zero = grid.zero.expand(rows, -1).T.contiguous()
         self._group = (order // group).tolist() if args.strategy == "group" else [0] * weight.shape[1]
@@ -265,4 +267,6 @@ class GridProjection:
         """The codes in natural order, uint8 `[out, in]`, and their grid."""
         codes = torch.empty_like(self._codes)
         codes[self._order] = self._codes
-        return codes.T.contiguous(), Grid(self._scale.T.contiguous(), self._zero.T.contiguous(), self._args)
+        return codes.T.contiguous(), Grid(
+            self._scale.T.contiguous(), self._zero.T.contiguous(), self._args, self._units
+        )

@@ -5,12 +5,15 @@ from torch import Tensor
 from ..passes import Linear
 from ..solver.aim import Aim
 from ..solver.loss import layer_loss
-from ..tensor import Compressed, CompressedTensor, SpQRTensor
+from ..tensor import BlockTensor, Compressed, CompressedTensor, SpQRTensor
 from .rtn import round_to_nearest
 
 
 def keep_better(
-    linear: Linear, hessian: Tensor, aim: Aim | None = None, rounded: CompressedTensor | SpQRTensor | None = None
+    linear: Linear,
+    hessian: Tensor,
+    aim: Aim | None = None,
+    rounded: CompressedTensor | BlockTensor | SpQRTensor | None = None,
 ) -> None:
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
 

@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...calibrate.discovery import find_blocks, find_linears, set_weight, weight_of
 from ...calibrate.rows import Rows
 from ...calibrate.runner import Runner
-from ...calibrate.skeleton import Names, assign, build, release
+from ...calibrate.skeleton import Names, assign, build, config_of, release
 from ...calibrate.source import CONFIG, Source, open_source
 from ...calibrate.wiring.trial import difference
 from ..errors import CompressError, UsageError
@@ -101,7 +101,7 @@ def narrow(
 
 def narrowed(source: Source, width: Width) -> dict[str, Any]:
     """The content of config.json of the narrower model. Raises `UsageError` for widths that cannot be."""
-    parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    parsed = config_of(source)
     text = parsed.get_text_config()
     if text is not parsed and width.asked:
         raise UsageError(f"{source.path} holds a language model inside another one", "only its layers can be reduced")

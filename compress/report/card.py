@@ -4,6 +4,7 @@ from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
 from ..formats import int_quantized, pack_quantized
+from ..formats.gguf import stored as gguf
 from ..plan import Plan
 from ..scheme import PruneArgs, QuantArgs
 
@@ -55,6 +56,9 @@ NF4 = """\
 COLUMNS = """\
 No other runtime keeps columns in 16 bits; `compress export --format bitsandbytes` writes the 8-bit part of all columns for
 bitsandbytes' own LLM.int8.
+"""
+BLOCKS = """\
+The weights lie in the blocks of GGUF: `compress export --format gguf` writes the file that llama.cpp loads, bit for bit.
 """
 LOW_RANK = """\
 No other runtime adds the low-rank terms to the weights: transformers refuses the checkpoint.
@@ -110,7 +114,7 @@ def _weights(plan: Plan) -> str:
         )
         return f"{amount} pruned, {args.dtype}, {counts}"
     kind = "symmetric" if args.symmetric else "asymmetric"
-    word = "NF4" if args.formula == "nf4" else f"int{args.bits} {kind}"
+    word = args.block or ("NF4" if args.formula == "nf4" else f"int{args.bits} {kind}")
     word += f" with terms of rank {args.rank}" if args.rank else ""
     inputs = (
         ""
@@ -125,7 +129,7 @@ def _tags(plan: Plan) -> str:
     if isinstance(args, PruneArgs):
         return "pruned, lmpress"
     kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes", "columns": "llm-int8"}
-    kinds |= {"low-rank": "lorc"}
+    kinds |= {"low-rank": "lorc", "blocks": "gguf"}
     return f"quantized, {kinds[args.kind]}, lmpress"
 
 
@@ -135,7 +139,7 @@ def _format(plan: Plan) -> str:
         return f"`{args.storage}`"
     if args.kind != "grid":
         own = {"two-level": "SpQR tiles of lmpress", "columns": "int8 with 16-bit columns, of lmpress"}
-        own |= {"low-rank": "packed codes and low-rank terms of lmpress"}
+        own |= {"low-rank": "packed codes and low-rank terms of lmpress", "blocks": f"`{gguf.NAME}` of lmpress"}
         return own.get(args.kind, "bitsandbytes NF4")
     int8 = plan.inputs is not None and all(int_quantized.holds_int8(a) for a in plan.quantized.values())
     return f"compressed-tensors `{int_quantized.NAME if int8 else pack_quantized.NAME}`"
@@ -147,7 +151,7 @@ def _loading(plan: Plan) -> str:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
     args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
     if args[0].kind != "grid":
-        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK}[args[0].kind]
+        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK, "blocks": BLOCKS}[args[0].kind]
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     if not all(a.symmetric for a in args):

@@ -202,6 +202,7 @@ def distill(
     steps: Annotated[int, typer.Option(min=0, help="Updates; 0: no training.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Rows an update.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate at its height.")] = 5e-4,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters to train instead of all weights; 0: none.")] = 0,
     checks: Annotated[int, typer.Option(min=1, help="How often the state is saved and held-out text looked at.")] = 10,
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the training, NAME=VALUE (repeatable): --set hidden=1")
@@ -224,7 +225,7 @@ def distill(
         from .compress.command.carry import evaluated
         from .compress.report.console import print_distilled, watching
 
-        lessons = {"steps": steps, "batch": batch, "rate": rate, "checks": checks, "seed": seed}
+        lessons = {"steps": steps, "batch": batch, "rate": rate, "lora": lora, "checks": checks, "seed": seed}
         with watching(output.console) as observer:
             report = api.distill(
                 model,

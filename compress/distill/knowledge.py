@@ -19,9 +19,11 @@ from transformers import PreTrainedModel
 from ...calibrate.discovery import find_linears
 from ..errors import CompressError, UsageError
 from ..report.progress import Event, Observer, silent
+from .adapters import attach
 from .journal import Journal
 from .watch import attention_scores, block_outputs
 
+PRUNED = 0.1  # share of exact zeros from which a layer counts as pruned
 ENDED = 4  # a run ends early when the held-out loss has not fallen for so many checks
 
 
@@ -35,7 +37,9 @@ class Lessons:
     temperature  of both predictions
     hidden       weight of the hidden states' term: mean over layers and tokens of `|s - t|^2 / |t|^2`
     attention    weight of the attention scores' term: mean over layers of the mean squared difference
-    keep_zeros   weights of linears that are zero at the start stay zero (for pruned models)
+    keep_zeros   weights of linears that are zero at the start stay zero; None: in layers where at least a tenth are (pruned
+                 models)
+    lora         rank of the low-rank adapters that are trained in place of all parameters, and folded in at the end; 0: none
     checks       how often, evenly over the steps, the held-out rows are looked at and the state is saved
     precision    of the passes: no (that of the weights), bf16 or fp16
     """
@@ -47,7 +51,8 @@ class Lessons:
     temperature: float = 1.0
     hidden: float = 0.0
     attention: float = 0.0
-    keep_zeros: bool = False
+    keep_zeros: bool | None = None
+    lora: int = 0
     checks: int = 10
     precision: str = "no"
     seed: int = 0
@@ -55,6 +60,8 @@ class Lessons:
     def __post_init__(self) -> None:
         if self.steps < 0 or self.checks < 1 or self.rate <= 0 or self.temperature <= 0:
             raise UsageError("distillation needs steps, checks, a rate and a temperature above 0", "see --help")
+        if self.lora < 0:
+            raise UsageError(f"adapters of rank {self.lora} are not possible", "use 8, or 0 to train all parameters")
         if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
             raise UsageError(
                 f"a batch of {self.batch} rows cannot be split into {self.accumulate} passes", "use a divisor"
@@ -125,16 +132,17 @@ def teach(
     journal: Journal,
     observer: Observer = silent,
 ) -> Course:
-    """Train all parameters of `student` on `rows` `[rows, length]`; it ends as it was best on the `held_out` rows.
+    """Train the parameters of `student`, or adapters, on `rows` `[rows, length]`; it ends as it was best on `held_out` rows.
 
     The state goes into `journal` at every check, and a run that finds one there goes on from it, to the same bits. Raises
-    `CompressError` where the loss is no number.
+    `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student.
     """
     accelerator = Accelerator(mixed_precision=lessons.precision, cpu=student.device.type == "cpu")
-    masks = _zeros(student) if lessons.keep_zeros else {}
-    named = {name: p for name, p in student.named_parameters() if p.is_floating_point()}
-    for parameter in named.values():
-        parameter.requires_grad_(True)
+    masks = zeros(student, lessons)
+    for parameter in student.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    fold = attach(student, lessons.lora, lessons.seed) if lessons.lora else None
+    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
     optimiser = AdamW(named.values(), lr=lessons.rate, weight_decay=0.0)
     course = Course()
     done = journal.resume(named, optimiser, course)
@@ -162,6 +170,8 @@ def teach(
             if step - course.best_step >= ENDED * every:
                 break
     journal.restore_best(named)
+    if fold is not None:
+        fold()
     return course
 
 
@@ -218,9 +228,17 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def _zeros(student: PreTrainedModel) -> dict[str, Tensor]:
-    """Where the weights of the linear layers are zero now, by parameter name."""
-    return {f"{name}.weight": student.get_parameter(f"{name}.weight") == 0 for name in find_linears(student)}
+def zeros(student: PreTrainedModel, lessons: Lessons) -> dict[str, Tensor]:
+    """Where weights are zero and are to stay so, by parameter name; layers without such are left out.
+
+    Raises `UsageError` where adapters would fill them.
+    """
+    least = {True: 0.0, False: math.inf, None: PRUNED}[lessons.keep_zeros]
+    masks = {f"{name}.weight": student.get_parameter(f"{name}.weight") == 0 for name in find_linears(student)}
+    kept = {name: mask for name, mask in masks.items() if mask.any() and mask.float().mean() >= least}
+    if kept and lessons.lora:
+        raise UsageError(f"{next(iter(kept))} is pruned: adapters would fill its zeros", "train without --lora")
+    return kept
 
 
 @torch.no_grad()

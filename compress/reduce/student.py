@@ -31,6 +31,7 @@ from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
 from .choice import check_choice, choose
 from .layers import check_layers, keep_layers, write_model
+from .sparse import is_sparse, refold, unfold
 from .width import Width, narrow, narrowed
 
 HELD_OUT = 16  # one row in so many is not trained on
@@ -112,7 +113,8 @@ def distill(
     device_of(device)
     source = open_source(model)
     count = len(find_blocks(build(source))[1])
-    _check(reduction, lessons, source, count)
+    packed = is_sparse(source)
+    _check(reduction, lessons, source, count, teacher, packed)
     check_target(out, overwrite)
     rows = _rows(source, data, samples, seq_len, lessons.seed)
     manifest = _manifest(source, teacher, reduction, lessons, rows)
@@ -122,9 +124,16 @@ def distill(
             kept, student = _shallower(work, source, count, reduction, rows, device, observer)
         if reduction.width.asked:
             student = _narrower(work, student, reduction, rows, device, observer)
-        start = open_source(student)
+        start = unfold(source, work / "unfolded") if packed else open_source(student)
         if lessons.steps:
-            student, course = _taught(work, start, teacher or model, kept, rows, lessons, device, observer)
+            pupil, course = _taught(start, teacher or model, kept, rows, lessons, Journal(work), device, observer)
+            student = work / "taught"
+            shutil.rmtree(student, ignore_errors=True)
+            student.mkdir()
+            if packed:
+                refold(student, source, pupil)
+            else:
+                _write(student, start, pupil)
         report = DistillReport(
             out,
             kept,
@@ -146,17 +155,24 @@ def distill(
     return report
 
 
-def _check(reduction: Reduction, lessons: Lessons, source: Source, count: int) -> None:
+def _check(
+    reduction: Reduction, lessons: Lessons, source: Source, count: int, teacher: str | Path | None, packed: bool
+) -> None:
     """Raise `UsageError` for what shows before anything is computed."""
-    if not (reduction.shallower or reduction.width.asked or lessons.steps):
+    reduces = reduction.shallower or reduction.width.asked
+    if not (reduces or lessons.steps):
         raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
+    if not reduces and teacher is None:
+        raise UsageError("the model would learn from itself", "give --teacher, --drop or --mlp-width")
+    if packed and (reduces or lessons.keep_zeros is False):
+        raise UsageError("the zeros of this model are packed and stay", "reduce first and prune the result")
     if reduction.layers is not None:
         check_layers(reduction.layers, count)
     wanted = reduction.wanted(count)
     if wanted is not None:
         check_choice(reduction.choice, wanted, count)
     narrowed(source, reduction.width)
-    if lessons.steps:
+    if lessons.steps and not packed:
         _stored_names(build(source, split_experts=False), source)
 
 
@@ -234,32 +250,29 @@ def _first(rows: Rows, count: int) -> Rows:
 
 
 def _taught(
-    work: Path,
     start: Source,
     teacher: str | Path,
     kept: Sequence[int],
     rows: Rows,
     lessons: Lessons,
+    journal: Journal,
     device: str,
     observer: Observer,
-) -> tuple[Path, Course]:
-    """Train the student at `start`; where it lies as it was best, and how the training went."""
+) -> tuple[PreTrainedModel, Course]:
+    """Train the student at `start`: itself as it was best, and how the training went."""
     student, master = load(start.path, device), load(teacher, device)
     _check_vocabularies(student, master)
     count = max(1, len(rows.ids) // HELD_OUT)
     layers = len(find_blocks(master)[1])
     pairs = [(new, old) for new, old in enumerate(kept) if old < layers]
-    course = teach(student, master, rows.ids[count:], rows.ids[:count], pairs, lessons, Journal(work), observer)
-    _write(work / "taught", start, student)
-    return work / "taught", course
+    course = teach(student, master, rows.ids[count:], rows.ids[:count], pairs, lessons, journal, observer)
+    return student, course
 
 
 def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
     """The trained student with the names and dtypes of the checkpoint that it started from."""
     stored, parameters = _stored_names(student, start), dict(student.named_parameters())
     trained = {stored[name]: parameter.detach() for name, parameter in parameters.items()}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
     def read(name: str) -> torch.Tensor:
         found = trained.get(name)

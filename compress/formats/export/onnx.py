@@ -23,6 +23,7 @@ from ..checkpoint import Checkpoint
 from .gptq import zeros_of
 
 FILE, DATA = "model.onnx", "model.onnx.data"
+TABLE = "model.embed_tokens"
 OPSET = 18
 BITS = (2, 4, 8)
 
@@ -96,7 +97,7 @@ class Llama:
         """The graph."""
         config, helper, proto = self._config, self._onnx.helper, self._onnx.TensorProto
         self._constants()
-        hidden = self._add("Gather", self._parameter("model.embed_tokens.weight"), "input_ids")
+        hidden = self._add("Gather", self._parameter(f"{TABLE}.weight"), "input_ids", name=TABLE)
         for index in range(config.num_hidden_layers):
             hidden = self._block(f"model.layers.{index}", hidden, f"hidden.{index}")
         self._head(self._norm("model.norm", hidden))
@@ -171,7 +172,7 @@ class Llama:
         if "lm_head" in self._checkpoint.layers:
             self._linear("lm_head", x, output="logits")
             return
-        tied = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
+        tied = TABLE if self._config.tie_word_embeddings else "lm_head"
         weight = self._add("Transpose", self._parameter(f"{tied}.weight"), perm=[1, 0])
         self._add("MatMul", x, weight, output="logits")
 

@@ -191,6 +191,10 @@ def distill(
     kv_heads: Annotated[
         int | None, typer.Option(help="Key-value heads that stay, with their queries.", show_default=False)
     ] = None,
+    hidden_size: Annotated[
+        float | None,
+        typer.Option(help="Channels of the residual stream that stay; below 1: a share of them.", show_default=False),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model to learn from. Default: MODEL as it was.", show_default=False)
     ] = None,
@@ -236,6 +240,7 @@ def distill(
                 choice=choice,
                 mlp_width=mlp_width,
                 kv_heads=kv_heads,
+                hidden_size=hidden_size,
                 teacher=teacher,
                 data=data,
                 samples=samples,

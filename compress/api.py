@@ -149,6 +149,7 @@ def distill(
     choice: str = "greedy",
     mlp_width: float | None = None,
     kv_heads: int | None = None,
+    hidden_size: float | None = None,
     teacher: str | Path | None = None,
     data: str = "python-stdlib",
     samples: int = 4096,
@@ -161,12 +162,15 @@ def distill(
     """Leave layers and channels of `model` out and teach the rest to predict as before, into the directory `out`.
 
     `layers` stay, or as many as `keep_layers`, or all but `drop` (below 1: a share), chosen by `choice`; the MLPs keep
-    `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the rest refitted by least
-    squares. With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
+    `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the residual stream `hidden_size`
+    channels (below 1: a share), the rest refitted by least squares.
+    With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
     Raises `UsageError`, `CompressError`.
     """
     width = Width(mlp_width, kv_heads)
-    reduction = Reduction(None if layers is None else tuple(layers), keep_layers, drop, choice, width=width)
+    reduction = Reduction(
+        None if layers is None else tuple(layers), keep_layers, drop, choice, width=width, hidden=hidden_size
+    )
     unknown = [name for name in options or {} if name not in {entry.name for entry in fields(Lessons)}]
     if unknown:
         raise UsageError(f"distill has no option {unknown[0]!r}", "see compress distill --help")

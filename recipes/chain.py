@@ -46,6 +46,7 @@ class Distillation(BaseModel):
     choice: str = "greedy"
     mlp_width: float | None = None
     kv_heads: int | None = None
+    hidden_size: float | None = None
     teacher: str | None = None
     data: str = "python-stdlib"
     samples: int = 4096

@@ -30,6 +30,7 @@ from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
 from .choice import check_choice, choose
+from .hidden import thin, thinned
 from .layers import check_layers, keep_layers, write_model
 from .sparse import is_sparse, refold, unfold
 from .width import Width, narrow, narrowed
@@ -45,6 +46,7 @@ class Reduction:
     layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many go (below 1: which share)
     choice, choice_rows        which ones (see choice.py), and on how many rows that is judged
     width, width_rows          what the blocks are narrowed to (see width.py), and on how many rows they are refitted
+    hidden                     channels of the residual stream that stay (below 1: that share; see hidden.py)
     """
 
     layers: tuple[int, ...] | None = None
@@ -54,6 +56,7 @@ class Reduction:
     choice_rows: int = 32
     width: Width = field(default_factory=Width)
     width_rows: int = 128
+    hidden: float | None = None
 
     def __post_init__(self) -> None:
         if sum(asked is not None for asked in (self.layers, self.keep_layers, self.drop)) > 1:
@@ -71,6 +74,11 @@ class Reduction:
     def shallower(self) -> bool:
         """Whether it is about layers."""
         return any(asked is not None for asked in (self.layers, self.keep_layers, self.drop))
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to become smaller."""
+        return self.shallower or self.width.asked or self.hidden is not None
 
 
 @dataclass
@@ -124,6 +132,8 @@ def distill(
             kept, student = _shallower(work, source, count, reduction, rows, device, observer)
         if reduction.width.asked:
             student = _narrower(work, student, reduction, rows, device, observer)
+        if reduction.hidden is not None:
+            student = _thinner(work, student, reduction, rows, device, observer)
         start = unfold(source, work / "unfolded") if packed else open_source(student)
         if lessons.steps:
             pupil, course = _taught(start, teacher or model, kept, rows, lessons, Journal(work), device, observer)
@@ -159,12 +169,11 @@ def _check(
     reduction: Reduction, lessons: Lessons, source: Source, count: int, teacher: str | Path | None, packed: bool
 ) -> None:
     """Raise `UsageError` for what shows before anything is computed."""
-    reduces = reduction.shallower or reduction.width.asked
-    if not (reduces or lessons.steps):
+    if not (reduction.asked or lessons.steps):
         raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
-    if not reduces and teacher is None:
+    if not reduction.asked and teacher is None:
         raise UsageError("the model would learn from itself", "give --teacher, --drop or --mlp-width")
-    if packed and (reduces or lessons.keep_zeros is False):
+    if packed and (reduction.asked or lessons.keep_zeros is False):
         raise UsageError("the zeros of this model are packed and stay", "reduce first and prune the result")
     if reduction.layers is not None:
         check_layers(reduction.layers, count)
@@ -172,6 +181,10 @@ def _check(
     if wanted is not None:
         check_choice(reduction.choice, wanted, count)
     narrowed(source, reduction.width)
+    if reduction.hidden is not None:
+        thinned(source, reduction.hidden)
+        if lessons.hidden:
+            raise UsageError("hidden states of different widths cannot be compared", "leave out --set hidden")
     if lessons.steps and not packed:
         _stored_names(build(source, split_experts=False), source)
 
@@ -242,6 +255,15 @@ def _narrower(work: Path, model: Path, reduction: Reduction, rows: Rows, device:
     place = work / "narrower"
     if not place.exists():
         narrow(model, place, reduction.width, _first(rows, reduction.width_rows), device, observer=observer)
+    return place
+
+
+def _thinner(work: Path, model: Path, reduction: Reduction, rows: Rows, device: str, observer: Observer) -> Path:
+    """Narrow the residual stream of `model`, or find that done; where the result lies."""
+    place = work / "thinner"
+    if not place.exists():
+        assert reduction.hidden is not None
+        thin(model, place, reduction.hidden, _first(rows, reduction.width_rows), device, observer=observer)
     return place
 
 

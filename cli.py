@@ -225,6 +225,8 @@ def distill(
     compress distill --drop 4 MODEL
     """
     with session(json_file, quiet, debug, threads) as output:
+        from accelerate import PartialState
+
         from .compress import api
         from .compress.command.carry import evaluated
         from .compress.report.console import print_distilled, watching
@@ -250,6 +252,8 @@ def distill(
                 device=device,
                 observer=observer,
             )
+        if not PartialState().is_main_process:  # of several, one speaks
+            return
         print_distilled(output.console, report)
         output.result(report.as_dict() | evaluated(report.out, teacher or model, evaluate_on, device, output))
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..recipes import schema
 from ..recipes.allocation import decided
@@ -19,6 +19,9 @@ from .reduce.width import Width
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Scheme, group_strategy
 from .workspace import check_target
+
+if TYPE_CHECKING:
+    from ..recipes.chain import Chain, ChainReport
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
@@ -121,18 +124,66 @@ def prune(
     return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
 
 
+@overload
 def run(
     model: str | Path,
-    out: str | Path | None = None,
-    recipe: Recipe | str | Path = "gptq-w4",
+    out: str | Path | None,
+    recipe: "Chain",
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "ChainReport": ...
+
+
+@overload
+def run(
+    model: str | Path,
+    out: str | Path | None,
+    recipe: Recipe,
     *,
     target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
-) -> RunReport:
-    """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
-    wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
+) -> RunReport: ...
+
+
+@overload
+def run(
+    model: str | Path,
+    out: str | Path | None = None,
+    recipe: "Recipe | Chain | str | Path" = "gptq-w4",
+    *,
+    target: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "RunReport | ChainReport": ...
+
+
+def run(
+    model: str | Path,
+    out: str | Path | None = None,
+    recipe: "Recipe | Chain | str | Path" = "gptq-w4",
+    *,
+    target: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "RunReport | ChainReport":
+    """Carry out `recipe` on `model`: a recipe or a chain of them, a YAML file or the name of a shipped one; see `quantize`.
+
+    `target` is for recipes alone: what a chain is to run on is the business of its `export`.
+    """
+    from ..recipes import chain
+
+    wanted = recipe if isinstance(recipe, Recipe | chain.Chain) else chain.read(recipe)
+    if isinstance(wanted, chain.Chain):
+        if target:
+            raise UsageError("a chain has no target", "end it with an export")
+        place = Path(out) if out else chain.default_out(model, wanted)
+        return chain.run(model, place, wanted, overwrite=overwrite, device=device, observer=observer)
     place = Path(out) if out else default_out(model, wanted)
     check_target(place, overwrite)
     with decided(model, place, wanted, device, observer) as final:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.optim import AdamW
 from transformers import PreTrainedModel
 
@@ -134,10 +135,17 @@ def teach(
 ) -> Course:
     """Train the parameters of `student`, or adapters, on `rows` `[rows, length]`; it ends as it was best on `held_out` rows.
 
+    Processes that accelerate has launched share the rows of every update and the held-out ones, and end with equal students.
+
     The state goes into `journal` at every check, and a run that finds one there goes on from it, to the same bits. Raises
-    `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student.
+    `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student and for rows that cannot be
+    shared out evenly.
     """
     accelerator = Accelerator(mixed_precision=lessons.precision, cpu=student.device.type == "cpu")
+    _check_shares(lessons, accelerator.num_processes)
+    own = slice(
+        accelerator.process_index, None, accelerator.num_processes
+    )  # the rows of a pass that are this process's
     masks = zeros(student, lessons)
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
@@ -147,8 +155,9 @@ def teach(
     course = Course()
     done = journal.resume(named, optimiser, course)
     if done == 0:
-        _check(course, 0, student, teacher, held_out, pairs, lessons)
-        journal.keep_best(named)
+        _check(course, 0, student, teacher, held_out, pairs, lessons, accelerator)
+        if accelerator.is_main_process:
+            journal.keep_best(named)
     model, optimiser = accelerator.prepare(student, optimiser)
     every = max(1, math.ceil(lessons.steps / lessons.checks))
     for step in range(done + 1, lessons.steps + 1):
@@ -156,33 +165,45 @@ def teach(
             group["lr"] = lessons.rate * _schedule(step, lessons.steps)
         for part in _batch(rows, step, lessons).to(student.device).chunk(lessons.accumulate):
             with accelerator.autocast():
-                loss = compare(model, teacher, part, pairs, lessons).loss(lessons) / lessons.accumulate
+                loss = compare(model, teacher, part[own], pairs, lessons).loss(lessons) / lessons.accumulate
             accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         optimiser.zero_grad()
         _keep_zero(named, masks)
         if step % every == 0 or step == lessons.steps:
-            if _check(course, step, student, teacher, held_out, pairs, lessons):
+            better = _check(course, step, student, teacher, held_out, pairs, lessons, accelerator)
+            if better and accelerator.is_main_process:
                 journal.keep_best(named)
-            journal.save(step, named, optimiser, course)
+            if accelerator.is_main_process:
+                journal.save(step, named, optimiser, course)
             observer(Event("distill", step, lessons.steps, figures={"kl": course.curve[-1][2]}))
             if step - course.best_step >= ENDED * every:
                 break
+    accelerator.wait_for_everyone()
     journal.restore_best(named)
     if fold is not None:
         fold()
     return course
 
 
+def _check_shares(lessons: Lessons, processes: int) -> None:
+    rows = lessons.batch // lessons.accumulate
+    if rows % processes:
+        raise UsageError(
+            f"{processes} processes cannot share {rows} rows evenly", "use a --batch that is a multiple of their number"
+        )
+
+
 def _observed(
     model: PreTrainedModel, ids: Tensor, layers: list[int], lessons: Lessons
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
     """Logits, outputs of the blocks `layers`, and the attention scores of all layers where they are compared."""
-    with block_outputs(model, layers if lessons.hidden else []) as outputs:
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    with block_outputs(inner, layers if lessons.hidden else []) as outputs:
         if not lessons.attention:
             return model(input_ids=ids, use_cache=False).logits, outputs, []
-        with attention_scores(model) as scores:
+        with attention_scores(inner) as scores:
             return model(input_ids=ids, use_cache=False).logits, outputs, scores
 
 
@@ -195,13 +216,18 @@ def _check(
     held_out: Tensor,
     pairs: Sequence[tuple[int, int]],
     lessons: Lessons,
+    accelerator: Accelerator,
 ) -> bool:
-    """Note the held-out loss and KL divergence at `step`; whether it is the best so far."""
+    """Note the held-out loss and KL divergence at `step`, the same in all processes; whether it is the best so far."""
     sums = torch.zeros(2, dtype=torch.float64)
-    for part in held_out.split(lessons.batch // lessons.accumulate):
+    for part in held_out[accelerator.process_index :: accelerator.num_processes].split(
+        lessons.batch // lessons.accumulate
+    ):
         terms = compare(student, teacher, part.to(student.device), pairs, lessons)
         sums += len(part) * torch.tensor([float(terms.loss(lessons)), float(terms.logits - terms.entropy)]).double()
-    loss, divergence = (sums / len(held_out)).tolist()
+    total = accelerator.reduce(sums.to(accelerator.device), "sum")
+    assert isinstance(total, Tensor)
+    loss, divergence = (total / len(held_out)).tolist()
     if not math.isfinite(loss):
         raise CompressError(f"the loss is {loss} at step {step} of the distillation", "use a smaller --rate")
     best = min((entry[1] for entry in course.curve), default=math.inf)

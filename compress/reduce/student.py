@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ...calibrate.discovery import find_blocks
@@ -115,10 +116,13 @@ def distill(
 ) -> DistillReport:
     """Reduce `model`, teach what is left on `samples` rows of `data`, and write it as a dense checkpoint into `out`.
 
+    Where accelerate has launched several processes the first one reduces and writes, and all of them teach.
+
     The teacher is `model` itself, or another one of the same vocabulary. Raises `UsageError` before anything is written.
     """
     started = time.monotonic()
-    device_of(device)
+    team = PartialState(cpu=device_of(device).type == "cpu")
+    observer = observer if team.is_main_process else silent
     source = open_source(model)
     count = len(find_blocks(build(source))[1])
     packed = is_sparse(source)
@@ -126,24 +130,19 @@ def distill(
     check_target(out, overwrite)
     rows = _rows(source, data, samples, seq_len, lessons.seed)
     manifest = _manifest(source, teacher, reduction, lessons, rows)
-    with _working(out.parent / f".{out.name}.distill", manifest, overwrite) as work:
-        kept, student, course = list(range(count)), source.path, Course()
-        if reduction.shallower:
-            kept, student = _shallower(work, source, count, reduction, rows, device, observer)
-        if reduction.width.asked:
-            student = _narrower(work, student, reduction, rows, device, observer)
-        if reduction.hidden is not None:
-            student = _thinner(work, student, reduction, rows, device, observer)
-        start = unfold(source, work / "unfolded") if packed else open_source(student)
+    with _working(out.parent / f".{out.name}.distill", manifest, overwrite, team) as work:
+        with team.main_process_first():  # the others find it done
+            kept, student = _reduced(work, source, count, reduction, rows, device, observer)
+            start = unfold(source, work / "unfolded") if packed else open_source(student)
+        course = Course()
         if lessons.steps:
             pupil, course = _taught(start, teacher or model, kept, rows, lessons, Journal(work), device, observer)
             student = work / "taught"
-            shutil.rmtree(student, ignore_errors=True)
-            student.mkdir()
-            if packed:
-                refold(student, source, pupil)
-            else:
-                _write(student, start, pupil)
+            if team.is_main_process:
+                shutil.rmtree(student, ignore_errors=True)
+                student.mkdir()
+                write = refold if packed else _write
+                write(student, source if packed else start, pupil)
         report = DistillReport(
             out,
             kept,
@@ -154,15 +153,38 @@ def distill(
             time.monotonic() - started,
             course,
         )
-        (student / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-        missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
-        if missing is not None:
-            observer(Event("warning", message=missing))
-        with storage_errors(out):
-            put_in_place(student, out)
-            shutil.rmtree(work)
+        if team.is_main_process:
+            _finish(report, student, work, observer)
+        team.wait_for_everyone()
     observer(Event("done"))
     return report
+
+
+def _reduced(
+    work: Path, source: Source, count: int, reduction: Reduction, rows: Rows, device: str, observer: Observer
+) -> tuple[list[int], Path]:
+    """Make the model smaller as asked, stage by stage; the layers that stayed, and where the result lies."""
+    kept, student = list(range(count)), source.path
+    if reduction.shallower:
+        kept, student = _shallower(work, source, count, reduction, rows, device, observer)
+    if reduction.width.asked:
+        student = _narrower(work, student, reduction, rows, device, observer)
+    if reduction.hidden is not None:
+        student = _thinner(work, student, reduction, rows, device, observer)
+    return kept, student
+
+
+def _finish(report: DistillReport, student: Path, work: Path, observer: Observer) -> None:
+    """Put the model at `student` in its place, with the documents beside it."""
+    course = report.course
+    content = {name: value for name, value in report.as_dict().items() if name != "out"}
+    (student / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
+    if missing is not None:
+        observer(Event("warning", message=missing))
+    with storage_errors(report.out):
+        put_in_place(student, report.out)
+        shutil.rmtree(work)
 
 
 def _check(
@@ -209,19 +231,19 @@ def _manifest(
 
 
 @contextmanager
-def _working(work: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: PartialState) -> Iterator[Path]:
     """The folder of this request, with what an unfinished run of the same one left.
 
     Raises `UsageError` where another one is unfinished. Stays when the run is killed, and goes when the request cannot be
     carried out.
     """
     text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
-    known = found.read_text() if found.exists() else ""
-    if known not in ("", text) and not overwrite:
-        raise UsageError(
-            f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
-        )
-    with storage_errors(work):
+    with team.main_process_first(), storage_errors(work):
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", text) and not overwrite:
+            raise UsageError(
+                f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
         if known != text:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)

@@ -258,7 +258,7 @@ class _Work:
         forward = self.runner.blocks[0].forward
         for block in find_blocks(self.small)[1]:
             block.forward = forward
-        ids, given = torch.arange(min(32, self.model.get_input_embeddings().weight.shape[0])).unsqueeze(0), []
+        ids, given = torch.arange(min(32, self.model.config.get_text_config().vocab_size)).unsqueeze(0), []
         for model in (self.small, self.model):
             table = model.get_input_embeddings()
             assign(table, "weight", table.get_parameter("weight").detach() * LOUD)

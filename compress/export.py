@@ -119,6 +119,8 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
         return f"{wanted.name} stores integer codes, this layer is pruned"
     if args.rank:
         return f"{wanted.name} readers know no low-rank terms beside the codes"
+    if checkpoint.is_embedding(name) and wanted is not PACKED:
+        return f"{wanted.name} readers know no packed embedding"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

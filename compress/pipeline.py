@@ -21,20 +21,24 @@ from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.gather import Statistics
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner
-from ..calibrate.skeleton import build, device_of
+from ..calibrate.skeleton import Names, build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
 from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs
+from .formats import pack_quantized
 from .formats.targets import check as check_targets
 from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .quantize.observers import told_inputs
+from .quantize.rtn import round_to_nearest
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import Compressed
+from .scheme import QuantArgs
+from .tensor import Compressed, joined
 from .workspace import Workspace, check_target
 
+TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
@@ -79,7 +83,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     """
     source = open_source(model)
     planned = make_plan(source, build(source), recipe)
-    check_targets(planned.layers, targets)
+    check_targets((*planned.layers, *planned.tables), targets)
     return planned
 
 
@@ -104,12 +108,13 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
-    check_targets(planned.layers, targets)
+    check_targets((*planned.layers, *planned.tables), targets)
     observer(Event("plan", blocks=planned.blocks))
     calibrated = _needs(recipe) - {"trial"} or (planned.inputs is not None and not planned.inputs.dynamic)
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if calibrated else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
+        _round_tables(skeleton, source, planned, workspace)
         observer(Event("assemble", planned.blocks, planned.blocks))
         layers = workspace.finish()
     observer(Event("done", planned.blocks, planned.blocks))
@@ -253,6 +258,19 @@ def _transform_outside(recipe: Recipe, probe: Probe, planned: Plan, runner: Runn
                 dtypes = {name: planned.tensors[name].torch_dtype for name in names}
                 workspace.write_outside({name: model.get_parameter(name).to(dtypes[name]) for name in names})
             runner.turn(matrix)
+
+
+def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, workspace: Workspace) -> None:
+    """Round the embedding and the head to nearest, as planned."""
+    names, packed = Names(skeleton, source), {}
+    for table in planned.tables:
+        stored = names.find(f"{table.name}.weight")
+        assert stored is not None and isinstance(table.args, QuantArgs)
+        parts = source.read(stored, check=True).split(TABLE_ROWS)
+        rounded = joined([round_to_nearest(part.float(), table.args) for part in parts])
+        packed |= pack_quantized.pack(table.name, rounded)
+    if packed:
+        workspace.write_outside(packed)
 
 
 def _settle(block: Block, planned: Plan) -> None:

@@ -1,5 +1,6 @@
 """What a pass leaves in place of a weight: one of the kinds of `Compressed`. Formats write it, kernels serve it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, TypeVar
 
@@ -386,3 +387,14 @@ def settings(tensor: Served) -> dict[str, Any]:
 def moved(tensor: AnyServed, device: torch.device | str) -> AnyServed:
     """The same on `device`."""
     return replace(tensor, **{name: part.to(device) for name, part in parts(tensor).items() if part is not None})
+
+
+def joined(tensors: Sequence[CompressedTensor]) -> CompressedTensor:
+    """One weight out of runs of its rows, which share their arguments."""
+    zeros = [tensor.zero for tensor in tensors if tensor.zero is not None]
+    return replace(
+        tensors[0],
+        codes=torch.cat([tensor.codes for tensor in tensors]),
+        scale=torch.cat([tensor.scale for tensor in tensors]),
+        zero=torch.cat(zeros) if zeros else None,
+    )

@@ -72,7 +72,9 @@ def run_model(model: PreTrainedModel, ids: Tensor, layers: list[str], folder: Pa
 
 
 def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` that `linear` multiplies by, without its bias, as float32."""
+    """The weight `[out, in]` that `linear` multiplies by, without its bias, or the rows of a table, as float32."""
+    if hasattr(linear, "num_embeddings"):
+        return linear(torch.arange(int(linear.num_embeddings))).float()  # type: ignore[arg-type]
     width = int(getattr(linear, "in_features", 0) or getattr(linear, "nx", 0))
     zero, identity = torch.zeros(1, width, dtype=dtype), torch.eye(width, dtype=dtype)
     return (linear(identity) - linear(zero)).float().T.contiguous()
@@ -112,14 +114,18 @@ def _onnxruntime(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path)
     nodes = {node.name: node for node in model.graph.node}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     floats = onnx.TensorProto.FLOAT
-    for name in layers:  # a graph of the one node, fed with the identity
+    for name in layers:  # a graph of the one node, fed with the identity, or of a table with all its rows' numbers
         node = nodes[name]
         used = [stored[part] for part in node.input if part in stored]
-        ends = [onnx.helper.make_tensor_value_info(end, floats, None) for end in (node.input[0], node.output[0])]
+        entry, table = next(part for part in node.input if part not in stored), node.op_type == "Gather"
+        kinds = {entry: onnx.TensorProto.INT64 if table else floats, node.output[0]: floats}
+        ends = [onnx.helper.make_tensor_value_info(end, kind, None) for end, kind in kinds.items()]
         alone = onnx.helper.make_graph([node], name, ends[:1], ends[1:], used)
-        width = next(a.i for a in node.attribute if a.name == "K") if node.attribute else used[0].dims[0]
+        width = next((a.i for a in node.attribute if a.name == "K"), used[0].dims[0])
         one = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
-        write_weight(folder, name, run(one, {node.input[0]: torch.eye(width).numpy()})[node.output[0]].T.contiguous())
+        fed = torch.arange(width) if table else torch.eye(width)
+        found = run(one, {entry: fed.numpy()})[node.output[0]]
+        write_weight(folder, name, found if table else found.T.contiguous())
     hidden = [output for node in model.graph.node for output in node.output if output.startswith("hidden.")]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, floats, None) for name in hidden)
     shards.write(folder / OUTPUTS, run(model, {"input_ids": ids.numpy()}))

@@ -85,8 +85,12 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
     model = checkpoint.model
+    names, head = Names(model, source), checkpoint.tied_head
+    if head is not None:
+        replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)
     for name in checkpoint.layers:
         replace_linear(model, name, checkpoint.layer(name), serving, device)
-    materialise(model, "", source, Names(model, source), device)
-    model.tie_weights()
+    materialise(model, "", source, names, device)
+    if head is None:
+        model.tie_weights()
     return model

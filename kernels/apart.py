@@ -8,11 +8,14 @@ from torch import Tensor
 from . import ops  # noqa: F401  (registers the operators)
 from .cpu import library
 from .kernel import Kernel, Need, Product, Unavailable
-from .weight import SparseRows, Weight
+from .weight import PrunedWeight, SparseRows, Weight
 
 
-def prepare(kernel: Kernel, weight: Weight, need: Need) -> Product:
+def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Product:
     """The product of `weight` by `kernel`, with whatever the weight keeps apart."""
+    if isinstance(weight, PrunedWeight):
+        assert kernel.pruned is not None
+        return kernel.pruned(weight, need)
     product = kernel.prepare(weight, need)
     if weight.columns is not None and weight.outliers is not None:
         product = WithColumns(product, weight.columns, weight.outliers)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cpu import library
+from .cpu import library, pruned
 from .cpu.layout import Panels
 from .cpu.product import multiply, multiply_transposed
 from .weight import SparseRows
@@ -116,3 +116,41 @@ def _backward_sparse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 cpu_add_sparse.register_autograd(_backward_sparse, setup_context=_remember_sparse)
+
+
+@torch.library.custom_op("lmpress::cpu_pruned_linear", mutates_args=(), device_types="cpu")
+def cpu_pruned_linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
+    """`x W^T` for `x` `[m, columns]` and a pruned weight: see `cpu/pruned.py`."""
+    return pruned.multiply(x, mask, values, starts, instructions)
+
+
+@cpu_pruned_linear.register_fake
+def _(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
+    return x.new_empty(x.shape[0], mask.shape[0])
+
+
+@torch.library.custom_op("lmpress::cpu_pruned_linear_transposed", mutates_args=(), device_types="cpu")
+def cpu_pruned_linear_transposed(
+    grad: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str
+) -> Tensor:
+    """`grad W` for `grad` `[m, rows]`: what `cpu_pruned_linear` sends back to its input."""
+    return pruned.multiply_transposed(grad, mask, values, starts, columns, instructions)
+
+
+@cpu_pruned_linear_transposed.register_fake
+def _(grad: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
+def _remember_pruned(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *weight, ctx.instructions = inputs
+    ctx.columns = x.shape[1]
+    ctx.save_for_backward(*weight)
+
+
+def _backward_pruned(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back = torch.ops.lmpress.cpu_pruned_linear_transposed(grad, *ctx.saved_tensors, ctx.columns, ctx.instructions)
+    return back, None, None, None, None
+
+
+cpu_pruned_linear.register_autograd(_backward_pruned, setup_context=_remember_pruned)

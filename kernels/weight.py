@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..compress.formats.sparse import by_mask, from_mask
 from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import MixedTensor, NF4Tensor, Served, SpQRTensor
+from ..compress.tensor import MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor
 
 
 @dataclass(frozen=True)
@@ -102,3 +103,41 @@ class Weight:
             place = (self.residual.rows, self.residual.columns.long())
             dense.index_put_(place, self.residual.values.to(dtype), accumulate=True)
         return dense
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A weight `[out, in]` of floats of which only some are stored; the others are zero.
+
+    mask    uint8 `[out, ceil(in / 8)]`: bit `j % 8` of byte `j // 8` of a row: column `j` is stored
+    values  float `[stored]`, row after row
+    width   in_features
+    """
+
+    mask: Tensor
+    values: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, tensor: PrunedTensor) -> "PrunedWeight":
+        """The weight of a pruned tensor, however it is stored on disk."""
+        return cls(*by_mask(tensor), tensor.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.mask.shape[0], self.width
+
+    def kept(self) -> Tensor:
+        """What is stored: bool `[out, in]`."""
+        return from_mask(self.mask, self.width)
+
+    def starts(self) -> Tensor:
+        """The number of the first value of each row, int64 `[out + 1]`."""
+        counts = self.kept().sum(1)
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` in `dtype`: what every kernel is held against."""
+        kept = self.kept()
+        return self.values.new_zeros(kept.shape, dtype=dtype).masked_scatter_(kept, self.values.to(dtype))

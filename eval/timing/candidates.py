@@ -10,9 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compress.prune.args import PruneArgs
+from ...compress.tensor import PrunedTensor
 from ...kernels import apart, dispatch
 from ...kernels.kernel import Activations, Kernel, Need
-from ...kernels.weight import SparseRows, Weight
+from ...kernels.weight import PrunedWeight, SparseRows, Weight
 
 RING_BYTES = 4 * 32 << 20
 GROUP = 128
@@ -54,7 +56,7 @@ def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
                 yield _ours(full, kernel, weight, need)
 
 
-def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight, Activations]]:
+def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight | PrunedWeight, Activations]]:
     """What our kernels are given, and how inputs enter the product."""
     int3, int2 = _rounded(dense, 3, GROUP), _rounded(dense, 2, GROUP)
     return {
@@ -63,6 +65,8 @@ def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weigh
         "nf4": (_nearest_in_table(dense), "float"),
         "w4a8 + 1% sparse": (_with_residual(int4), "group"),
         "llm.int8, 0.5% columns": (_with_columns(int8, dense), "token"),
+        "pruned 50%": (_pruned(dense, PruneArgs(dtype="bfloat16")), "float"),
+        "pruned 2:4": (_pruned(dense, PruneArgs(pattern="2:4", dtype="bfloat16")), "float"),
     }  # fmt: skip
 
 
@@ -88,7 +92,7 @@ def _dense(name: str, weight: Tensor, tolerance: float) -> Candidate:
     return Candidate(name, _ring(make, weight.nbytes), weight.nbytes, weight.float, tolerance)
 
 
-def _ours(name: str, kernel: Kernel, weight: Weight, need: Need) -> Candidate:
+def _ours(name: str, kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Candidate:
     first = apart.prepare(kernel, weight, need)
     exact = kernel.tolerance <= 1e-5 and need.activations == "float"
     products = _ring(lambda: apart.prepare(kernel, weight, need), _size(first))
@@ -174,6 +178,13 @@ def _with_residual(weight: Weight) -> Weight:
 def _with_columns(weight: Weight, dense: Tensor) -> Weight:
     columns = torch.arange(0, weight.shape[1], 200)
     return Weight(weight.codes, weight.scale, None, 8, weight.group, columns=columns, outliers=dense[:, columns].half())
+
+
+def _pruned(dense: Tensor, args: PruneArgs) -> PrunedWeight:
+    """The smallest magnitudes of every run of 4 columns, or of all, gone."""
+    size = 4 if args.pattern else dense.numel()
+    order = dense.abs().view(-1, size).argsort(-1).argsort(-1)
+    return PrunedWeight.of(PrunedTensor.of(dense, (order < size // 2).view_as(dense), args))
 
 
 def _ring(make: Callable[[], Call], bytes_each: int) -> list[Call]:

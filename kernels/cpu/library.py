@@ -16,6 +16,10 @@ SOURCE = Path(__file__).with_name("lmpress_cpu.c")
 
 # How activations enter a product; the numbers are the C file's.
 ACTIVATIONS = {"float": 0, "group": 1, "token": 2}
+# What a pruned weight stores, likewise.
+VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+Pruned = tuple[Tensor, Tensor, Tensor]  # mask, values and starts (see `PrunedWeight`)
 
 
 class _Weight(ctypes.Structure):
@@ -29,6 +33,17 @@ class _Weight(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("center", ctypes.c_int32),
+    )
+
+
+class _Pruned(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
     )
 
 
@@ -64,6 +79,9 @@ def _load() -> ctypes.CDLL | Unavailable:
     calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)
     calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
     calls.lmpress_dequantize.restype = None
+    calls.lmpress_pruned_linear.argtypes = (int32, pointer, int32, pointer, int64, pointer)
+    calls.lmpress_unfold.argtypes = (int32, pointer, int32, int64, int64, pointer)
+    calls.lmpress_unfold.restype = None
     calls.lmpress_add_sparse.argtypes = (int32, pointer, pointer, pointer, int64, int64, pointer, int64, pointer)
     return calls
 
@@ -107,6 +125,21 @@ def dequantize(panels: Panels, instructions: InstructionSet, first: int, count: 
     )
 
 
+def pruned_linear(x: Tensor, pruned: Pruned, instructions: InstructionSet) -> Tensor:
+    """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
+    y = torch.empty(x.shape[0], pruned[0].shape[0], dtype=torch.float32)
+    weight, threads = _pruned_structure(pruned, x.shape[1]), torch.get_num_threads()
+    given = (x.data_ptr(), x.shape[0], y.data_ptr())
+    _check(library().lmpress_pruned_linear(instructions.index, ctypes.byref(weight), threads, *given), x)
+    return y
+
+
+def unfold(pruned: Pruned, instructions: InstructionSet, first: int, out: Tensor) -> None:
+    """The rows from `first` on into contiguous float32 `out` `[rows, columns]`."""
+    weight, threads = _pruned_structure(pruned, out.shape[1]), torch.get_num_threads()
+    library().lmpress_unfold(instructions.index, ctypes.byref(weight), threads, first, out.shape[0], out.data_ptr())
+
+
 def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
     """`y += x S^T` in place: S in compressed rows, `starts` int64 `[rows + 1]`, `columns` uint32, `values` float32."""
     pointers = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
@@ -131,3 +164,8 @@ def _structure(panels: Panels) -> _Weight:
         panels.bits,
         panels.center,
     )
+
+
+def _pruned_structure(pruned: Pruned, columns: int) -> _Pruned:
+    mask, values, starts = pruned
+    return _Pruned(mask.data_ptr(), values.data_ptr(), starts.data_ptr(), mask.shape[0], columns, VALUES[values.dtype])

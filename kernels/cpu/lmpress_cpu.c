@@ -59,6 +59,17 @@ typedef struct {
     int32_t center;        /* the code that means zero when there is no offset */
 } Weight;
 
+/* A weight of floats of which only some are stored. */
+typedef struct {
+    const uint8_t *mask;   /* [rows][ceil(columns / 8)]: bit j % 8 of byte j / 8 of a row: column j is stored */
+    const uint8_t *values; /* those that are, row after row */
+    const int64_t *starts; /* [rows + 1]: the first value of each row */
+    int64_t rows, columns;
+    int32_t kind; /* of the values */
+} Pruned;
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
+
 /* How activations enter the product. */
 enum { FLOATS = 0, INT8_GROUPS = 1, INT8_TOKENS = 2 };
 
@@ -205,7 +216,6 @@ typedef struct {
     const float *x; /* [m][columns] */
     float *y;       /* [m][rows] */
     int64_t m, groups, padded;
-    int most; /* rows of a full row block */
     int32_t *quads;
     float *floats, *scales; /* scales [m][groups] of int8 activations */
     int32_t *code_sums;     /* [m][groups]: sums of int8 codes */
@@ -218,8 +228,8 @@ typedef struct {
 } RowBlock;
 
 /* Rows are cut into blocks of 8, 4 and 1, but of no more than `most`: the sizes that the kernels are compiled for. */
-static RowBlock next_block(const Product *p, RowBlock after) {
-    int64_t start = after.start + after.rows, left = smaller(p->m - start, p->most);
+static RowBlock next_block(int64_t m, int most, RowBlock after) {
+    int64_t start = after.start + after.rows, left = smaller(m - start, most);
     return (RowBlock){start, left >= 8 ? 8 : left >= 4 ? 4 : 1};
 }
 
@@ -234,6 +244,28 @@ INLINE float float_of(uint32_t bits) {
     return value;
 }
 
+/* Rows of activations that meet a pruned weight, each WORD columns after WORD columns with nothing missing at the end. */
+typedef struct {
+    const Pruned *w;
+    const float *x; /* [m][stride], zero beyond the weight's columns */
+    float *y;       /* [m][rows] */
+    int64_t m, stride;
+} PrunedProduct;
+
+enum { WORD = 64 }; /* columns of a mask that are read at a time */
+
+INLINE int value_bytes(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+static uint64_t mask_word(const Pruned *w, int64_t row, int64_t column) {
+    int64_t bytes = ceil_div(w->columns, 8), at = column / 8;
+    uint64_t word = 0;
+    if (bytes - at >= 8)
+        memcpy(&word, w->mask + row * bytes + at, 8); /* in registers, once its size is a constant */
+    else
+        memcpy(&word, w->mask + row * bytes + at, (size_t)(bytes - at));
+    return word;
+}
+
 /* Codes are used once: computing on some while others are on their way takes asking for them in time. */
 INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
@@ -241,6 +273,13 @@ INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
 
 /* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
 INLINE void keep_in_memory(void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
+
+/* Subnormal numbers included: the product by 2^112 moves the exponent's zero. */
+INLINE float from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
+    uint32_t size = rest >= 0x0f800000u ? rest | 0x7f800000u : bits_of(float_of(rest) * 0x1p112f);
+    return float_of(sign | size);
+}
 
 /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits of the mantissa. */
 INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.0f) - 0x4B400000u); }
@@ -261,13 +300,13 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 #define SUFFIX avx2
 #define LANES 8
 #define TILE 8
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 #include "lmpress_cpu.c"
 
 #define SUFFIX avx512
 #define LANES 16
 #define TILE 8
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
+#define TARGET __attribute__((target("avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512vnni")))
 #include "lmpress_cpu.c"
 #endif
 
@@ -285,6 +324,7 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 static int always(void) { return 1; }
 
 #if defined(__x86_64__)
+/* Every processor with AVX2 converts float16 and counts bits. */
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -307,16 +347,18 @@ typedef struct {
     void (*arrange)(Product *, RowBlock);
     void (*multiply)(const Product *, int64_t panel, RowBlock);
     void (*dequantize)(const Weight *, int64_t panel, float *out, int64_t stride);
+    void (*multiply_pruned)(const PrunedProduct *, int64_t row, int64_t last, RowBlock);
+    void (*unfold)(const Pruned *, int64_t row, float *out);
 } InstructionSet;
 
 static const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512},
-    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2},
+    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512, multiply_pruned_avx512, unfold_avx512},
+    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2, multiply_pruned_avx2, unfold_avx2},
 #elif defined(__aarch64__)
-    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon},
+    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon, multiply_pruned_neon, unfold_neon},
 #endif
-    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable},
+    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable, multiply_pruned_portable, unfold_portable},
 };
 
 enum { SET_COUNT = sizeof SETS / sizeof *SETS };
@@ -338,13 +380,15 @@ typedef struct {
 static void arrange_share(void *context, int64_t index) {
     Running *run = context;
     RowBlock block = {0, 0};
-    for (int64_t i = 0; i <= index; i++) block = next_block(&run->product, block);
+    for (int64_t i = 0; i <= index; i++) block = next_block(run->product.m, run->set->most, block);
     run->set->arrange(&run->product, block);
 }
 
 static void multiply_share(void *context, int64_t panel) {
     const Running *run = context;
-    for (RowBlock b = next_block(&run->product, (RowBlock){0, 0}); b.start < run->product.m; b = next_block(&run->product, b))
+    int64_t m = run->product.m;
+    int most = run->set->most;
+    for (RowBlock b = next_block(m, most, (RowBlock){0, 0}); b.start < m; b = next_block(m, most, b))
         run->set->multiply(&run->product, panel, b);
 }
 
@@ -363,7 +407,7 @@ int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x,
     char *memory = malloc((size_t)(rows * (padded * values + 3 * groups * 4) + 4 * 64 + 64));
     if (!memory) return -1;
     char *arena = memory + (-(uintptr_t)memory & 63);
-    Running run = {set, {w, mode, x, y, 0, groups, padded, set->most, NULL, NULL, NULL, NULL, NULL}};
+    Running run = {set, {w, mode, x, y, 0, groups, padded, NULL, NULL, NULL, NULL, NULL}};
     Product *p = &run.product;
     p->quads = cut(&arena, rows * padded * values);
     p->floats = (float *)p->quads;
@@ -375,7 +419,7 @@ int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x,
     for (int64_t done = 0; done < m; done += p->m, p->x += p->m * w->columns, p->y += p->m * w->rows) {
         p->m = smaller(CHUNK, m - done);
         int64_t blocks = 0;
-        for (RowBlock b = next_block(p, (RowBlock){0, 0}); b.start < p->m; b = next_block(p, b)) blocks++;
+        for (RowBlock b = next_block(p->m, set->most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, set->most, b)) blocks++;
         parallel(threads, blocks, arrange_share, &run);
         parallel(threads, panels, multiply_share, &run);
     }
@@ -400,6 +444,56 @@ static void dequantize_share(void *context, int64_t i) {
 void lmpress_dequantize(int index, const Weight *w, int threads, int64_t first, int64_t count, float *out, int64_t stride) {
     Unpacking unpacking = {&SETS[index], w, first, out, stride};
     parallel(threads, count, dequantize_share, &unpacking);
+}
+
+typedef struct {
+    const InstructionSet *set;
+    PrunedProduct product;
+} RunningPruned;
+
+enum { PRUNED_ROWS = 16 }; /* of the weight, that a thread takes at a time */
+
+static void pruned_share(void *context, int64_t share) {
+    const RunningPruned *run = context;
+    const PrunedProduct *p = &run->product;
+    int64_t last = smaller(p->w->rows, (share + 1) * PRUNED_ROWS);
+    int most = run->set->most;
+    for (RowBlock b = next_block(p->m, most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, most, b))
+        run->set->multiply_pruned(p, share * PRUNED_ROWS, last, b);
+}
+
+/* y[m][rows] = x[m][columns] W^T for a pruned W. Returns 0, or -1 where there is no memory for padded rows of x. */
+int lmpress_pruned_linear(int index, const Pruned *w, int threads, const float *x, int64_t m, float *y) {
+    int64_t stride = ceil_div(w->columns, WORD) * WORD;
+    float *padded = NULL;
+    if (stride != w->columns) {
+        padded = calloc((size_t)(m * stride), sizeof(float));
+        if (!padded) return -1;
+        for (int64_t r = 0; r < m; r++) memcpy(padded + r * stride, x + r * w->columns, (size_t)w->columns * sizeof(float));
+    }
+    RunningPruned run = {&SETS[index], {w, padded ? padded : x, y, m, stride}};
+    int helpers = (double)w->starts[w->rows] * (double)m < 1 << 17 ? 1 : threads;
+    parallel(helpers, ceil_div(w->rows, PRUNED_ROWS), pruned_share, &run);
+    free(padded);
+    return 0;
+}
+
+typedef struct {
+    const InstructionSet *set;
+    const Pruned *w;
+    int64_t first;
+    float *out;
+} Unfolding;
+
+static void unfold_share(void *context, int64_t i) {
+    const Unfolding *u = context;
+    u->set->unfold(u->w, u->first + i, u->out + i * u->w->columns);
+}
+
+/* The rows first .. first + count - 1 of a pruned weight as floats: out[count][columns]. */
+void lmpress_unfold(int index, const Pruned *w, int threads, int64_t first, int64_t count, float *out) {
+    Unfolding unfolding = {&SETS[index], w, first, out};
+    parallel(threads, count, unfold_share, &unfolding);
 }
 
 typedef float Four __attribute__((vector_size(16)));
@@ -902,6 +996,182 @@ TARGET static void ISA(dequantize)(const Weight *w, int64_t panel, float *out, i
         break;
     default:
         ISA(unpack)(w, panel, out, stride, 8, table);
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------- pruned weights */
+
+/* The next LANES columns of a row: the next values where `mask` has bits, zero elsewhere. Reads LANES values. */
+#if defined(__x86_64__) && LANES == 16
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    __m512 stored;
+    if (kind == FLOAT32)
+        stored = _mm512_loadu_ps(values);
+    else if (kind == FLOAT16)
+        stored = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
+    else
+        stored = _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16));
+    __asm__("" : "+v"(stored)); /* or compilers expand from memory, which takes many times as long */
+    return (Floats)_mm512_maskz_expand_ps((__mmask16)mask, stored);
+}
+
+#elif defined(__x86_64__) && LANES == 8
+
+/* For every mask of 8 columns, which value each takes; -1 for none. */
+static int8_t ISA(takes)[256][8];
+
+__attribute__((constructor)) static void ISA(fill_takes)(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int column = 0, next = 0; column < 8; column++) ISA(takes)[mask][column] = (int8_t)(mask >> column & 1 ? next++ : -1);
+}
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    __m256 stored;
+    if (kind == FLOAT32)
+        stored = _mm256_loadu_ps((const float *)values);
+    else if (kind == FLOAT16)
+        stored = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)values));
+    else
+        stored = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values)), 16));
+    __m256i takes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)ISA(takes)[mask]));
+    return (Floats)_mm256_blendv_ps(_mm256_permutevar8x32_ps(stored, takes), _mm256_setzero_ps(), (__m256)takes);
+}
+
+#else
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    Floats columns = {0};
+    for (int j = 0; j < LANES; j++) {
+        if (!(mask >> j & 1)) continue;
+        if (kind == FLOAT32) {
+            memcpy((float *)&columns + j, values, 4);
+        } else {
+            uint16_t half;
+            memcpy(&half, values, 2);
+            columns[j] = kind == FLOAT16 ? from_half(half) : float_of((uint32_t)half << 16);
+        }
+        values += value_bytes(kind);
+    }
+    return columns;
+}
+
+#endif
+
+/* Where the values of a row are at work. Near the end of all values they are copied, because whole vectors are read. */
+typedef struct {
+    const uint8_t *next, *end;
+    uint8_t last[WORD * 4];
+} ISA(Reader);
+
+TARGET INLINE ISA(Reader) ISA(reader)(const Pruned *w, int64_t row, int kind) {
+    const uint8_t *end = w->values + w->starts[w->rows] * value_bytes(kind);
+    return (ISA(Reader)){w->values + w->starts[row] * value_bytes(kind), end, {0}};
+}
+
+TARGET INLINE const uint8_t *ISA(take)(ISA(Reader) * reader, uint64_t word, int kind) {
+    const uint8_t *values = reader->next;
+    if (reader->end - values < WORD * value_bytes(kind)) {
+        memcpy(reader->last, values, (size_t)(reader->end - values));
+        values = reader->last;
+    }
+    reader->next += __builtin_popcountll(word) * value_bytes(kind);
+    fetch_ahead(reader->next, WORD * value_bytes(kind) / 2);
+    return values;
+}
+
+TARGET INLINE float ISA(across)(Floats sums) {
+    float lanes[LANES];
+    memcpy(lanes, &sums, sizeof lanes);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* `many` rows of the weight from `row` on, by `rows` of activations from `start` on: what is loaded of x serves all of them. */
+TARGET INLINE void ISA(pruned_rows)(const PrunedProduct *p, int64_t row, int many, int64_t start, int rows, int kind) {
+    const Pruned *w = p->w;
+    ISA(Reader) readers[2];
+    Floats sums[2][MAX_ROWS] = {{{0}}};
+#pragma GCC unroll 2
+    for (int i = 0; i < many; i++) readers[i] = ISA(reader)(w, row + i, kind);
+    const float *x = p->x + start * p->stride;
+    int ways = rows == 1 ? 4 : 1;
+    for (int64_t k = 0; k < w->columns; k += WORD, x += WORD) {
+        uint64_t words[2];
+        const uint8_t *values[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < many; i++) {
+            words[i] = mask_word(w, row + i, k);
+            values[i] = ISA(take)(&readers[i], words[i], kind);
+        }
+#pragma GCC unroll 16
+        for (int part = 0; part < WORD / LANES; part++) {
+            Floats weight[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < many; i++) {
+                uint32_t mask = (uint32_t)(words[i] >> (part * LANES)) & ((1u << LANES) - 1);
+                weight[i] = ISA(expand)(values[i], mask, kind);
+                values[i] += __builtin_popcount(mask) * value_bytes(kind);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                Floats columns = ISA(load_floats)(x + r * p->stride + part * LANES);
+#pragma GCC unroll 2
+                for (int i = 0; i < many; i++) sums[i][r + part % ways] += weight[i] * columns;
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < many; i++) {
+        if (rows == 1) sums[i][0] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
+#pragma GCC unroll 8 /* or the sums live in memory */
+        for (int r = 0; r < rows; r++) p->y[(start + r) * w->rows + row + i] = ISA(across)(sums[i][r]);
+    }
+}
+
+/* As many rows of the weight at a time as there are registers for. */
+TARGET INLINE void ISA(pruned_block)(const PrunedProduct *p, int64_t row, int64_t last, int64_t start, int rows, int kind) {
+    if (LANES == 16 && rows > 1)
+        for (; row + 2 <= last; row += 2) ISA(pruned_rows)(p, row, 2, start, rows, kind);
+    for (; row < last; row++) ISA(pruned_rows)(p, row, 1, start, rows, kind);
+}
+
+TARGET INLINE void ISA(pruned_of_kind)(const PrunedProduct *p, int64_t row, int64_t last, RowBlock block, int kind) {
+    if (TILE == 1 || block.rows == 1)
+        ISA(pruned_block)(p, row, last, block.start, 1, kind);
+    else if (block.rows == 4)
+        ISA(pruned_block)(p, row, last, block.start, 4, kind);
+    else
+        ISA(pruned_block)(p, row, last, block.start, 8, kind);
+}
+
+TARGET static void ISA(multiply_pruned)(const PrunedProduct *p, int64_t row, int64_t last, RowBlock block) {
+    switch (p->w->kind) {
+    case FLOAT32:
+        ISA(pruned_of_kind)(p, row, last, block, FLOAT32);
+        break;
+    case FLOAT16:
+        ISA(pruned_of_kind)(p, row, last, block, FLOAT16);
+        break;
+    default:
+        ISA(pruned_of_kind)(p, row, last, block, BFLOAT16);
+    }
+}
+
+TARGET static void ISA(unfold)(const Pruned *w, int64_t row, float *out) {
+    int size = value_bytes(w->kind);
+    ISA(Reader) reader = ISA(reader)(w, row, w->kind);
+    for (int64_t k = 0; k < w->columns; k += WORD) {
+        uint64_t word = mask_word(w, row, k);
+        const uint8_t *values = ISA(take)(&reader, word, w->kind);
+        for (int64_t column = k; column < smaller(k + WORD, w->columns); column += LANES) {
+            uint32_t mask = (uint32_t)(word >> (column - k)) & ((1u << LANES) - 1);
+            Floats weight = ISA(expand)(values, mask, w->kind);
+            memcpy(out + column, &weight, (size_t)smaller(LANES, w->columns - column) * sizeof(float));
+            values += __builtin_popcount(mask) * size;
+        }
     }
 }
 

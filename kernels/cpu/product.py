@@ -5,10 +5,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernel import Kernel, Need, Product, Serves
+from ..kernel import FLOAT_DTYPES, Kernel, Need, Product, Serves
 from ..weight import Weight
 from . import library
 from .layout import Panels, pack, unpack
+from .pruned import CpuPruned
 
 # Best first; names are the C file's. The number of input rows from which exact products go through `torch.mm` on slabs of
 # dequantized weight: where the machine's own multiplication is the better one for matrices.
@@ -120,8 +121,10 @@ def kernel(instructions: str) -> Kernel:
             bits=frozenset(range(2, 9)),
             activations=frozenset({"float", "group", "token"}),
             devices=frozenset({"cpu"}),
+            values=FLOAT_DTYPES,
         ),
         prepare=lambda weight, need: CpuProduct(weight, need, instructions),
+        pruned=lambda weight, need: CpuPruned(weight, need, instructions),
     )
 
 

@@ -79,6 +79,39 @@ static int check_sparse(int64_t m, int64_t rows, int64_t width) {
     return failed;
 }
 
+static int check_pruned(int set, int64_t m, int64_t rows, int64_t columns, int kind, uint32_t density) {
+    int64_t bytes = ceil_div(columns, 8), *starts = calloc((size_t)rows + 1, sizeof *starts);
+    uint8_t *mask = calloc((size_t)(rows * bytes), 1);
+    for (int64_t r = 0; r < rows; r++) {
+        starts[r + 1] = starts[r];
+        for (int64_t k = 0; k < columns; k++)
+            if (draw() >> 16 < density) mask[r * bytes + k / 8] |= (uint8_t)(1 << (k % 8)), starts[r + 1]++;
+    }
+    uint8_t *values = malloc((size_t)(starts[rows] * value_bytes(kind)));
+    for (int64_t i = 0; i < starts[rows]; i++) {
+        float value = uniform();
+        uint16_t half = kind == FLOAT16 ? (uint16_t)(0x3c00 | (draw() >> 16 & 0x83ff)) : (uint16_t)(bits_of(value) >> 16);
+        memcpy(values + i * value_bytes(kind), kind == FLOAT32 ? (void *)&value : (void *)&half, (size_t)value_bytes(kind));
+    }
+    Pruned w = {mask, values, starts, rows, columns, kind};
+    float *x = floats(m * columns), *y = floats(m * rows), *expected = floats(m * rows), *dense = floats(rows * columns);
+    lmpress_unfold(set, &w, 1, 0, rows, dense);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (int64_t k = 0; k < columns; k++) {
+                int stored = mask[r * bytes + k / 8] >> (k % 8) & 1;
+                sum += (double)x[i * columns + k] * (stored ? dense[r * columns + k] : 0);
+            }
+            expected[i * rows + r] = (float)sum;
+        }
+    lmpress_pruned_linear(set, &w, 2, x, m, y);
+    int failed = !(distance(y, expected, m * rows) <= 1e-5);
+    if (failed) printf("set %d pruned m %d rows %d columns %d kind %d: wrong\n", set, (int)m, (int)rows, (int)columns, kind);
+    free(starts), free(mask), free(values), free(x), free(y), free(expected), free(dense);
+    return failed;
+}
+
 int main(void) {
     static const int64_t shapes[][3] = {{20, 24, 8}, {35, 172, 43}, {16, 256, 128}, {50, 344, 344}, {7, 100, 32}, {33, 600, 300}};
     static const int64_t batches[] = {1, 13, 67};
@@ -92,6 +125,10 @@ int main(void) {
                     for (int extra = 0; extra < (bits == 4 ? 3 : 2); extra++)
                         failed |= check(set, lanes, bits, extra == 1, extra == 2, batches[b], shapes[s][0], shapes[s][1],
                                         shapes[s][2], 1);
+        for (int kind = FLOAT32; kind <= BFLOAT16; kind++)
+            for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
+                failed |= check_pruned(set, batches[b], 33, 64, kind, 0x8000) | check_pruned(set, batches[b], 5, 203, kind, 0x10000) |
+                          check_pruned(set, batches[b], 50, 7, kind, 0x2000);
         failed |= check(set, lanes, 4, 1, 0, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
         printf("%s: %s\n", name, failed ? "FAILED" : "ok");
     }

@@ -47,10 +47,15 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
 
-    parts = {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)}
-    write(folder / "model-embed.safetensors", parts)
-    write(folder / "model-head.safetensors", {"lm_head.weight": matrix(config.vocab_size, hidden)})
-    write(folder / "model-norm.safetensors", {"model.norm.weight": torch.ones(hidden).bfloat16()})
+    places: dict[str, str] = {}
+
+    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        write(folder / f"model-{name}.safetensors", tensors)
+        places.update(dict.fromkeys(tensors, f"model-{name}.safetensors"))
+
+    shard("embed", {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)})
+    shard("head", {"lm_head.weight": matrix(config.vocab_size, hidden)})
+    shard("norm", {"model.norm.weight": torch.ones(hidden).bfloat16()})
     for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}"
         block = {f"{prefix}.self_attn.{p}_proj.weight": matrix(hidden, hidden) for p in "qo"}
@@ -59,7 +64,8 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
         block[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             block[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-        write(folder / f"model-{index:02d}.safetensors", block)
+        shard(f"{index:02d}", block)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(
         json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, indent=2)
     )

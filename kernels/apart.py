@@ -22,7 +22,7 @@ def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Produc
     if weight.threshold:
         product = WithThreshold(product, weight)
     if weight.residual is not None:
-        product = WithResidual(product, weight.residual)
+        product = WithResidual(product, weight.residual, weight.shape[1])
     return product
 
 
@@ -79,16 +79,18 @@ class WithThreshold(Product):
 class WithResidual(Product):
     """`y = x W^T + x S^T` with S sparse, in compressed rows."""
 
-    def __init__(self, inner: Product, residual: SparseRows) -> None:
+    def __init__(self, inner: Product, residual: SparseRows, width: int) -> None:
         super().__init__()
         self.inner = inner
         self.starts: Tensor
         self.indices: Tensor
         self.values: Tensor
         self.register_buffer("starts", residual.starts, persistent=False)
-        self.register_buffer("indices", residual.columns, persistent=False)
-        self.register_buffer("values", residual.values.float(), persistent=False)
-        self.compiled = residual.values.device.type == "cpu" and _has_library()
+        on_cpu, narrow = residual.values.device.type == "cpu", width <= torch.iinfo(torch.uint16).max
+        indices = residual.columns.to(torch.uint16) if on_cpu and narrow else residual.columns
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("values", residual.values, persistent=False)
+        self.compiled = on_cpu and _has_library()
         self.on_gpu = residual.values.is_cuda and find_spec("triton") is not None
 
     def forward(self, x: Tensor) -> Tensor:

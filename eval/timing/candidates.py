@@ -10,8 +10,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compress.grid import encode
 from ...compress.prune.args import PruneArgs
-from ...compress.tensor import PrunedTensor
+from ...compress.scheme import QuantArgs
+from ...compress.tensor import PrunedTensor, SpQRTensor, TwoLevel
 from ...kernels import apart, dispatch
 from ...kernels.kernel import Activations, Kernel, Need
 from ...kernels.weight import PrunedWeight, SparseRows, Weight
@@ -65,6 +67,9 @@ def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weigh
         "nf4": (_nearest_in_table(dense), "float"),
         "w4a8 + 1% sparse": (_with_residual(int4), "group"),
         "llm.int8, 0.5% columns": (_with_columns(int8, dense), "token"),
+        "spqr, no outliers": (_two_level(dense, 0.0), "float"), "spqr, 1% outliers": (_two_level(dense, 0.01), "float"),
+        "spqr a8, no outliers": (_two_level(dense, 0.0), "group"),
+        "spqr a8, 1% outliers": (_two_level(dense, 0.01), "group"),
         "pruned 50%": (_pruned(dense, PruneArgs(dtype="bfloat16")), "float"),
         "pruned 2:4": (_pruned(dense, PruneArgs(pattern="2:4", dtype="bfloat16")), "float"),
     }  # fmt: skip
@@ -173,6 +178,21 @@ def _nearest_in_table(dense: Tensor) -> Weight:
 def _with_residual(weight: Weight) -> Weight:
     chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.01
     return Weight(weight.codes, weight.scale, None, 4, GROUP, residual=SparseRows.of(chosen * 0.1))
+
+
+def _two_level(dense: Tensor, outliers: float) -> Weight:
+    """4 bits in groups of 32 with two-level scales and zeros, a random share of the weights with a residual."""
+    args = QuantArgs(symmetric=False, group_size=32, formula="spqr", scale_dtype="bilevel", outliers=outliers)
+    groups = dense.unflatten(1, (-1, 32))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = TwoLevel.fit((high - low) / args.maxq)
+    steps = scale.values(torch.float32).clamp(min=1e-9)
+    zero = TwoLevel.fit(-low / steps)
+    codes = encode(groups, steps.unsqueeze(-1), zero.values(torch.float32).unsqueeze(-1), args)
+    kept = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < outliers
+    values = torch.full((int(kept.sum()),), 0.1, dtype=torch.float16)
+    residual = (kept.sum(1), kept.nonzero()[:, 1], values)
+    return Weight.of(SpQRTensor(codes.flatten(1).to(torch.uint8), scale, zero, *residual, args))
 
 
 def _with_columns(weight: Weight, dense: Tensor) -> Weight:

@@ -53,6 +53,10 @@ typedef struct {
     const float *scales;   /* [panels][groups][LANES] */
     const float *offsets;  /* likewise, or NULL where every zero point is the center */
     const float *table;    /* 16 values that replace code - center (NF4), or NULL */
+    const uint8_t *levels; /* in place of scales and offsets (SpQR): [tiles of 16 rows][groups][16], the code of a row's scale in
+                              the low nibble, that of its zero in the high one; else NULL */
+    const uint16_t *grids; /* [tiles][groups][4] float16: value = (code - zero) * scale; scale and zero of the scale codes, then
+                              those of the zero codes */
     int64_t rows, columns; /* as the layer has them, without padding */
     int64_t group;         /* columns per scale; the last group of a row may be shorter */
     int32_t bits;          /* 2, 3, 4 or 8: how a code is stored */
@@ -86,6 +90,7 @@ INLINE int block_vectors(int bits) { return bits == 3 ? 3 : 1; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static int has_offsets(const Weight *w) { return w->offsets || w->levels; }
 static int64_t groups_of(const Weight *w) { return ceil_div(w->columns, w->group); }
 static int64_t blocks_of(const Weight *w, int64_t g) {
     return ceil_div(smaller(w->group, w->columns - g * w->group), block_columns(w->bits));
@@ -270,6 +275,8 @@ static uint64_t mask_word(const Pruned *w, int64_t row, int64_t column) {
 INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
 }
+
+enum { TILE_ROWS = 16 }; /* rows that share a grid of the second level */
 
 /* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
 INLINE void keep_in_memory(void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
@@ -500,43 +507,47 @@ typedef float Four __attribute__((vector_size(16)));
 
 typedef struct Sparse {
     const int64_t *starts;
-    const uint32_t *columns;
-    const float *values, *x; /* x [m][width], or [width][8] for up to 8 rows side by side */
+    const void *columns;    /* uint16, or uint32 where they are `wide` */
+    const uint16_t *values; /* float16 */
+    const float *x;         /* [m][width], or [width][8] for up to 8 rows side by side */
     float *y;
     int64_t m, rows, width;
+    int wide;
     float (*dot)(const struct Sparse *, int64_t start, int64_t end);
 } Sparse;
 
 enum { SPARSE_ROWS = 64, SPARSE_AHEAD = 256 };
 
+INLINE int64_t sparse_column(const Sparse *s, int64_t i) {
+    return s->wide ? ((const uint32_t *)s->columns)[i] : ((const uint16_t *)s->columns)[i];
+}
+
 /* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
 static float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
     float sum[4] = {0};
     for (; i + 4 <= end; i += 4)
-        for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * s->x[s->columns[i + j]];
-    for (; i < end; i++) sum[0] += s->values[i] * s->x[s->columns[i]];
+        for (int j = 0; j < 4; j++) sum[j] += from_half(s->values[i + j]) * s->x[sparse_column(s, i + j)];
+    for (; i < end; i++) sum[0] += from_half(s->values[i]) * s->x[sparse_column(s, i)];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 #if defined(__x86_64__)
-/* Eight entries at a time, the last few under a mask. */
-__attribute__((target("avx2,fma"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
+/* Eight entries at a time. */
+__attribute__((target("avx2,fma,f16c"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
     __m256 sum = _mm256_setzero_ps();
     for (; i + 8 <= end; i += 8) {
         __builtin_prefetch(s->values + i + SPARSE_AHEAD);
-        __builtin_prefetch(s->columns + i + SPARSE_AHEAD);
-        __m256i columns = _mm256_loadu_si256((const __m256i *)(s->columns + i));
-        sum = _mm256_fmadd_ps(_mm256_loadu_ps(s->values + i), _mm256_i32gather_ps(s->x, columns, 4), sum);
-    }
-    if (i < end) {
-        __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(end - i)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        __m256i columns = _mm256_maskload_epi32((const int *)(s->columns + i), there);
-        __m256 x = _mm256_mask_i32gather_ps(_mm256_setzero_ps(), s->x, columns, _mm256_castsi256_ps(there), 4);
-        sum = _mm256_fmadd_ps(_mm256_maskload_ps(s->values + i, there), x, sum);
+        __m256i columns;
+        if (s->wide)
+            columns = _mm256_loadu_si256((const __m256i *)((const uint32_t *)s->columns + i));
+        else
+            columns = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)s->columns + i)));
+        __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(s->values + i)));
+        sum = _mm256_fmadd_ps(values, _mm256_i32gather_ps(s->x, columns, 4), sum);
     }
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four))) + sparse_dot(s, i, end);
 }
 #endif
 
@@ -548,8 +559,8 @@ INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
         for (int j = 0; j < 4; j++) {
             if (i + j / 2 >= end) break;
             Four x;
-            memcpy(&x, s->x + 8 * (int64_t)s->columns[i + j / 2] + 4 * (j % 2), sizeof x);
-            sum[j] += s->values[i + j / 2] * x;
+            memcpy(&x, s->x + 8 * sparse_column(s, i + j / 2) + 4 * (j % 2), sizeof x);
+            sum[j] += from_half(s->values[i + j / 2]) * x;
         }
     sum[0] += sum[2];
     sum[1] += sum[3];
@@ -570,18 +581,18 @@ static void sparse_share(void *context, int64_t share) {
     }
 }
 
-/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns and values of its entries.
- * Returns 0, or -1 where there is no memory to put the rows of x side by side. */
-int lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
+/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns (uint32 where they are `wide`, else uint16)
+ * and float16 values of its entries. Returns 0, or -1 where there is no memory to put the rows of x side by side. */
+int lmpress_add_sparse(int threads, const int64_t *starts, const void *columns, int wide, const uint16_t *values, int64_t rows,
                        int64_t width, const float *x, int64_t m, float *y) {
     float (*dot)(const Sparse *, int64_t, int64_t) = sparse_dot;
 #if defined(__x86_64__)
-    if (has_avx2()) dot = sparse_dot_avx2;
+    if (has_avx2()) dot = sparse_dot_avx2; /* it has F16C too */
 #endif
     float *side_by_side = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
     if (m > 1 && !side_by_side) return -1;
     for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
-        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, dot};
+        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, wide, dot};
         if (sparse.m > 1) {
             sparse.x = side_by_side;
             for (int64_t k = 0; k < width; k++)
@@ -713,6 +724,41 @@ TARGET INLINE Floats ISA(load_floats)(const float *from) {
 }
 TARGET INLINE Floats ISA(all)(float value) { return value - (Floats){0}; }
 
+/* LANES bytes, each in a lane of its own, and four float16 as floats. */
+#if defined(__x86_64__) && LANES >= 8
+TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) {
+#if LANES == 16
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#endif
+}
+TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
+    _mm_storeu_ps(four, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from)));
+}
+#else
+TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) { return (Words){from[0], from[1], from[2], from[3]}; }
+TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
+    for (int i = 0; i < 4; i++) four[i] = from_half(from[i]);
+}
+#endif
+
+/* The scales of a panel's rows in group `g`, and their offsets: zeros minus center. */
+TARGET INLINE Floats ISA(scale_of)(const Weight *w, int64_t panel, int64_t groups, int64_t g, Floats *offset) {
+    int64_t at = panel * groups + g;
+    *offset = (Floats){0};
+    if (!w->levels) {
+        if (w->offsets) *offset = ISA(load_floats)(w->offsets + at * LANES);
+        return ISA(load_floats)(w->scales + at * LANES);
+    }
+    int64_t tile = panel * LANES / TILE_ROWS * groups + g;
+    Words levels = ISA(from_bytes)(w->levels + tile * TILE_ROWS + panel * LANES % TILE_ROWS);
+    float grid[4];
+    ISA(from_halves)(w->grids + 4 * tile, grid);
+    *offset = (__builtin_convertvector((Ints)(levels >> 4), Floats) - grid[3]) * grid[2] - (float)w->center;
+    return (__builtin_convertvector((Ints)(levels & 15), Floats) - grid[1]) * grid[0];
+}
+
 /* Quad `q` of a block: 4 codes in the 4 bytes of every lane. */
 TARGET INLINE Words ISA(quad)(const uint8_t *block, int q, int bits) {
     switch (bits) {
@@ -772,14 +818,13 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
             ISA(dot_blocks)(sums, codes, x, run, bits, rows);
         for (; blocks > 0; blocks--, codes += block_bytes, x += block_quads * rows)
             ISA(dot_blocks)(sums, codes, x, 1, bits, rows);
-        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int64_t at = start * p->groups + g * rows + r;
             /* The center leaves in integers: in floats, what remains of two large sums would be their rounding. */
             Floats value = __builtin_convertvector(sums[r] - w->center * p->code_sums[at], Floats);
-            if (w->offsets)
-                value -= ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES) * (float)p->code_sums[at];
+            if (has_offsets(w)) value -= offset * (float)p->code_sums[at];
             y[r] += value * (scale * p->scales[at]);
         }
         keep_in_memory(y);
@@ -868,7 +913,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
     const float *x = p->floats + start * p->padded;
     for (int64_t g = 0; g < p->groups; g++) {
-        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
         /* Long groups add up in stretches, so that the error of a sum does not grow with the width of the layer. */
         for (int64_t left = blocks_of(w, g); left > 0;) {
             int64_t blocks = smaller(left, STRETCH / block_columns(bits));
@@ -881,8 +926,8 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
             for (int r = 0; r < rows; r++) y[r] += scale * sums[r];
             keep_in_memory(y);
         }
-        if (w->offsets) {
-            Floats shift = scale * ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES);
+        if (has_offsets(w)) {
+            Floats shift = scale * offset;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) y[r] -= shift * p->sums[start * p->groups + g * rows + r];
         }
@@ -898,7 +943,7 @@ TARGET static void ISA(arrange_floats)(Product *p, RowBlock block, int r) {
         for (int64_t k = 0; k < count; k++) floats[k * block.rows] = x[k];
         for (int64_t k = count; k < room; k++) floats[k * block.rows] = 0;
         floats += room * block.rows;
-        if (w->offsets) {
+        if (has_offsets(w)) {
             double sum = 0;
             for (int64_t k = 0; k < count; k++) sum += x[k];
             p->sums[block.start * p->groups + g * block.rows + r] = (float)sum;
@@ -969,8 +1014,7 @@ TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_vectors(bits) * 4 * LANES;
     size_t bytes = (size_t)smaller(LANES, w->rows - panel * LANES) * sizeof(float);
     for (int64_t g = 0; g < groups; g++) {
-        Floats scale = ISA(load_floats)(w->scales + (panel * groups + g) * LANES), offset = {0};
-        if (w->offsets) offset = ISA(load_floats)(w->offsets + (panel * groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, groups, g, &offset);
         int64_t left = smaller(w->group, w->columns - g * w->group);
         for (; left > 0; left -= block_columns(bits), codes += block_vectors(bits) * 4 * LANES)
             for (int k = 0; k < smaller(left, block_columns(bits)); k++, out += stride) {

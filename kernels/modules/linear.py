@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.scheme import QuantArgs
-from ...compress.tensor import MixedTensor, PrunedTensor, Served, SpQRTensor, TwoLevel, parts, settings
+from ...compress.tensor import MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
 from .. import apart, dispatch
 from ..kernel import STEPS, Activations, Need, Product, PrunedProduct
-from ..weight import PrunedWeight, Weight
-
-LEVEL_PARTS = ("codes", "scale", "zero")
+from ..weight import Levels, PrunedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -85,11 +83,15 @@ class ServedLinear(nn.Module):
 
     def _arrange(self, tensor: Served | SpQRTensor | PrunedTensor, serving: Serving) -> None:
         self.serving = serving
-        weight = PrunedWeight.of(tensor) if isinstance(tensor, PrunedTensor) else Weight.of(tensor)
+        weight = self._weight(tensor)
         need = Need.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = apart.prepare(chosen, weight, need)
         self.kernel = chosen.name
+
+    def _weight(self, tensor: Any) -> Weight | PrunedWeight:
+        """What the kernels are given."""
+        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
         """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
@@ -143,6 +145,9 @@ class PackedLinear(ServedLinear):
         for name in self._stored:
             self.register_buffer(name, parts(tensor)[name], persistent=False)
 
+    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+        return Weight.of(tensor)
+
 
 class PrunedLinear(ServedLinear):
     """`y = x W^T + bias` with only the weights that are left in memory, and a bit for each that says which these are."""
@@ -165,12 +170,14 @@ class PrunedLinear(ServedLinear):
     def _keep(self, tensor: PrunedTensor) -> None:
         self.args = tensor.args
 
+    def _weight(self, tensor: PrunedTensor) -> PrunedWeight:
+        return PrunedWeight.of(tensor)
+
 
 class SpQRLinear(PackedLinear):
     """`y = x (W + S)^T + bias` with W kept as codes of two-level scales and real zeros, and S sparse.
 
-    scale_codes, scale_scale, scale_zero  the two levels of the scales (see `TwoLevel`); `zero_codes`, ... those of the zeros
-    product  codes, scales and zeros in float32, and the sparse rows, in the layout of the kernel
+    levels, grids  the scales and zeros (see `Levels`), which compiled kernels read as they are
     """
 
     @property
@@ -178,8 +185,9 @@ class SpQRLinear(PackedLinear):
         """What the module serves."""
         rows = self.product
         assert isinstance(rows, apart.WithResidual)
-        residual = (rows.starts.diff(), rows.indices.long(), rows.values.half())
-        return SpQRTensor(rows.codes(), self._level("scale"), self._level("zero"), *residual, self.args)
+        residual = (rows.starts.diff(), rows.indices.long(), rows.values)
+        levels = Levels(self.get_buffer("levels"), self.get_buffer("grids"))
+        return SpQRTensor(rows.codes(), *levels.two(self.out_features), *residual, self.args)
 
     @property
     def activations(self) -> Activations:
@@ -188,13 +196,13 @@ class SpQRLinear(PackedLinear):
 
     def _keep(self, tensor: Served | SpQRTensor) -> None:
         assert isinstance(tensor, SpQRTensor)
-        for which, level in (("scale", tensor.scale), ("zero", tensor.zero)):
-            for part in LEVEL_PARTS:
-                self.register_buffer(f"{which}_{part}", getattr(level, part), persistent=False)
+        levels = Levels.of(tensor)
+        self.register_buffer("levels", levels.codes, persistent=False)
+        self.register_buffer("grids", levels.grids, persistent=False)
 
-    def _level(self, which: str) -> TwoLevel:
-        codes, scale, zero = (self.get_buffer(f"{which}_{part}") for part in LEVEL_PARTS)
-        return TwoLevel(codes, scale, zero)
+    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+        """With the levels that are held here."""
+        return replace(super()._weight(tensor), levels=Levels(self.get_buffer("levels"), self.get_buffer("grids")))
 
 
 def serve(model: nn.Module, serving: Serving) -> None:

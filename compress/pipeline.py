@@ -35,7 +35,7 @@ from .quantize.rtn import round_to_nearest
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
 from .scheme import QuantArgs
-from .tensor import Compressed, joined
+from .tensor import Compressed, CompressedTensor, joined
 from .workspace import Workspace, check_target
 
 TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
@@ -267,10 +267,15 @@ def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, work
         stored = names.find(f"{table.name}.weight")
         assert stored is not None and isinstance(table.args, QuantArgs)
         parts = source.read(stored, check=True).split(TABLE_ROWS)
-        rounded = joined([round_to_nearest(part.float(), table.args) for part in parts])
-        packed |= pack_quantized.pack(table.name, rounded)
+        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
     if packed:
         workspace.write_outside(packed)
+
+
+def _rounded(rows: Tensor, args: QuantArgs) -> CompressedTensor:
+    rounded = round_to_nearest(rows, args)
+    assert isinstance(rounded, CompressedTensor)
+    return rounded
 
 
 def _settle(block: Block, planned: Plan) -> None:

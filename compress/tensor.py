@@ -163,6 +163,10 @@ class PrunedTensor:
         """(out_features, in_features)"""
         return self.values.shape[0], self.values.shape[1]
 
+    def to(self, device: torch.device | str) -> "PrunedTensor":
+        """The same on `device`."""
+        return replace(self, values=self.values.to(device), kept=self.kept.to(device))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, in `dtype`."""
         return self.values.to(dtype)

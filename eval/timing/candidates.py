@@ -10,9 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compress.grid import encode
+from ...compress.prune.args import PruneArgs
+from ...compress.scheme import QuantArgs
+from ...compress.tensor import PrunedTensor, SpQRTensor, TwoLevel
 from ...kernels import apart, dispatch
 from ...kernels.kernel import Activations, Kernel, Need
-from ...kernels.weight import SparseRows, Weight
+from ...kernels.weight import PrunedWeight, SparseRows, Weight
 
 RING_BYTES = 4 * 32 << 20
 GROUP = 128
@@ -54,7 +58,7 @@ def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
                 yield _ours(full, kernel, weight, need)
 
 
-def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight, Activations]]:
+def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight | PrunedWeight, Activations]]:
     """What our kernels are given, and how inputs enter the product."""
     int3, int2 = _rounded(dense, 3, GROUP), _rounded(dense, 2, GROUP)
     return {
@@ -63,6 +67,11 @@ def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weigh
         "nf4": (_nearest_in_table(dense), "float"),
         "w4a8 + 1% sparse": (_with_residual(int4), "group"),
         "llm.int8, 0.5% columns": (_with_columns(int8, dense), "token"),
+        "spqr, no outliers": (_two_level(dense, 0.0), "float"), "spqr, 1% outliers": (_two_level(dense, 0.01), "float"),
+        "spqr a8, no outliers": (_two_level(dense, 0.0), "group"),
+        "spqr a8, 1% outliers": (_two_level(dense, 0.01), "group"),
+        "pruned 50%": (_pruned(dense, PruneArgs(dtype="bfloat16")), "float"),
+        "pruned 2:4": (_pruned(dense, PruneArgs(pattern="2:4", dtype="bfloat16")), "float"),
     }  # fmt: skip
 
 
@@ -88,7 +97,7 @@ def _dense(name: str, weight: Tensor, tolerance: float) -> Candidate:
     return Candidate(name, _ring(make, weight.nbytes), weight.nbytes, weight.float, tolerance)
 
 
-def _ours(name: str, kernel: Kernel, weight: Weight, need: Need) -> Candidate:
+def _ours(name: str, kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Candidate:
     first = apart.prepare(kernel, weight, need)
     exact = kernel.tolerance <= 1e-5 and need.activations == "float"
     products = _ring(lambda: apart.prepare(kernel, weight, need), _size(first))
@@ -171,9 +180,31 @@ def _with_residual(weight: Weight) -> Weight:
     return Weight(weight.codes, weight.scale, None, 4, GROUP, residual=SparseRows.of(chosen * 0.1))
 
 
+def _two_level(dense: Tensor, outliers: float) -> Weight:
+    """4 bits in groups of 32 with two-level scales and zeros, a random share of the weights with a residual."""
+    args = QuantArgs(symmetric=False, group_size=32, formula="spqr", scale_dtype="bilevel", outliers=outliers)
+    groups = dense.unflatten(1, (-1, 32))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = TwoLevel.fit((high - low) / args.maxq)
+    steps = scale.values(torch.float32).clamp(min=1e-9)
+    zero = TwoLevel.fit(-low / steps)
+    codes = encode(groups, steps.unsqueeze(-1), zero.values(torch.float32).unsqueeze(-1), args)
+    kept = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < outliers
+    values = torch.full((int(kept.sum()),), 0.1, dtype=torch.float16)
+    residual = (kept.sum(1), kept.nonzero()[:, 1], values)
+    return Weight.of(SpQRTensor(codes.flatten(1).to(torch.uint8), scale, zero, *residual, args))
+
+
 def _with_columns(weight: Weight, dense: Tensor) -> Weight:
     columns = torch.arange(0, weight.shape[1], 200)
     return Weight(weight.codes, weight.scale, None, 8, weight.group, columns=columns, outliers=dense[:, columns].half())
+
+
+def _pruned(dense: Tensor, args: PruneArgs) -> PrunedWeight:
+    """The smallest magnitudes of every run of 4 columns, or of all, gone."""
+    size = 4 if args.pattern else dense.numel()
+    order = dense.abs().view(-1, size).argsort(-1).argsort(-1)
+    return PrunedWeight.of(PrunedTensor.of(dense, (order < size // 2).view_as(dense), args))
 
 
 def _ring(make: Callable[[], Call], bytes_each: int) -> list[Call]:

@@ -5,7 +5,7 @@ from torch import nn
 
 from ...compress.tensor import Compressed, CompressedTensor, LowRankTensor, NF4Tensor, PrunedTensor, SpQRTensor
 from .embedding import PackedEmbedding
-from .linear import PackedLinear, Serving, SpQRLinear
+from .linear import PackedLinear, PrunedLinear, Serving, SpQRLinear
 from .low_rank import LowRankLinear
 from .quantized_inputs import IntegerLinear
 from .stored import StoredLinear
@@ -30,8 +30,10 @@ def _module(
 ) -> nn.Module:
     if isinstance(tensor, LowRankTensor):
         return LowRankLinear(_module(tensor.base, bias, serving, device), tensor).to(device)
-    if isinstance(tensor, PrunedTensor) or (isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks):
+    if isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks:
         return StoredLinear(tensor, bias)
+    if isinstance(tensor, PrunedTensor):
+        return PrunedLinear(tensor.to(device), bias, serving)
     if isinstance(tensor, SpQRTensor):
         return SpQRLinear(tensor.to(device), bias, serving)
     if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:

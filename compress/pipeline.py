@@ -24,6 +24,7 @@ from ..calibrate.runner import Runner
 from ..calibrate.skeleton import Names, build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
+from ..kernels.cache.ranges import key_range
 from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs
 from .formats import pack_quantized
@@ -110,8 +111,7 @@ def run(
     check_target(out, overwrite)
     check_targets((*planned.layers, *planned.tables), targets)
     observer(Event("plan", blocks=planned.blocks))
-    calibrated = _needs(recipe) - {"trial"} or (planned.inputs is not None and not planned.inputs.dynamic)
-    rows = _rows(source, context_length(skeleton.config), recipe, observer) if calibrated else None
+    rows = _rows(source, context_length(skeleton.config), recipe, observer) if _calibrated(recipe, planned) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
         _round_tables(skeleton, source, planned, workspace)
@@ -132,6 +132,12 @@ def run(
 
 def _needs(recipe: Recipe) -> frozenset[str]:
     return frozenset().union(*(p.config.needs for p in recipe.passes))
+
+
+def _calibrated(recipe: Recipe, planned: Plan) -> bool:
+    """Whether calibration rows are read: by a pass, or for static ranges of inputs or keys."""
+    static_inputs = planned.inputs is not None and not planned.inputs.dynamic
+    return bool(_needs(recipe) - {"trial"}) or static_inputs or (planned.kv is not None and planned.kv.static)
 
 
 def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> Rows:
@@ -213,6 +219,9 @@ def _compress(
             _settle(block, planned)
             runner.retake(index)
     compressed = _with_inputs(block, runner, index)
+    if planned.kv is not None and planned.kv.static:
+        with quantized_inputs(module, {_local(n, name): tensor for n, tensor in compressed.items()}):
+            workspace.write_key_range(index, key_range(module, runner.samples(index), planned.kv.keys))
     tell("write")
     workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
     return compressed

@@ -247,6 +247,7 @@ class Role:
 EVERY_CALL = "weights do not change from call to call: give them static scales"
 NO_SUM = "a product sums over the input channels, so they have one scale: use strategy token or tensor"
 GROWING = "there are ever more tokens: use strategy token, or group, with dynamic: true"
+UNKNOWN = "tokens to come are not known in advance: use strategy channel, or dynamic: true"
 WEIGHTS = Role(
     "weights",
     {False: ("tensor", "channel", "group", "flat"), True: ()},
@@ -265,13 +266,11 @@ INPUTS = Role(
 )
 CACHED = Role(
     "cached keys and values",
-    {False: (), True: ("token", "group")},
-    {False: (), True: ("minmax", "mse")},
+    {False: ("channel",), True: ("token", "group")},
+    {False: ("minmax", "mse"), True: ("minmax", "mse")},
     ("spqr", "signed"),
-    {
-        (strategy, False): "what calibration did not see would be cut off for good: use dynamic: true"
-        for strategy in STRATEGIES
-    }
+    {(strategy, False): UNKNOWN for strategy in ("token", "group")}
+    | {("tensor", False): "channels of keys differ too much to share a scale: use strategy channel"}
     | {(strategy, True): GROWING for strategy in ("tensor", "channel")},
 )
 
@@ -300,8 +299,9 @@ class CacheScheme:
     """How the keys and values of past tokens are kept (the layout of KIVI, Liu et al. 2024).
 
     The latest `window` tokens stay as they are. Older ones are packed `step` at a time: keys in groups of so many neighbouring
-    tokens of a channel (strategy `group`) or with scales per token; values per token, or in groups of neighbouring channels of
-    a token. A token's channels are those of all its key-value heads.
+    tokens of a channel (strategy `group`), with scales per token, or with one scale a channel that was calibrated (`channel`,
+    static); values per token, or in groups of neighbouring channels of a token. A token's channels are those of all its
+    key-value heads.
 
     Raises `UsageError` for cells of the taxonomy that make no sense.
     """
@@ -313,6 +313,8 @@ class CacheScheme:
     def __post_init__(self) -> None:
         for args in (self.keys, self.values):
             _refuse(CACHED, args)
+        if not self.values.dynamic:
+            raise UsageError("values are loud in some tokens, not in some channels", "use dynamic: true for the values")
         if self.step % 8:
             raise UsageError(f"groups of {self.step} tokens do not fill bytes", "use a multiple of 8")
         if self.window < 0:
@@ -332,10 +334,19 @@ class CacheScheme:
         except ValidationError as error:
             raise UsageError(f"{CACHE_KEY} of config.json is no cache scheme", "load with kv_bits=16") from error
 
+    def at(self, bits: int) -> "CacheScheme":
+        """This scheme at `bits` bits."""
+        return replace(self, keys=replace(self.keys, bits=bits), values=replace(self.values, bits=bits))
+
     def __str__(self) -> str:
         same = self.keys.bits == self.values.bits
         bits = f"{self.keys.bits}" if same else f"{self.keys.bits}/{self.values.bits}"
-        return f"kv={bits} bits, window {self.window}"
+        return f"kv={bits} bits, window {self.window}{', static keys' if self.static else ''}"
+
+    @property
+    def static(self) -> bool:
+        """Whether the keys' scales are calibrated."""
+        return not self.keys.dynamic
 
     @property
     def step(self) -> int:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
+from ..kernels.cache.ranges import KEY_RANGES, read_ranges, write_ranges
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
 from .formats import pack_quantized, shards
@@ -91,6 +92,10 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         shards.write(self._part(OUTSIDE), tensors)
 
+    def write_key_range(self, index: int, ends: Tensor) -> None:
+        """Store the calibrated range `[channels, 2]` of the keys of block `index`: before the block, so that none lacks it."""
+        write_ranges(self._key_range(index), {0: ends})
+
     def compressed(self, index: int) -> dict[str, Compressed]:
         """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
@@ -117,6 +122,9 @@ class Workspace:
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
             shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            if self.plan.kv is not None and self.plan.kv.static:
+                ranges = {index: read_ranges(self._key_range(index))[0] for index in range(self.plan.blocks)}
+                write_ranges(complete / KEY_RANGES, ranges)
             self._write_documents(complete, figures)
             put_in_place(complete, self.out)
             shutil.rmtree(self.path)
@@ -149,6 +157,9 @@ class Workspace:
 
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"
+
+    def _key_range(self, index: int) -> Path:
+        return self.path / PARTS / f"keys-{index:05d}"
 
     def _figures_file(self, index: int) -> Path:
         return self.path / PARTS / f"block-{index:05d}.json"

@@ -79,7 +79,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     """
     source = open_source(model)
     planned = make_plan(source, build(source), recipe)
-    check_targets(planned.layers, targets)
+    check_targets(planned.layers, targets, planned.inputs)
     return planned
 
 
@@ -104,7 +104,7 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
-    check_targets(planned.layers, targets)
+    check_targets(planned.layers, targets, planned.inputs)
     observer(Event("plan", blocks=planned.blocks))
     calibrated = _needs(recipe) - {"trial"} or (planned.inputs is not None and not planned.inputs.dynamic)
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if calibrated else None

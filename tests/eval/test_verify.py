@@ -74,7 +74,13 @@ def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, 
     lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
     found = lmpress.verify(tmp_path / "gguf", against=checkpoint, runtime=["gguf-transformers"])
     (finding,) = found.findings
-    assert found.ok and finding.steps == 0 and finding.logits < 1e-5 and finding.top1 == 1 and finding.block is None
+    assert (
+        found.ok
+        and finding.steps == 0
+        and finding.outputs.logits < 1e-5
+        and finding.outputs.top1 == 1
+        and finding.block is None
+    )
     assert finding.versions.keys() == {"transformers", "torch", "gguf"}
     done = CliRunner().invoke(app, ["verify", str(checkpoint), "--runtime", "transformers", "--json", "-"])
     assert done.exit_code == 0 and '"steps": 0.0' in done.output

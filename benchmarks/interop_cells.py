@@ -42,8 +42,8 @@ WEIGHTS: dict[str, Weights] = {
     "4 bits asymmetric, a scale per row": grid(4, -1, symmetric=False),
     "8 bits, a scale per row": grid(8, -1),
     "W8A8, dynamic per token": Weights(
-        "w8a8",
-        {"method": "zeroquant", "bits": 8},
+        "w8a8 rows",
+        {"method": "zeroquant", "bits": 8, "group_size": -1},
         signed_weights("channel"),
         inputs_per("token", dynamic=True),
         "int-quantized",

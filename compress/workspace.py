@@ -116,7 +116,7 @@ class Workspace:
         with shards.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
-            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
             self._write_documents(complete, figures)
             put_in_place(complete, self.out)
             shutil.rmtree(self.path)

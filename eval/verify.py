@@ -1,6 +1,7 @@
 """Proof that another runtime serves a checkpoint as it was meant: weight by weight, then logits, then the block at fault."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -44,8 +45,8 @@ class Finding:
     """What one runtime made of the checkpoint.
 
     `worst_layer` is the layer whose served weight is farthest off, by `steps` steps of its grid (0: equal bit for bit), and
-    `wrong_layers` are all that are too far. `outputs` compares with the dequantized checkpoint, `block` is the first whose
-    output is too far off; `original` compares with the dense model, where one was given. Figures are None where the runtime
+    `wrong_layers` are all that are too far. `outputs` compares with the dequantized checkpoint, `block` is the first that holds
+    one or whose output is too far off; `original` compares with the dense model, where one was given. Figures are None where the runtime
     failed or does not show them; `error` is its own last word then.
     """
 
@@ -202,8 +203,13 @@ def _find(
 
 
 def _last_word(done: subprocess.CompletedProcess[str]) -> str:
+    """The error that ended the process, and the tensor that transformers' report of what did not fit begins with."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"the process ended with {done.returncode}"
+    if not lines:
+        return f"the process ended with {done.returncode}"
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    told = next((f"; {line}" for line in lines if "MISMATCH" in line and "above report" in (raised or [""])[-1]), "")
+    return ((raised or lines)[-1] + told)[:300]
 
 
 def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, folder: Path) -> Finding:
@@ -215,7 +221,12 @@ def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, f
         off[name] = _steps(served, tensor)
     worst = max(off, key=lambda name: off[name])
     wrong = tuple(name for name, steps in off.items() if not steps <= limits.steps)
-    return replace(finding, steps=off[worst], worst_layer=worst if off[worst] else None, wrong_layers=wrong)
+    prefix, count = reference.blocks
+    holding = [i for i in range(count) if any(name.startswith(f"{prefix}.{i}.") for name in wrong)]
+    block = min([*holding, *([] if finding.block is None else [finding.block])], default=None)
+    return replace(
+        finding, steps=off[worst], worst_layer=worst if off[worst] else None, wrong_layers=wrong, block=block
+    )
 
 
 def _steps(served: Tensor, tensor: Compressed) -> float:

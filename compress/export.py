@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calibrate.experts import plain_names
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
@@ -94,6 +95,7 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     others = checkpoint.others
+    weights = [f"{name}.weight" for name in checkpoint.layers]
     write_tensors(
         folder,
         chosen,
@@ -102,6 +104,7 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         {name: checkpoint.source.tensors[stored].spec for name, stored in others.items()},
         lambda name: checkpoint.source.read(others[name], check=True),
         checkpoint.is_conv1d,
+        plain_names(checkpoint.model, [*weights, *others]) if chosen.dense else {},
     )
     return notes
 

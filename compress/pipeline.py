@@ -84,7 +84,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     """
     source = open_source(model)
     planned = make_plan(source, build(source), recipe)
-    check_targets((*planned.layers, *planned.tables), targets)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
     return planned
 
 
@@ -109,7 +109,7 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
-    check_targets((*planned.layers, *planned.tables), targets)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _calibrated(recipe, planned) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:

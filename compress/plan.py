@@ -5,7 +5,7 @@ Nothing is computed or loaded, and the promise is exact: the sizes predicted her
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
+from ..calibrate.experts import plain_names
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..kernels.cache.cache import check_cache
@@ -54,7 +55,7 @@ class Plan:
     `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
     layers' inputs are quantized, `kv` how the cache is packed. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
-    sizes of the weight files.
+    sizes of the weight files, `renamed` holds the tensors that go by another name in them, as dense experts do.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -70,6 +71,7 @@ class Plan:
     untied: str | None = None
     kv: CacheScheme | None = None
     tables: tuple[LayerPlan, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -144,6 +146,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         stored = names.find(f"{untied}.weight")
         assert stored is not None
         tensors[f"{untied}.weight"] = source.tensors[stored].spec
+    pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
+    renamed = plain_names(model, tensors) if pruned and all(args.storage == "dense" for args in pruned) else {}
     return Plan(
         layers=layers,
         heads=_heads(model, blocks, tables),
@@ -153,11 +157,12 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=len(blocks),
         prefix=prefix,
         bytes_before=source.nbytes,
-        bytes_after=shards.nbytes(tensors),
+        bytes_after=shards.nbytes({renamed.get(name, name): spec for name, spec in tensors.items()}),
         inputs=inputs,
         untied=untied,
         kv=_kv(recipe, model),
         tables=tables,
+        renamed=renamed,
     )
 
 

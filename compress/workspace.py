@@ -121,7 +121,7 @@ class Workspace:
         with shards.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
-            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
             if self.plan.kv is not None and self.plan.kv.static:
                 ranges = {index: read_ranges(self._key_range(index))[0] for index in range(self.plan.blocks)}
                 write_ranges(complete / KEY_RANGES, ranges)

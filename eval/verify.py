@@ -46,8 +46,8 @@ class Finding:
 
     `worst_layer` is the layer whose served weight is farthest off, by `steps` steps of its grid (0: equal bit for bit), and
     `wrong_layers` are all that are too far. `outputs` compares with the dequantized checkpoint, `block` is the first that holds
-    one or whose output is too far off; `original` compares with the dense model, where one was given. Figures are None where the runtime
-    failed or does not show them; `error` is its own last word then.
+    one or whose output is too far off; `original` compares with the dense model, where one was given. Figures are None where
+    the runtime failed or does not show them; `error` is its own last word then.
     """
 
     runtime: str

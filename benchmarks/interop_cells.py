@@ -42,8 +42,8 @@ WEIGHTS: dict[str, Weights] = {
     "4 bits asymmetric, a scale per row": grid(4, -1, symmetric=False),
     "8 bits, a scale per row": grid(8, -1),
     "W8A8, dynamic per token": Weights(
-        "w8a8 rows",
-        {"method": "zeroquant", "bits": 8, "group_size": -1},
+        "w8a8",
+        {"method": "smoothquant"},
         signed_weights("channel"),
         inputs_per("token", dynamic=True),
         "int-quantized",
@@ -56,7 +56,7 @@ WEIGHTS: dict[str, Weights] = {
         "int-quantized",
     ),
     "W4A8, dynamic per token": Weights(
-        "w4a8", {"method": "zeroquant", "bits": 4}, QuantArgs(), inputs_per("token", dynamic=True)
+        "w4a8", {"method": "smoothquant", "bits": 4, "group_size": 32}, QuantArgs(), inputs_per("token", dynamic=True)
     ),
     "NF4, double quantization": Weights("nf4", {"method": "nf4"}, NF4, None, "bitsandbytes"),
     "LLM.int8": Weights(

@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lmpress
 from lmpress.compress.formats import shards
 from lmpress.eval import runtimes, verify
+from lmpress.recipes.schema import Recipe
 
 LAYER, ROWS, COLUMNS = "model.layers.1.mlp.up_proj", 160, 64
 
@@ -75,7 +76,13 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Place]]] = {
     "gguf": ("gguf-transformers", in_gguf),
     "onnx": ("onnxruntime", in_onnx),
 }
-MADE = {"int-quantized": {"method": "zeroquant", "bits": 8, "group_size": -1}, "bitsandbytes": {"method": "nf4"}}
+TOKENS = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
+ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
+PASSES: dict[str, dict[str, Any]] = {  # of what a method writes in the format by itself; the others are exports
+    "pack-quantized": {"method": "rtn", "scheme": {"weights": {"group_size": 32}}},
+    "int-quantized": {"method": "rtn", "scheme": {"weights": ROWWISE, "inputs": TOKENS}},
+    "bitsandbytes": {"method": "nf4"},
+}
 
 
 @pytest.fixture(scope="module")
@@ -128,15 +135,13 @@ def test_one_corruption_of_an_export_is_found_and_named(model: Path, tmp_path: P
     runtime, find = FORMATS[name]
     if runtime == "onnxruntime":
         pytest.importorskip("onnxruntime")
-    made = MADE.get(name, {"method": "rtn", "group_size": 32})
-    lmpress.quantize(model, tmp_path / "q", **made)
-    out = tmp_path / "q"
-    if name not in ("pack-quantized", *MADE):
+    recipe = Recipe.model_validate({"passes": [PASSES.get(name, PASSES["pack-quantized"])]})
+    reference = lmpress.run(model, tmp_path / "reference", recipe).out
+    out = lmpress.run(model, tmp_path / "q", recipe).out
+    if name not in PASSES:
         out = lmpress.export(tmp_path / "q", tmp_path / "out", format=name).out
-    (sound,) = lmpress.verify(out, against=tmp_path / "q", runtime=[runtime]).findings
+    (sound,) = lmpress.verify(out, against=reference, runtime=[runtime]).findings
     assert sound.ok and sound.steps == 0, sound
-    reference = tmp_path / "reference"
-    lmpress.quantize(model, reference, **made)
     place = find(out)
     whole = place.file.read_bytes()
     for corrupt in (nibble, scale, permutation):

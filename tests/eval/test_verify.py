@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lmpress.compress.errors import UsageError
 from lmpress.compress.formats import shards
 from lmpress.eval import runtimes
 from lmpress.eval.render import verification
+from lmpress.recipes.schema import Recipe
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -125,10 +127,15 @@ def test_a_dense_original_says_nothing_of_a_format_that_lmpress_does_not_read(ch
         lmpress.verify(tmp_path / "gguf", against=checkpoint.parent / "model", runtime=["gguf-transformers"])
 
 
-@pytest.mark.parametrize("options", [{"bits": 8}, {"bits": 4}], ids=["W8A8", "W4A8"])
-def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path: Path, options: dict[str, int]) -> None:
+ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
+
+
+@pytest.mark.parametrize("weights", [ROWWISE, {"bits": 4, "group_size": 32}], ids=["W8A8", "W4A8"])
+def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path: Path, weights: dict[str, Any]) -> None:
     """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is held against its own."""
-    lmpress.quantize(checkpoint.parent / "model", tmp_path / "q", method="zeroquant", **options)
+    inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
+    passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
+    lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
     for finding in lmpress.verify(tmp_path / "q", runtime=["transformers", "lmpress"]).findings:
         assert finding.ok and finding.steps == 0 and finding.outputs.logits < 1e-5, finding
 

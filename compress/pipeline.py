@@ -314,10 +314,12 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
+    hold_out = "held" in entry.config.needs
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+        return _solve(entry, block, local, runner.collect(index, set(local), hold_out=hold_out), tell)
     for names in runner.groups(index, set(local)):
-        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
+        statistics = runner.collect(index, set(names), hold_out=hold_out)
+        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
     return None
 
 
@@ -325,11 +327,12 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        linear.held = statistics.held.get(name)
         if linear.hessian is not None:
             linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
-        linear.hessian = linear.drift = None
+        linear.hessian = linear.drift = linear.held = None
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)

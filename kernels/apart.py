@@ -17,7 +17,7 @@ def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Produc
         assert kernel.pruned is not None
         return kernel.pruned(weight, need)
     product = kernel.prepare(weight, need)
-    if weight.columns is not None and weight.outliers is not None:
+    if weight.columns is not None and weight.outliers is not None and not kernel.mixes:
         product = WithColumns(product, weight.columns, weight.outliers)
     if weight.threshold:
         product = WithThreshold(product, weight)

@@ -133,7 +133,7 @@ class Kernel:
     """A named way to multiply by a quantized weight.
 
     `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
-    a pruned weight, where `serves` has `values`. `tolerance` is the
+    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too. `tolerance` is the
     largest relative error against float64 (with the activations quantized as the need says) that its self-test accepts.
     """
 
@@ -142,3 +142,4 @@ class Kernel:
     prepare: Callable[[Weight, Need], Product]
     tolerance: float = 1e-5
     pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
+    mixes: bool = False

@@ -19,7 +19,8 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 @dataclass(frozen=True)
 class Panels:
     """packed uint8 `[panels, bytes]`: the codes, scales and offsets float32 `[panels, groups, lanes]`, table float32 `[16]` or
-    None; in place of scales and offsets the codes of both and their grids, as `Levels` has them."""
+    None; in place of scales and offsets the codes of both and their grids, as `Levels` has them. kept int32 `[c]`: columns
+    whose codes do not count, apart float16 `[panels, c, lanes]`: their weights."""
 
     packed: Tensor
     scales: Tensor | None
@@ -27,6 +28,8 @@ class Panels:
     table: Tensor | None
     levels: Tensor | None
     grids: Tensor | None
+    kept: Tensor | None
+    apart: Tensor | None
     rows: int
     columns: int
     group: int
@@ -67,6 +70,8 @@ def pack(weight: Weight, lanes: int) -> Panels:
         table=table,
         levels=levels and levels.codes,
         grids=levels and levels.grids,
+        kept=None if weight.columns is None else weight.columns.to(torch.int32),
+        apart=None if weight.outliers is None else _by_lane(weight.outliers.half(), lanes),
         rows=rows,
         columns=columns,
         group=weight.group,
@@ -120,10 +125,10 @@ def _places(columns: int, group: int, bits: int) -> Tensor:
 
 
 def _by_lane(values: Tensor, lanes: int) -> Tensor:
-    """`[rows, groups]` to `[panels, groups, lanes]`, rows that are missing filled with zeros."""
-    rows, groups = values.shape
+    """`[rows, n]` to `[panels, n, lanes]`, rows that are missing filled with zeros."""
+    rows, count = values.shape
     padded = F.pad(values, (0, 0, 0, -rows % lanes))
-    return padded.view(math.ceil(rows / lanes), lanes, groups).transpose(1, 2).contiguous()
+    return padded.view(math.ceil(rows / lanes), lanes, count).transpose(1, 2).contiguous()
 
 
 def _ceil(count: int, unit: int) -> int:

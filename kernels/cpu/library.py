@@ -30,6 +30,9 @@ class _Weight(ctypes.Structure):
         ("table", ctypes.c_void_p),
         ("levels", ctypes.c_void_p),
         ("grids", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p),
+        ("apart", ctypes.c_void_p),
+        ("kept_count", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("group", ctypes.c_int64),
@@ -162,9 +165,10 @@ def _check(status: int, x: Tensor) -> None:
 
 
 def _structure(panels: Panels) -> _Weight:
-    tensors = (panels.packed, panels.scales, panels.offsets, panels.table, panels.levels, panels.grids)
-    pointers = (None if each is None else each.data_ptr() for each in tensors)
-    return _Weight(*pointers, panels.rows, panels.columns, panels.group, panels.bits, panels.center)
+    tensors = [panels.packed, panels.scales, panels.offsets, panels.table, panels.levels, panels.grids]
+    pointers = [None if each is None else each.data_ptr() for each in [*tensors, panels.kept, panels.apart]]
+    kept_count = 0 if panels.kept is None else len(panels.kept)
+    return _Weight(*pointers, kept_count, panels.rows, panels.columns, panels.group, panels.bits, panels.center)
 
 
 def _pruned_structure(pruned: Pruned, columns: int) -> _Pruned:

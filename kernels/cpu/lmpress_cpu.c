@@ -57,6 +57,9 @@ typedef struct {
                               the low nibble, that of its zero in the high one; else NULL */
     const uint16_t *grids; /* [tiles][groups][4] float16: value = (code - zero) * scale; scale and zero of the scale codes, then
                               those of the zero codes */
+    const int32_t *kept;   /* input columns whose codes do not count (LLM.int8) */
+    const uint16_t *apart; /* [panels][kept_count][LANES] float16: their weights */
+    int64_t kept_count;
     int64_t rows, columns; /* as the layer has them, without padding */
     int64_t group;         /* columns per scale; the last group of a row may be shorter */
     int32_t bits;          /* 2, 3, 4 or 8: how a code is stored */
@@ -225,6 +228,7 @@ typedef struct {
     float *floats, *scales; /* scales [m][groups] of int8 activations */
     int32_t *code_sums;     /* [m][groups]: sums of int8 codes */
     float *sums;            /* [m][groups]: sums of float activations, where there are offsets */
+    float *rest, *kept;     /* [m][columns]: x without the kept columns, and [m][kept_count]: what it has there */
 } Product;
 
 typedef struct {
@@ -384,6 +388,18 @@ typedef struct {
     Product product;
 } Running;
 
+/* Kept columns go another way: in `rest` they are zero, so that they widen no scale. */
+static void set_apart(Product *p) {
+    const Weight *w = p->w;
+    memcpy(p->rest, p->x, (size_t)(p->m * w->columns) * sizeof(float));
+    for (int64_t r = 0; r < p->m; r++)
+        for (int64_t j = 0; j < w->kept_count; j++) {
+            float *place = p->rest + r * w->columns + w->kept[j];
+            p->kept[r * w->kept_count + j] = *place;
+            *place = 0;
+        }
+}
+
 static void arrange_share(void *context, int64_t index) {
     Running *run = context;
     RowBlock block = {0, 0};
@@ -411,20 +427,26 @@ int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x,
     int64_t groups = groups_of(w), padded = row_blocks(w) * block_columns(w->bits);
     int64_t rows = smaller(m, CHUNK), values = mode->activations == FLOATS ? 4 : 1;
     int64_t panels = ceil_div(w->rows, set->lanes);
-    char *memory = malloc((size_t)(rows * (padded * values + 3 * groups * 4) + 4 * 64 + 64));
+    int64_t apart = w->kept_count ? w->columns + w->kept_count : 0;
+    char *memory = malloc((size_t)(rows * (padded * values + (3 * groups + apart) * 4) + 6 * 64 + 64));
     if (!memory) return -1;
     char *arena = memory + (-(uintptr_t)memory & 63);
-    Running run = {set, {w, mode, x, y, 0, groups, padded, NULL, NULL, NULL, NULL, NULL}};
+    Running run = {set, {w, mode, x, y, 0, groups, padded, NULL, NULL, NULL, NULL, NULL, NULL, NULL}};
     Product *p = &run.product;
     p->quads = cut(&arena, rows * padded * values);
     p->floats = (float *)p->quads;
     p->scales = cut(&arena, rows * groups * 4);
     p->code_sums = cut(&arena, rows * groups * 4);
     p->sums = cut(&arena, rows * groups * 4);
+    if (apart) {
+        p->rest = cut(&arena, rows * w->columns * 4);
+        p->kept = cut(&arena, rows * w->kept_count * 4);
+    }
     /* A product of a few microseconds is over before a second thread has woken. */
     int threads = (double)w->rows * (double)w->columns * (double)m < 1 << 18 ? 1 : mode->threads;
     for (int64_t done = 0; done < m; done += p->m, p->x += p->m * w->columns, p->y += p->m * w->rows) {
         p->m = smaller(CHUNK, m - done);
+        if (apart) set_apart(p);
         int64_t blocks = 0;
         for (RowBlock b = next_block(p->m, set->most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, set->most, b)) blocks++;
         parallel(threads, blocks, arrange_share, &run);
@@ -860,7 +882,7 @@ TARGET static float ISA(absmax)(const float *x, int64_t count) {
 
 TARGET static void ISA(arrange_int8)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = p->x + (block.start + r) * w->columns;
+    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
     int32_t *quads = p->quads + block.start * p->padded / 4 + r;
     int64_t block_quads = block_columns(w->bits) / 4;
     float largest = p->mode->activations == INT8_TOKENS ? ISA(absmax)(x, w->columns) : 0;
@@ -936,7 +958,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
 
 TARGET static void ISA(arrange_floats)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = p->x + (block.start + r) * w->columns;
+    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
     float *floats = p->floats + block.start * p->padded + r;
     for (int64_t g = 0; g < p->groups; g++, x += w->group) {
         int64_t count = smaller(w->group, w->columns - g * w->group), room = blocks_of(w, g) * block_columns(w->bits);
@@ -961,6 +983,31 @@ TARGET static void ISA(arrange)(Product *p, RowBlock block) {
             ISA(arrange_int8)(p, block, r);
 }
 
+/* LANES float16 as floats. */
+TARGET INLINE Floats ISA(load_halves)(const uint16_t *from) {
+#if defined(__x86_64__) && LANES == 16
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__x86_64__) && LANES == 8
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    Floats floats;
+    for (int r = 0; r < LANES; r++) floats[r] = from_half(from[r]);
+    return floats;
+#endif
+}
+
+/* What the kept columns add to a panel. */
+TARGET INLINE void ISA(add_kept)(const Product *p, int64_t panel, int64_t start, int rows, Floats *y) {
+    int64_t count = p->w->kept_count;
+    const uint16_t *apart = p->w->apart + panel * count * LANES;
+    const float *x = p->kept + start * count;
+    for (int64_t j = 0; j < count; j++, apart += LANES) {
+        Floats weight = ISA(load_halves)(apart);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) y[r] += weight * x[r * count + j];
+    }
+}
+
 /* The table of a uniform grid, for machines where looking up is cheaper than converting. */
 TARGET INLINE const float *ISA(table_of)(const Weight *w, float *uniform) {
     for (int code = 0; code < 16; code++) uniform[code] = (float)(code - w->center);
@@ -980,6 +1027,7 @@ TARGET INLINE void ISA(panel_of_rows)(const Product *p, int64_t panel, int64_t s
         ISA(float_panel)(p, panel, start, bits, rows, 1, table, y);
     else
         ISA(float_panel)(p, panel, start, bits, rows, 0, table, y);
+    if (p->w->kept_count) ISA(add_kept)(p, panel, start, rows, y);
     size_t bytes = (size_t)smaller(LANES, p->w->rows - panel * LANES) * sizeof(float);
     for (int r = 0; r < rows; r++) memcpy(p->y + (start + r) * p->w->rows + panel * LANES, &y[r], bytes);
 }
@@ -1009,8 +1057,9 @@ TARGET static void ISA(multiply)(const Product *p, int64_t panel, RowBlock block
     }
 }
 
-TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64_t stride, int bits, const float *table) {
+TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *first, int64_t stride, int bits, const float *table) {
     int64_t groups = groups_of(w);
+    float *out = first;
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_vectors(bits) * 4 * LANES;
     size_t bytes = (size_t)smaller(LANES, w->rows - panel * LANES) * sizeof(float);
     for (int64_t g = 0; g < groups; g++) {
@@ -1022,6 +1071,10 @@ TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64
                 value = (value - offset) * scale;
                 memcpy(out, &value, bytes);
             }
+    }
+    for (int64_t j = 0; j < w->kept_count; j++) {
+        Floats value = ISA(load_halves)(w->apart + (panel * w->kept_count + j) * LANES);
+        memcpy(first + w->kept[j] * stride, &value, bytes);
     }
 }
 

@@ -91,6 +91,7 @@ def kernel(instructions: str) -> Kernel:
             values=FLOAT_DTYPES,
         ),
         prepare=lambda weight, need: CpuProduct(weight, need, instructions),
+        mixes=True,
         pruned=lambda weight, need: CpuPruned(weight, need, instructions),
     )
 

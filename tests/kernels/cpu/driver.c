@@ -25,7 +25,7 @@ static double distance(const float *y, const float *expected, int64_t n) {
     return sqrt(error / size);
 }
 
-enum { PLAIN, OFFSETS, TABLE, LEVELS };
+enum { PLAIN, OFFSETS, TABLE, LEVELS, KEPT };
 
 static uint16_t any_half(void) { return (uint16_t)(0x3000 | (draw() >> 16 & 0x83ff)); }
 
@@ -47,6 +47,12 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
     w.scales = extra == LEVELS ? NULL : scales;
     w.offsets = extra == OFFSETS ? offsets : NULL;
     w.table = with_table ? table : NULL;
+    int32_t kept[] = {0, (int32_t)columns / 2, (int32_t)columns - 1};
+    uint16_t *apart = malloc((size_t)(panels * 3 * lanes) * sizeof *apart);
+    for (int64_t i = 0; i < panels * 3 * lanes; i++) apart[i] = any_half();
+    w.kept = kept;
+    w.apart = apart;
+    w.kept_count = extra == KEPT ? 3 : 0;
     w.levels = extra == LEVELS ? levels : NULL;
     w.grids = extra == LEVELS ? grids : NULL;
     float *x = floats(m * columns), *y = floats(m * rows), *expected = calloc((size_t)(m * rows), sizeof *expected);
@@ -70,7 +76,7 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
         }
     }
     free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
-    free(levels), free(grids);
+    free(levels), free(grids), free(apart);
     return failed;
 }
 
@@ -146,7 +152,7 @@ int main(void) {
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
                 for (int bits = 2; bits <= 8; bits = bits < 4 ? bits + 1 : bits + 4)
-                    for (int extra = PLAIN; extra <= LEVELS; extra++)
+                    for (int extra = PLAIN; extra <= KEPT; extra++)
                         if (bits == 4 || extra != TABLE) failed |= check(set, lanes, bits, extra, batches[b], shapes[s][0], shapes[s][1],
                                         shapes[s][2], 1);
         for (int kind = FLOAT32; kind <= BFLOAT16; kind++)

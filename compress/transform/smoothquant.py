@@ -72,7 +72,11 @@ def apply(config: SmoothQuant, block: Block) -> None:
             losses = alpha_losses(block, feed, linears, activations, weights, config.search_tokens)
             alpha = min(losses, key=lambda candidate: losses[candidate])
             scale = factors(activations, weights, alpha)
-            figures = {"smoothquant_alpha": alpha, "smoothquant_loss": losses[alpha], "smoothquant_half_loss": losses[0.5]}
+            figures = {
+                "smoothquant_alpha": alpha,
+                "smoothquant_loss": losses[alpha],
+                "smoothquant_half_loss": losses[0.5],
+            }
         elif config.alpha == "noise":
             rounded_ones = _rounded_ones(block, feed, linears, config.search_tokens)
             scale, ratio = quietest(rounded_ones, factors(activations, weights, 0.5), feed)

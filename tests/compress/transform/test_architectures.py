@@ -46,13 +46,13 @@ SHAPE = {
     "initializer_range": 0.2,
 }
 # Beside those of conftest.py, which are tested in more ways.
-KINDS = """
+NAMES = """
     afmoe apertus arcee aria_text bart bert biogpt bitnet blenderbot codegen cohere cohere2 cwm diffllama doge ernie4_5
     ernie4_5_moe exaone4 exaone_moe flex_olmo gemma glm glm4 glm4_moe gpt_bigcode gpt_neox_japanese gpt_oss gptj granite
     granitemoe granitemoeshared helium hunyuan_v1_dense hunyuan_v1_moe jais2 jamba jetmoe laguna lfm2 llama4_text minimax
     minimax_m2 ministral ministral3 mpt nanochat nemotron olmo olmo2 olmo3 olmoe persimmon phimoe qwen2_moe qwen3_moe
     recurrent_gemma rwkv seed_oss smollm3 solar_open stablelm starcoder2 vaultgemma xglm
-""".split()
+"""
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
@@ -79,7 +79,7 @@ def random_factors(feed: Feed) -> Rescale:
 
 
 @pytest.mark.filterwarnings("default")  # of the architectures themselves: kernels that fall back to plain PyTorch
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", NAMES.split())
 @torch.no_grad()
 def test_all_folds_together_leave_the_logits_alone(kind: str, record, random_ids) -> None:
     model = tiny_model(kind)

@@ -23,7 +23,9 @@ def numbers(tokens: int = 512, width: int = 32, rows: int = 48) -> tuple[Tensor,
     return inputs, torch.randn(rows, width, generator=generator) * sizes[1].exp()
 
 
-def error(inputs: Tensor, weight: Tensor, input_args: QuantArgs | None, weight_args: QuantArgs, columns: Tensor) -> float:
+def error(
+    inputs: Tensor, weight: Tensor, input_args: QuantArgs | None, weight_args: QuantArgs, columns: Tensor
+) -> float:
     """The squared error of the product when both factors are really rounded, summed."""
     grid = Grid.fit(weight * columns, weight_args)
     served = grid.dequantize(grid.quantize(weight * columns).float())

@@ -113,7 +113,7 @@ class Grid:
         rows = weight.reshape(1, -1) if args.strategy == "tensor" else weight
         groups = rows.unflatten(1, (-1, args.columns_per_scale(rows.shape[1])))
         if importance is not None:
-            importance = importance.expand_as(weight).reshape_as(rows).unflatten(1, groups.shape[1:])
+            importance = importance.contiguous().expand_as(weight).reshape_as(rows).unflatten(1, groups.shape[1:])
         scale, zero = fit_groups(groups, args, importance)
         if args.scale_dtype != "super":
             return cls(scale, zero, args)

@@ -6,6 +6,7 @@ hidden states.
 """
 
 import ctypes
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from ..calibrate.source import Source, gguf_file, open_source
 from ..compress.errors import CompressError, UsageError
+from ..compress.formats.checkpoint import Checkpoint
 
 
 def library() -> Any:
@@ -23,6 +25,16 @@ def library() -> Any:
         return import_module("llama_cpp")
     except ModuleNotFoundError as error:
         raise UsageError("llama.cpp needs the package llama-cpp-python", "pip install llama-cpp-python") from error
+
+
+def llamacpp_outputs(
+    checkpoint: Path, ids: Tensor, layers: list[str], write: Callable[[str, Tensor], None]
+) -> dict[str, Tensor]:
+    """The logits of `ids` `[rows, length]`; `write` is given the weight of each of the `layers`."""
+    opened, weights = Checkpoint.open(checkpoint), Weights(checkpoint)
+    for name in layers:
+        write(name, weights.read(name, opened.shape(name)))
+    return {"logits": logits(checkpoint, ids)}
 
 
 def logits(checkpoint: Path, ids: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
 from ..compress.prune.args import Pruning
-from ..compress.scheme import Scheme, WeightArgs
+from ..compress.scheme import QuantArgs, Scheme, WeightArgs
 
 
 class Calibration(BaseModel):
@@ -75,7 +75,8 @@ class PassSpec(BaseModel):
 
 class Recipe(BaseModel):
     """What a run does. `keep` are patterns of layers that stay dense; `overrides` change the weight arguments of layers by
-    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget."""
+    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget. `embedding` is how the table of
+    embeddings and the head are rounded to nearest (None: they stay as they are)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,6 +86,7 @@ class Recipe(BaseModel):
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
     allocate: Allocation | None = None
+    embedding: QuantArgs | None = None
 
     @model_validator(mode="after")
     def _transforms_come_first(self) -> "Recipe":

@@ -55,9 +55,7 @@ class Width:
     def channels(self, now: int) -> int:
         """How many of `now` inner channels stay. Raises `UsageError` where that cannot be."""
         assert self.mlp is not None
-        group = math.gcd(now, GROUP)
-        wanted = max(1, round(self.mlp * now / group)) * group if 0 < self.mlp < 1 else self.mlp
-        return _smaller("--mlp-width", wanted, now)
+        return share("--mlp-width", self.mlp, now, GROUP)
 
 
 def narrow(
@@ -81,7 +79,7 @@ def narrow(
     with appearing(out) as folder:
         runner = Runner(skeleton, source, rows, folder / "scratch", device)
         runner.capture()
-        small, names = _skeleton(source, config, folder), Names(skeleton, source)
+        small, names = skeleton_of(source, config, folder), Names(skeleton, source)
         tensors: dict[str, Tensor] = {}
         for index in range(len(runner.blocks)):
             runner.load(index)
@@ -126,13 +124,20 @@ def _mlp_width(text: PreTrainedConfig) -> tuple[str, int]:
     raise UsageError(f"{type(text).__name__} names no width of the MLP", "leave out --mlp-width")
 
 
+def share(flag: str, asked: float, now: int, group: int) -> int:
+    """How many of `now` channels stay: as many as `asked`, or below 1 that share of them, in whole groups of `group` where
+    `now` has such. Raises `UsageError`, which names the `flag`, where that cannot be."""
+    group = math.gcd(now, group)
+    return _smaller(flag, max(1, round(asked * now / group)) * group if 0 < asked < 1 else asked, now)
+
+
 def _smaller(flag: str, wanted: float, now: int) -> int:
     if not 0 < wanted <= now or wanted % 1:
         raise UsageError(f"{flag} {wanted:g} is not possible", f"give a number between 1 and {now}")
     return int(wanted)
 
 
-def _skeleton(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+def skeleton_of(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
     """The narrower model without weights, by the config that it will have in `folder`."""
     (folder / CONFIG).write_text(json.dumps(config))
     return build(Source(folder, source.name, dict(config), source.tensors))

@@ -6,7 +6,7 @@ from ...recipes.schema import Recipe, dump
 from ..formats import int_quantized, pack_quantized
 from ..formats.gguf import stored as gguf
 from ..plan import Plan
-from ..scheme import PruneArgs, QuantArgs
+from ..scheme import PruneArgs, QuantArgs, WeightArgs
 
 TEMPLATE = """\
 ---
@@ -66,8 +66,10 @@ No other runtime adds the low-rank terms to the weights: transformers refuses th
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
-
-
+TABLES = """\
+Its table of embeddings is packed as well, which transformers does not serve: it refuses the checkpoint. `compress export`
+writes it as GGUF, or dense.
+"""
 SPARSE = """\
 No other runtime reads sparse weights of this layout (`compress/formats/sparse.py` says what it is): transformers refuses it.
 """
@@ -100,7 +102,8 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
 def _further(plan: Plan) -> list[tuple[str, str]]:
     """Rows of the table that not every card has."""
     cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, other loaders do not")]
-    return cache + [("adapted", note) for note in plan.notes]
+    tables = [("table", f"{table.name}, {table.shape[0]:,} rows, {_grid(table.args)}") for table in plan.tables]
+    return tables + cache + [("adapted", note) for note in plan.notes]
 
 
 def _weights(plan: Plan) -> str:
@@ -113,8 +116,7 @@ def _weights(plan: Plan) -> str:
             else f"{args.sparsity:.1%}" + (f" in blocks {args.pattern}" if args.pattern else "")
         )
         return f"{amount} pruned, {args.dtype}, {counts}"
-    kind = "symmetric" if args.symmetric else "asymmetric"
-    word = args.block or ("NF4" if args.formula == "nf4" else f"int{args.bits} {kind}")
+    word = _grid(args)
     word += f" with terms of rank {args.rank}" if args.rank else ""
     inputs = (
         ""
@@ -122,6 +124,12 @@ def _weights(plan: Plan) -> str:
         else f", int{plan.inputs.bits} {'dynamic' if plan.inputs.dynamic else 'static'} inputs"
     )
     return f"{word}{inputs}, {counts}"
+
+
+def _grid(args: WeightArgs | None) -> str:
+    assert isinstance(args, QuantArgs)
+    kind = "symmetric" if args.symmetric else "asymmetric"
+    return args.block or ("NF4" if args.formula == "nf4" else f"int{args.bits} {kind}")
 
 
 def _tags(plan: Plan) -> str:
@@ -152,6 +160,8 @@ def _loading(plan: Plan) -> str:
     args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
     if args[0].kind != "grid":
         return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK, "blocks": BLOCKS}[args[0].kind]
+    if plan.tables:
+        return TABLES
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     if not all(a.symmetric for a in args):

@@ -1,20 +1,18 @@
-"""How a tensor is quantized, as a value: `QuantArgs` for one tensor, `Scheme` for a layer (`prune/args.py` for pruning).
+"""How one tensor is quantized, as a value.
 
 Field names follow compressed-tensors where it has one. All validation of bits, groups and grids lives here.
 """
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass as plain_dataclass
 from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
-from .errors import UsageError
-from .prune.args import FloatDtype, PruneArgs
+from ..errors import UsageError
+from ..prune.args import FloatDtype
 
 Strategy = Literal["tensor", "channel", "group", "flat", "token"]
 Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"]
@@ -55,7 +53,7 @@ class QuantArgs:
     input columns of a row (`group`), as many of the flattened matrix (`flat`), or a row of activations (`token`). `formula`
     picks the published definition of scale and zero (see `grid.py`), `observer` how the range is found (`percentile`: what so
     many hundredths of the values stay below; see `quantize/observers.py`), `scale_dtype` how the scale is stored: as a float,
-    or quantized itself (`bilevel`, `nested`, `super`, see `tensor.py`). `outliers` is the share of weights that keep a 16-bit
+    or quantized itself (`bilevel`, `nested`, `super`, see `tensor/`). `outliers` is the share of weights that keep a 16-bit
     residual (`bilevel`), or of input columns that are kept in 16 bits. `dtype` is that of the original weight, which the plan
     finds out where a format says it (`nf4`), `rank` that of a low-rank term beside the codes, which the pass `lorc` says. Of
     activations only: `dynamic` ranges are found anew at every call, and columns with a value of `threshold` or more are not
@@ -221,180 +219,3 @@ def group_strategy(group_size: int) -> tuple[Strategy, int | None]:
     if group_size < 1 or group_size % 8:
         raise UsageError(f"group size {group_size} is not usable", GROUP_HINT)
     return "group", group_size
-
-
-CACHE_KEY = "lmpress_kv_cache"  # of config.json: other loaders pass over it and keep their cache in full precision
-CACHE_STEP = 32  # tokens packed at a time where no group of them shares a scale
-
-
-@plain_dataclass(frozen=True)
-class Role:
-    """What a quantized tensor is, and the cells of the taxonomy that it has: `ranges` by whether they are dynamic hold the
-    strategies, those left out are in `reasons`; `observers` likewise by dynamic."""
-
-    name: str
-    ranges: Mapping[bool, tuple[Strategy, ...]]
-    observers: Mapping[bool, tuple[Observer, ...]]
-    formulas: tuple[Formula, ...]
-    reasons: Mapping[tuple[str, bool], str]
-
-    def reason(self, strategy: Strategy, dynamic: bool) -> str | None:
-        """Why the role has no such scales, None where it has."""
-        reason = self.reasons.get((strategy, dynamic), "blocks of a flattened matrix are static scales of NF4 weights")
-        return None if strategy in self.ranges[dynamic] else reason
-
-
-EVERY_CALL = "weights do not change from call to call: give them static scales"
-NO_SUM = "a product sums over the input channels, so they have one scale: use strategy token or tensor"
-GROWING = "there are ever more tokens: use strategy token, or group, with dynamic: true"
-WEIGHTS = Role(
-    "weights",
-    {False: ("tensor", "channel", "group", "flat"), True: ()},
-    {False: ("minmax", "mse"), True: ()},
-    ("gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"),
-    {("token", False): "weights have no tokens: use strategy group, channel or tensor"}
-    | {(strategy, True): EVERY_CALL for strategy in STRATEGIES},
-)
-INPUTS = Role(
-    "inputs",
-    {False: ("tensor",), True: ("tensor", "token")},
-    {False: ("minmax", "mse", "percentile", "average"), True: ("minmax",)},
-    ("signed", "gptq"),
-    {("token", False): "tokens are not known in advance: use dynamic: true, or strategy tensor"}
-    | {(strategy, dynamic): NO_SUM for strategy in ("channel", "group") for dynamic in (False, True)},
-)
-CACHED = Role(
-    "cached keys and values",
-    {False: (), True: ("token", "group")},
-    {False: (), True: ("minmax", "mse")},
-    ("spqr", "signed"),
-    {
-        (strategy, False): "what calibration did not see would be cut off for good: use dynamic: true"
-        for strategy in STRATEGIES
-    }
-    | {(strategy, True): GROWING for strategy in ("tensor", "channel")},
-)
-
-
-def _refuse(role: Role, args: QuantArgs) -> None:
-    """Raise `UsageError` where `args` are no cell of the taxonomy for this role."""
-    reason = role.reason(args.strategy, args.dynamic)
-    if reason is not None:
-        kind = "dynamic" if args.dynamic else "static"
-        raise UsageError(f"{role.name} have no {kind} scales per {args.strategy}: {reason}")
-    if args.formula not in role.formulas:
-        raise UsageError(f"{role.name} have no {args.formula!r} grid", f"use formula {' or '.join(role.formulas)}")
-    if args.observer not in role.observers[args.dynamic]:
-        kind = "dynamic" if args.dynamic else "static"
-        usable = " or ".join(role.observers[args.dynamic])
-        raise UsageError(f"{kind} {role.name} are not observed by {args.observer}", f"use observer {usable}")
-
-
-def cache_args(bits: int, strategy: Strategy, group_size: int | None = None) -> QuantArgs:
-    """The usual arguments of cached keys or values: a range that need not hold zero, found when tokens are packed."""
-    return QuantArgs(bits, False, strategy, group_size, formula="spqr", dynamic=True)
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class CacheScheme:
-    """How the keys and values of past tokens are kept (the layout of KIVI, Liu et al. 2024).
-
-    The latest `window` tokens stay as they are. Older ones are packed `step` at a time: keys in groups of so many neighbouring
-    tokens of a channel (strategy `group`) or with scales per token; values per token, or in groups of neighbouring channels of
-    a token. A token's channels are those of all its key-value heads.
-
-    Raises `UsageError` for cells of the taxonomy that make no sense.
-    """
-
-    keys: QuantArgs = cache_args(8, "group", 32)
-    values: QuantArgs = cache_args(8, "group", 32)
-    window: int = 64
-
-    def __post_init__(self) -> None:
-        for args in (self.keys, self.values):
-            _refuse(CACHED, args)
-        if self.step % 8:
-            raise UsageError(f"groups of {self.step} tokens do not fill bytes", "use a multiple of 8")
-        if self.window < 0:
-            raise UsageError(f"a window of {self.window} tokens is not possible", "use 0 or a number such as 64")
-
-    @classmethod
-    def of(cls, bits: int, window: int = 64) -> "CacheScheme":
-        """The usual scheme at `bits` bits."""
-        return cls(cache_args(bits, "group", 32), cache_args(bits, "group", 32), window)
-
-    @classmethod
-    def found_in(cls, config: object) -> "CacheScheme | None":
-        """The scheme that a model's config carries, if it does. Raises `UsageError` for one that cannot be read."""
-        carried = getattr(config, CACHE_KEY, None)
-        try:
-            return None if carried is None else TypeAdapter(cls).validate_python(carried)
-        except ValidationError as error:
-            raise UsageError(f"{CACHE_KEY} of config.json is no cache scheme", "load with kv_bits=16") from error
-
-    def __str__(self) -> str:
-        same = self.keys.bits == self.values.bits
-        bits = f"{self.keys.bits}" if same else f"{self.keys.bits}/{self.values.bits}"
-        return f"kv={bits} bits, window {self.window}"
-
-    @property
-    def step(self) -> int:
-        """How many tokens are packed at a time."""
-        return self.keys.group_size or CACHE_STEP
-
-    def packed(self, tokens: int) -> int:
-        """How many of `tokens` cached tokens are packed."""
-        return max(0, tokens - self.window) // self.step * self.step
-
-
-@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Scheme:
-    """How a linear layer is quantized: its weights, and its input activations (None: they stay as they are).
-
-    `kv` is how the model that it belongs to keeps the keys and values of past tokens (None: as they are).
-
-    Raises `UsageError` for cells of the taxonomy that make no sense.
-    """
-
-    weights: QuantArgs = QuantArgs()
-    inputs: QuantArgs | None = None
-    kv: CacheScheme | None = None
-
-    def __post_init__(self) -> None:
-        _refuse(WEIGHTS, self.weights)
-        columns = self.weights.kind == "columns"
-        if columns and (self.weights.bits != 8 or self.inputs is None or not self.inputs.decomposes):
-            raise UsageError("16-bit columns are kept beside 8-bit weights for 8-bit tokens", "use --method llm-int8")
-        if self.inputs is None:
-            return
-        _refuse(INPUTS, self.inputs)
-        if self.inputs.threshold and not columns:
-            raise UsageError("a threshold of the inputs needs weights with 16-bit columns", "use --method llm-int8")
-
-
-def inputs_per(
-    strategy: Strategy, dynamic: bool, bits: int = 8, symmetric: bool = True, threshold: float = 0.0
-) -> QuantArgs:
-    """The usual arguments of quantized inputs: integers with a scale per token or per tensor."""
-    formula = "signed" if symmetric else "gptq"
-    return QuantArgs(bits, symmetric, strategy, None, formula=formula, dynamic=dynamic, threshold=threshold)
-
-
-def signed_weights(
-    strategy: Strategy, bits: int = 8, outliers: float = 0.0, scale_dtype: ScaleDtype = "float16"
-) -> QuantArgs:
-    """Weights that meet quantized inputs: the signed grid, a scale per row (`channel`) or for the matrix (`tensor`)."""
-    return QuantArgs(
-        bits=bits, strategy=strategy, group_size=None, formula="signed", scale_dtype=scale_dtype, outliers=outliers
-    )
-
-
-# The levels of SmoothQuant: from the most careful to the fastest.
-LEVELS: dict[str, Scheme] = {
-    "O1": Scheme(signed_weights("tensor"), inputs_per("token", dynamic=True)),
-    "O2": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=True)),
-    "O3": Scheme(signed_weights("tensor"), inputs_per("tensor", dynamic=False)),
-}
-
-
-WeightArgs = QuantArgs | PruneArgs

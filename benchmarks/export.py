@@ -2,10 +2,10 @@
 
     python benchmarks/export.py [--folder build/random-llama] [--out benchmarks/results/export.json]
 
-The model of `memory.py` is rounded to 8 bits, and to NF4 and 4 bits for the formats that hold nothing else. The process is the
-real command; its peak (`ru_maxrss`) is counted above the bare import of torch and transformers. Its seconds are its own, without
-that import, against those of copying the bytes of whichever is larger, checkpoint or export, to the same disk (written through,
-as exports are). The goals: one shard and 300 MB, and three times the copy.
+The model of `memory.py` is rounded to 8 bits, and to 4 for the format that holds nothing else. The process is the real command;
+its peak (`ru_maxrss`) is counted above the bare import of torch and transformers. Its seconds are its own, without that import,
+against those of copying the bytes of whichever is larger, checkpoint or export, to the same disk (written through, as exports
+are). The goals: one shard and 300 MB, and three times the copy.
 """
 
 import argparse

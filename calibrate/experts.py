@@ -102,7 +102,10 @@ def plain_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
     found = {}
     for name in names:
         match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name)
-        for candidate in () if match is None else _candidates(*match.groups(), converters):
+        if match is None:
+            continue
+        parent, number, part = match.groups()
+        for candidate in _candidates(parent, number, part, converters):
             if candidate != name and stored_names(model, [candidate]).get(name) == candidate:
                 found[name] = candidate
     return found

@@ -54,8 +54,8 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     check_target(target, overwrite)
     opened = Checkpoint.open(checkpoint)
     with appearing(target) as folder:
-        notes = write(opened, folder)
         opened.source.copy_companions(folder)
+        notes = write(opened, folder)
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 
@@ -122,6 +122,8 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
         return f"{wanted.name} stores integer codes, this layer is pruned"
     if args.rank:
         return f"{wanted.name} readers know no low-rank terms beside the codes"
+    if checkpoint.is_embedding(name) and wanted is not PACKED:
+        return f"{wanted.name} readers know no packed embedding"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

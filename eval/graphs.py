@@ -69,16 +69,19 @@ def _outputs(
     nodes = {node.name: node for node in model.graph.node}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     floats = onnx.TensorProto.FLOAT
-    for name in layers:
+    for name in layers:  # a graph of the one node, fed with the identity, or of a table with all its rows' numbers
         node = nodes[name]
         used = [stored[part] for part in node.input if part in stored]
-        width = next(a.i for a in node.attribute if a.name == "K") if node.attribute else used[0].dims[0]
-        ends = [(node.input[0], ["rows", width]), (node.output[0], None)]
-        given, result = [onnx.helper.make_tensor_value_info(end, floats, shape) for end, shape in ends]
+        entry, table = next(part for part in node.input if part not in stored), node.op_type == "Gather"
+        width = next((a.i for a in node.attribute if a.name == "K"), used[0].dims[0])
+        kind, shape = (onnx.TensorProto.INT64, [width]) if table else (floats, ["rows", width])
+        given = onnx.helper.make_tensor_value_info(entry, kind, shape)
+        result = onnx.helper.make_tensor_value_info(node.output[0], floats, None)
         alone = onnx.helper.make_graph([node], name, [given], [result], used)
         one = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
-        served = open_session(one, [node.output[0]])({node.input[0]: torch.eye(width)})[node.output[0]]
-        keep(name, served.T.contiguous())
+        fed = torch.arange(width) if table else torch.eye(width)
+        served = open_session(one, [node.output[0]])({entry: fed})[node.output[0]]
+        keep(name, served if table else served.T.contiguous())
     hidden = [output for node in model.graph.node for output in node.output if output.startswith("hidden.")]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, floats, None) for name in hidden)
     return open_session(model, ["logits", *hidden])({"input_ids": ids})

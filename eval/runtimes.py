@@ -85,7 +85,9 @@ def _write_weights(model: PreTrainedModel, layers: list[str], folder: Path, dtyp
 
 
 def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` that `linear` multiplies by, without its bias, as float32."""
+    """The weight `[out, in]` that `linear` multiplies by, without its bias, or the rows of a table, as float32."""
+    if hasattr(linear, "num_embeddings"):
+        return linear(torch.arange(int(linear.num_embeddings))).float()  # type: ignore[arg-type]
     width = int(getattr(linear, "in_features", 0) or getattr(linear, "nx", 0))
     zero, identity = torch.zeros(1, width, dtype=dtype), torch.eye(width, dtype=dtype)
     if isinstance(linear, PackedLinear):  # the product alone: what is in front of it rounds inputs

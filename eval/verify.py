@@ -23,7 +23,7 @@ from ..compress.formats import shards
 from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.load import load
 from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import Compressed, CompressedTensor, NF4Tensor
+from ..compress.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -244,8 +244,9 @@ def _step(tensor: Compressed) -> Tensor:
 
     NF4: the smallest gap between its values; a layer without one grid (pruned, SpQR): a 127th of its largest weight.
     """
-    if isinstance(tensor, CompressedTensor):
-        return tensor.scale.float().abs().repeat_interleave(tensor.shape[1] // tensor.scale.shape[1], dim=1)
+    if isinstance(tensor, CompressedTensor | BlockTensor):
+        scale = tensor.scales() if isinstance(tensor, BlockTensor) else tensor.scale.float()
+        return scale.abs().repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
     if isinstance(tensor, NF4Tensor):
         assert tensor.args.group_size is not None
         gap = nf4_values(tensor.codes.device).diff().min()

@@ -33,6 +33,7 @@ class Container:
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
     kinds        what weights may be made of (`QuantArgs.kind`)
+    tables       packed embeddings are read
     inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
     """
 
@@ -46,6 +47,7 @@ class Container:
     uniform: bool = False
     conv1d: bool = False
     kinds: tuple[Kind, ...] = ("grid",)
+    tables: bool = False
     inputs: tuple[str, ...] = ()
 
 
@@ -53,14 +55,18 @@ STATIC, PER_TOKEN, DYNAMIC = "static tensor", "dynamic token", "dynamic tensor"
 PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
 GPTQ = Container("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
-GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32)
+GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"), tables=True)
 NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 INT8_ROWS = Container("bitsandbytes", bits=(8,), symmetric=(True,), groups=(ROW,))
 W8A8 = Container("int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN))
 PACKED_INPUTS = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,), inputs=(STATIC, PER_TOKEN))
-ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
+ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), tables=True)
 OURS = Container(
-    "pack-quantized", bits=(2, 3, 4, 5, 6, 7, 8), conv1d=True, kinds=("grid", "two-level", "nf4", "columns", "low-rank")
+    "pack-quantized",
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    conv1d=True,
+    kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
+    tables=True,
 )
 MARLIN = (32, 64, 128)  # groups that the kernels of vLLM and SGLang have
 TARGETS: dict[str, tuple[Container, ...]] = {
@@ -149,8 +155,12 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
     rows, columns = layer.shape
     if layer.kind == "Conv1D" and not container.conv1d:
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
+    if layer.kind == "Embedding" and not container.tables:
+        yield Fault(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
     if args.kind not in container.kinds:
         yield Fault(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
+    if args.kind == "blocks":  # whole as they are, or not at all
+        return
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
         yield Fault(layer.name, f"{args.bits} bits", f"use --bits {nearest}")

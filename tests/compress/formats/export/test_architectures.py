@@ -1,4 +1,4 @@
-"""Every writer on fused projections, `Conv1D`, experts, biases, both kinds of heads: it computes the same, or says why not."""
+"""Every writer on fused projections, `Conv1D`, experts, biases, heads: it computes the same, or says why not."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -69,8 +69,8 @@ def main() -> None:
                 result = cell(name, environment, python, model, kind, weights, options.out)
                 print(f"{int(time.monotonic() - started):5} s  {line(result)}", flush=True)
                 results.append(result)
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+                options.results.parent.mkdir(parents=True, exist_ok=True)
+                options.results.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
     text = report([asdict(each) for each in results])
     print(text)
     if options.docs:

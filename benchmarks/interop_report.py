@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interop_cells import WEIGHTS
+from interop_cells import ENVIRONMENTS, WEIGHTS
 from lmpress.compress.formats.targets import TARGETS, faults
 from lmpress.compress.plan import LayerPlan
 
@@ -46,7 +46,21 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
     names = list(dict.fromkeys(each["model"] for each in results))
     head = HEAD.format(models=f"Models: {' and '.join(names)}, the largest figure of them.")
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(words, 1))
-    return head + "\n".join(lines) + "\n\n" + numbered + "\n\n" + _versions(results, environments) + _detail(results)
+    below = numbered + "\n\n" + _not_run(results) + _versions(results, environments) + _detail(results)
+    return head + "\n".join(lines) + "\n\n" + below
+
+
+def _not_run(results: Sequence[Mapping[str, Any]]) -> str:
+    """The cells without a result."""
+    known = {(each["model"], each["environment"], each["format"], each["weights"]) for each in results}
+    missing = [
+        f"{model}: `{kind}`, {weights} ({name})"
+        for index, model in enumerate(dict.fromkeys(each["model"] for each in results))
+        for name, environment in ENVIRONMENTS.items()
+        for kind, weights in environment.cells(first_only=index > 0)
+        if (model, name, kind, weights) not in known
+    ]
+    return f"Not run yet: {'; '.join(missing)}.\n\n" if missing else ""
 
 
 def _read_by(target: str, kind: str, weights: str) -> bool:
@@ -58,18 +72,19 @@ def _read_by(target: str, kind: str, weights: str) -> bool:
 
 
 def _cell(found: Sequence[Mapping[str, Any]], words: list[str]) -> str:
-    """The worst of the models."""
-    for each in found:
-        if each["verdict"] in ("refused", "not written"):
-            text = f"`{each['told']}`".replace("|", "/") if each["verdict"] == "refused" else each["told"]
-            if text not in words:
-                words.append(text)
-            return f"{each['verdict']} ({words.index(text) + 1})"
-    if not found:
-        return ""
-    steps, logits = (max(each[name] for each in found) for name in ("steps", "logits"))
-    wrong = "**WRONG** " if any(each["verdict"] == "WRONG" for each in found) else ""
-    return f"{wrong}{'exact' if steps == 0 else f'{steps:.1g} steps'}, {logits:.0e}"
+    """The worst of the models that it loads, and who is refused."""
+    served = [each for each in found if each["steps"] is not None]
+    parts = []
+    if served:
+        steps, logits = (max(each[name] for each in served) for name in ("steps", "logits"))
+        wrong = "**WRONG** " if any(each["verdict"] == "WRONG" for each in served) else ""
+        parts.append(f"{wrong}{'exact' if steps == 0 else f'{steps:.1g} steps'}, {f'{logits:.0e}' if logits else '0'}")
+    for each in [each for each in found if each["steps"] is None]:
+        text = f"`{each['told'].replace('`', '').replace('|', '/')}`"
+        if text not in words:
+            words.append(text)
+        parts.append(f"{each['model'] if served else ''} {each['verdict']} ({words.index(text) + 1})".strip())
+    return "; ".join(dict.fromkeys(parts))
 
 
 def _versions(results: Sequence[Mapping[str, Any]], environments: Sequence[str]) -> str:

@@ -1,51 +1,42 @@
-"""Little-endian bit streams: element k of a row occupies the bits `bits*k .. bits*k + bits - 1` of its 32-bit words."""
+"""Little-endian bit streams: element k of a row occupies the bits `bits*k .. bits*k + bits - 1` of its 32-bit words.
+
+Eight codes of `bits` bits are `bits` bytes. They are brought together within wider and wider integers: two of 8 bits in one of
+16, two of those in one of 32, two of those in one of 64.
+"""
 
 import math
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+
+RUN = 8  # codes that fill whole bytes
+STAGES = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))  # the integer, and the bits of each half
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 `codes` `[rows, n]`, each below `2**bits`, into int32 `[rows, ceil(n * bits / 32)]`."""
     rows, n = codes.shape
-    run, words = _run(bits)
-    padded = torch.zeros(rows, math.ceil(n / run) * run, dtype=torch.int64, device=codes.device)
-    padded[:, :n] = codes
-    elements = padded.view(rows, -1, run)
-    packed = torch.zeros(rows, elements.shape[1], words, dtype=torch.int64, device=codes.device)
-    for k, (word, shift) in enumerate(_places(bits)):
-        packed[..., word] |= elements[..., k] << shift
-        if shift + bits > 32:  # the element straddles two words
-            packed[..., word + 1] |= elements[..., k] >> (32 - shift)
-    packed &= 0xFFFFFFFF
-    packed = torch.where(packed > 0x7FFFFFFF, packed - 2**32, packed).to(torch.int32)
-    return packed.view(rows, -1)[:, : math.ceil(n * bits / 32)].contiguous()
+    words = math.ceil(n * bits / 32)
+    whole = pad(codes, (0, -n % RUN)).flatten()  # flat: strides of a single row may be anything
+    for stage, (dtype, half) in enumerate(STAGES if bits < 8 else ()):
+        filled = bits << stage
+        low = (1 << filled) - 1
+        pairs = whole.view(dtype)
+        whole = (pairs >> (half - filled)).bitwise_and_(low << filled).bitwise_or_(pairs & low)
+    stream = whole.view(torch.uint8).view(rows, -1, RUN)[..., :bits].flatten(1)
+    return pad(stream, (0, 4 * words - stream.shape[1])).flatten().view(torch.int32).view(rows, words)
 
 
 def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 `[rows, n]`."""
-    rows = packed.shape[0]
-    run, words = _run(bits)
-    count = math.ceil(n / run)
-    padded = torch.zeros(rows, count * words, dtype=torch.int64, device=packed.device)
-    padded[:, : packed.shape[1]] = packed.to(torch.int64) & 0xFFFFFFFF
-    streams = padded.view(rows, count, words)
-    codes = torch.empty(rows, count, run, dtype=torch.uint8, device=packed.device)
-    for k, (word, shift) in enumerate(_places(bits)):
-        value = streams[..., word] >> shift
-        if shift + bits > 32:
-            value = value | (streams[..., word + 1] << (32 - shift))
-        codes[..., k] = (value & (2**bits - 1)).to(torch.uint8)
-    return codes.view(rows, -1)[:, :n].contiguous()
-
-
-def _run(bits: int) -> tuple[int, int]:
-    """The shortest run of elements that fills whole words, and those words."""
-    whole = math.lcm(bits, 32)
-    return whole // bits, whole // 32
-
-
-def _places(bits: int) -> list[tuple[int, int]]:
-    """Word and shift of every element of a run."""
-    return [divmod(bits * k, 32) for k in range(_run(bits)[0])]
+    rows, runs = packed.shape[0], math.ceil(n / RUN)
+    stream = packed.flatten().view(torch.uint8).view(rows, -1)
+    stream = pad(stream, (0, runs * bits - stream.shape[1])).reshape(rows, runs, bits)
+    whole = pad(stream, (0, RUN - bits)).flatten()
+    for stage, (dtype, half) in reversed(list(enumerate(STAGES if bits < 8 else ()))):
+        filled = bits << stage
+        low = (1 << filled) - 1
+        pairs = whole.view(dtype)
+        whole = (pairs << (half - filled)).bitwise_and_(low << half).bitwise_or_(pairs & low)
+    return whole.view(torch.uint8).view(rows, -1)[:, :n].contiguous()

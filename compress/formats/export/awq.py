@@ -49,8 +49,10 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> Compres
 
 def _interleaved(values: Tensor) -> Tensor:
     """Nibbles `[out, n]` as words `[n, out / 8]`."""
-    columns = values.T.unflatten(1, (-1, len(ORDER)))[..., list(ORDER)]
-    return pack_rows(columns.flatten(1), 4)
+    ordered = values.unflatten(0, (-1, len(ORDER)))[:, list(ORDER)].flatten(
+        0, 1
+    )  # whole rows move: faster than columns
+    return pack_rows(ordered.T, 4)
 
 
 def _in_order(words: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor
 from ...errors import UsageError
 from ...scheme import QuantArgs, WeightArgs
 from ...tensor import CompressedTensor
+from ..bitstream import pack_rows
 from ..checkpoint import Checkpoint
 from .gptq import zeros_of
 
@@ -47,9 +48,7 @@ def pack(tensor: CompressedTensor) -> dict[str, Tensor]:
 
 def _bytes(codes: Tensor, bits: int) -> Tensor:
     """Codes uint8 `[out, n]` as bytes `[out, ceil(n * bits / 8)]`, the first in the low bits."""
-    per_byte = 8 // bits
-    padded = torch.nn.functional.pad(codes, (0, -codes.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    return (padded << torch.arange(0, 8, bits, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return pack_rows(codes, bits).view(torch.uint8)[:, : math.ceil(codes.shape[1] * bits / 8)].contiguous()
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:

@@ -200,7 +200,7 @@ def test_a_packed_layer_that_the_model_lacks_is_named(llama: Path) -> None:
     out = compressed(llama)
     config = json.loads((out / "config.json").read_text()) | {"num_hidden_layers": 1}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CompressError, match=r"packs model\.layers\.1\S+, which is no linear layer"):
+    with pytest.raises(CompressError, match=r"packs model\.layers\.1\S+, which is no layer"):
         lmpress.load(out)
 
 

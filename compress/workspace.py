@@ -12,20 +12,21 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
+from ..kernels.cache.ranges import KEY_RANGES, read_ranges, write_ranges
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import shards
+from .formats import pack_quantized, shards
 from .formats.storage import Format, format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .scheme import CACHE_KEY, PruneArgs, WeightArgs
+from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
 from .tensor import Compressed
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
@@ -91,6 +92,10 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         shards.write(self._part(OUTSIDE), tensors)
 
+    def write_key_range(self, index: int, ends: Tensor) -> None:
+        """Store the calibrated range `[channels, 2]` of the keys of block `index`: before the block, so that none lacks it."""
+        write_ranges(self._key_range(index), {0: ends})
+
     def compressed(self, index: int) -> dict[str, Compressed]:
         """The compressed weights of the finished block `index` by layer name."""
         tensors = shards.read(self._part(f"block-{index:05d}"))
@@ -116,7 +121,10 @@ class Workspace:
         with shards.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
-            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
+            if self.plan.kv is not None and self.plan.kv.static:
+                ranges = {index: read_ranges(self._key_range(index))[0] for index in range(self.plan.blocks)}
+                write_ranges(complete / KEY_RANGES, ranges)
             self._write_documents(complete, figures)
             put_in_place(complete, self.out)
             shutil.rmtree(self.path)
@@ -125,6 +133,8 @@ class Workspace:
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
         quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        if quantization and self.plan.tables:
+            quantization["config_groups"] |= self._tables_group()
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         if self.plan.untied is not None:
             config["tie_word_embeddings"] = False
@@ -136,11 +146,20 @@ class Workspace:
         (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
 
+    def _tables_group(self) -> dict[str, Any]:
+        """Embedding and head in the groups of config.json: by name, since the other groups speak of all linears."""
+        args = self.plan.tables[0].args
+        assert isinstance(args, QuantArgs)
+        return {"group_outside": pack_quantized.group(args, [table.name for table in self.plan.tables])}
+
     def _format(self, args: WeightArgs) -> Format:
         return format_of(args, self.plan.inputs)
 
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"
+
+    def _key_range(self, index: int) -> Path:
+        return self.path / PARTS / f"keys-{index:05d}"
 
     def _figures_file(self, index: int) -> Path:
         return self.path / PARTS / f"block-{index:05d}.json"

@@ -130,7 +130,7 @@ class _Runner:
 
     def _in_steps(self, ids: Tensor, scheme: CacheScheme) -> Tensor:
         """As `_whole`, handed over so that every token reads what it would read if tokens came one by one."""
-        cache = PackedCache(self.model.config, scheme)
+        cache = PackedCache.of(self.model, scheme)
         first = scheme.window + scheme.step
         parts = [ids[:, :first], *ids[:, first:].split(scheme.step, dim=1)]
         logits = [self.model(input_ids=p, past_key_values=cache, use_cache=True).logits for p in parts if p.numel()]

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..compress.formats.sparse import by_mask, from_mask
 from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import TILE, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor, TwoLevel
+from ..compress.tensor import TILE, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor, TwoLevel
 
 
 @dataclass(frozen=True)
@@ -93,12 +93,14 @@ class Weight:
 
     @classmethod
     def of(cls, tensor: Served | SpQRTensor) -> "Weight":
-        """The weight of a compressed tensor; two-level scales become float32, blocks of NF4 must not reach over rows."""
+        """The weight of a compressed tensor; quantized scales become float32, blocks of NF4 must not reach over rows."""
         args, codes = tensor.args, tensor.codes
         if isinstance(tensor, NF4Tensor):
             assert tensor.rows_are_blocks and args.group_size is not None
             scale = tensor.scales().view(len(codes), -1)
             return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
+        if isinstance(tensor, BlockTensor):
+            return cls(codes, tensor.scales(), tensor.zeros(), args.bits, tensor.group)
         if isinstance(tensor, MixedTensor):
             apart = (tensor.columns, tensor.outliers, tensor.inputs.threshold)
             return cls(codes, tensor.scale, None, args.bits, tensor.shape[1], None, *apart)

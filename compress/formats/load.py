@@ -11,6 +11,7 @@ from transformers.utils.logging import disable_progress_bar
 from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.cache import serve_cache
+from ...kernels.cache.ranges import KEY_RANGES, attach, read_ranges
 from ...kernels.modules.linear import Serving
 from ...kernels.modules.replace import replace_linear
 from ..errors import CompressError, UsageError
@@ -30,24 +31,26 @@ def load(
     kv_bits: int | None = None,
     kv_window: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
+    """The causal language model at `path` (a directory, GGUF file or hub id), in eval mode, computing in `dtype` on `device`.
 
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
     faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
-    packs the keys and values of all but the latest `kv_window` tokens while the model generates; by default as the checkpoint's
-    recipe says, 16: not at all.
+    packs the keys and values of all but the latest `kv_window` tokens while the model generates, the keys by calibrated ranges
+    where the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
 
     Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
     cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
     """
     device_of(device)
     source = open_source(path)
-    if "quantization_config" in source.config:
+    if "quantization_config" in source.config or source.path.is_file():
         model = _load_packed(source, device, Serving(exact, kernel, dtype))
     else:
         model = _load_dense(source, device, dtype)
     scheme = cache_scheme(model.config, kv_bits, kv_window)
     if scheme is not None:
+        if scheme.static:
+            attach(model, read_ranges(source.path / KEY_RANGES))
         serve_cache(model, scheme)
     if scheme != CacheScheme.found_in(model.config):
         setattr(model.config, CACHE_KEY, None if scheme is None else asdict(scheme))
@@ -55,11 +58,14 @@ def load(
 
 
 def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
-    """How the cache of a model with this config is packed: as asked for, or else as the config says; None: not at all.
+    """How the cache of a model with this config is packed: as the config says, at `bits` and with a `window` where they are
+    given; None: not at all.
 
     Raises `UsageError` for bits and windows that cannot be.
     """
-    scheme = CacheScheme.found_in(config) if bits is None else None if bits == FULL_BITS else CacheScheme.of(bits)
+    scheme = CacheScheme.found_in(config)
+    if bits is not None:
+        scheme = None if bits == FULL_BITS else CacheScheme.of(bits) if scheme is None else scheme.at(bits)
     if window is None or scheme is None:
         if window is not None:
             raise UsageError("a window of a cache that is not packed", "give --kv-bits 8 or 4 with --kv-window")
@@ -85,8 +91,12 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
     model = checkpoint.model
+    names, head = Names(model, source), checkpoint.tied_head
+    if head is not None:
+        replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)
     for name in checkpoint.layers:
         replace_linear(model, name, checkpoint.layer(name), serving, device)
-    materialise(model, "", source, Names(model, source), device)
-    model.tie_weights()
+    materialise(model, "", source, names, device)
+    if head is None:
+        model.tie_weights()
     return model

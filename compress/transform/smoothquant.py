@@ -21,6 +21,7 @@ from ..errors import UsageError
 from ..passes import Block, Linear
 from ..quantize.rtn import rounded
 from ..scheme import Scheme, inputs_per, signed_weights
+from .noise import Rounded, quietest
 from .recording import inputs_seen, inspected, record
 from .rescale import TOLERANCE, Rescale, fed_weights, fold_checked, gather, spread
 
@@ -34,14 +35,15 @@ class SmoothQuant:
     """Options of SmoothQuant.
 
     alpha          how much of the activations' range moves into the weights, 0 to 1; `search`: the best of 0, 0.05, ... 1
-                   for every group of linears, by the inspected module's output under the recipe's quantization
+                   for every group of linears, by the inspected module's output under the recipe's quantization; `noise`: no
+                   power law, but the factors with the least rounding noise (noise.py)
     percentile     of |x| that stands for its maximum; below 100, taken over `search_tokens`
     linears        smooth the inputs that come from linears too (values to output projection, up to down projection); the
                    published method leaves them alone, and with them any outliers there
-    search_tokens  calibration tokens that the search and the percentile see
+    search_tokens  calibration tokens that the search, the noise and the percentile see
     """
 
-    alpha: float | Literal["search"] = 0.5
+    alpha: float | Literal["search", "noise"] = 0.5
     percentile: float = 100.0
     linears: bool = True
     search_tokens: int = 8192
@@ -49,8 +51,8 @@ class SmoothQuant:
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.alpha != "search" and not 0 <= self.alpha <= 1:
-            raise UsageError(f"alpha {self.alpha} is outside 0..1", "use 0.5, or alpha=search")
+        if not isinstance(self.alpha, str) and not 0 <= self.alpha <= 1:
+            raise UsageError(f"alpha {self.alpha} is outside 0..1", "use 0.5, or alpha=search, or alpha=noise")
         if not 0 < self.percentile <= 100:
             raise UsageError(f"percentile {self.percentile} is outside 0..100", "use 100, or 99.9 to ignore outliers")
 
@@ -66,15 +68,25 @@ def apply(config: SmoothQuant, block: Block) -> None:
             continue
         activations = gather(_largest(block, feed.consumers[0].module, config), feed, "amax")
         weights = gather(torch.stack([w.abs().amax(0) for w in fed_weights(block.module, feed)]).amax(0), feed, "amax")
-        alpha, figures = config.alpha, {}
-        if alpha == "search":
+        if config.alpha == "search":
             losses = alpha_losses(block, feed, linears, activations, weights, config.search_tokens)
             alpha = min(losses, key=lambda candidate: losses[candidate])
-            figures = {"smoothquant_loss": losses[alpha], "smoothquant_half_loss": losses[0.5]}
+            scale = factors(activations, weights, alpha)
+            figures = {
+                "smoothquant_alpha": alpha,
+                "smoothquant_loss": losses[alpha],
+                "smoothquant_half_loss": losses[0.5],
+            }
+        elif config.alpha == "noise":
+            rounded_ones = _rounded_ones(block, feed, linears, config.search_tokens)
+            scale, ratio = quietest(rounded_ones, factors(activations, weights, 0.5), feed)
+            figures = {"smoothquant_noise": ratio}
+        else:
+            scale, figures = factors(activations, weights, config.alpha), {"smoothquant_alpha": config.alpha}
         dtype = block.around.dtypes.get(f"{feed.source}.weight", torch.float32)
-        rescale = Rescale(feed, factors(activations, weights, alpha))
-        moved = fold_checked(block.module, rescale, *block.around.trial, dtype)
-        figures |= {"smoothquant_alpha": alpha} if moved <= TOLERANCE else {"smoothquant_unfolded": moved}
+        moved = fold_checked(block.module, Rescale(feed, scale), *block.around.trial, dtype)
+        if not moved <= TOLERANCE:
+            figures = {"smoothquant_unfolded": moved}
         for linear in linears.values():
             linear.figures |= figures
 
@@ -101,6 +113,15 @@ def alpha_losses(
         with _quantized(block.module, linears, columns, ends), _divided(block.module, feed.source, source, scale):
             losses[alpha] = recording.loss()
     return losses
+
+
+def _rounded_ones(block: Block, feed: Feed, linears: dict[str, Linear], limit: int) -> Rounded:
+    """The inputs and weights of the feed's quantized linears."""
+    assert block.around is not None
+    name, first = next(iter(linears.items()))
+    inputs = torch.cat([batch[name] for batch in inputs_seen(block.module, block.around.samples(), [name], limit)])
+    weight = torch.cat([weight_of(block.module.get_submodule(each)) for each in linears])
+    return Rounded(inputs.float(), weight.float(), first.inputs, first.grid_args)
 
 
 @contextmanager

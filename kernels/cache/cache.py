@@ -1,5 +1,6 @@
 """The cache that a transformers model fills while it generates, packed: real codes in memory, not rounded floats."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from ...compress.errors import UsageError
 from ...compress.scheme import CacheScheme
 from .packed import PackedStates
+from .ranges import attached
 
 
 class PackedLayer(DynamicLayer):
@@ -21,9 +23,10 @@ class PackedLayer(DynamicLayer):
 
     is_croppable = False  # `crop` into the packed part gives back rounded tokens
 
-    def __init__(self, scheme: CacheScheme) -> None:
+    def __init__(self, scheme: CacheScheme, ends: Tensor | None = None) -> None:
         super().__init__()
         self.scheme = scheme
+        self.ends = ends  # of the key channels' calibrated ranges
         self.packed: tuple[PackedStates, PackedStates] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -106,7 +109,10 @@ class PackedLayer(DynamicLayer):
     def _pack(self, count: int) -> None:
         """Move the first `count` tokens of the window into the packed part."""
         old = [states[:, :, :count] for states in self._window]
-        keys = PackedStates.of(old[0], self.scheme.keys, self.scheme.keys.strategy == "group")
+        if self.ends is None:
+            keys = PackedStates.of(old[0], self.scheme.keys, self.scheme.keys.strategy == "group")
+        else:
+            keys = PackedStates.within(old[0], self.scheme.keys, self.ends)
         values = PackedStates.of(old[1], self.scheme.values, along_tokens=False)
         self.keys, self.values = (states[:, :, count:].clone() for states in self._window)
         if self.packed is None:
@@ -119,11 +125,23 @@ class PackedLayer(DynamicLayer):
 class PackedCache(Cache):
     """A transformers cache whose layers keep past tokens as `scheme` says, for a model with this `config`.
 
-    Raises `UsageError` for models whose layers keep anything but all keys and values: sliding windows, recurrent states.
+    A static scheme needs the calibrated `ranges` of every layer's keys. Raises `UsageError` for models whose layers keep
+    anything but all keys and values: sliding windows, recurrent states.
     """
 
-    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme) -> None:
-        super().__init__(layers=[PackedLayer(scheme) for _ in range(check_cache(config))])
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Tensor] | None = None) -> None:
+        count = check_cache(config)
+        if scheme.static and (ranges is None or len(ranges) != count):
+            found = "none are given" if ranges is None else f"{len(ranges)} are given"
+            raise UsageError(f"{count} layers with static keys need as many ranges, {found}", "use dynamic: true")
+        super().__init__(
+            layers=[PackedLayer(scheme, ranges[i] if scheme.static and ranges else None) for i in range(count)]
+        )
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, scheme: CacheScheme) -> "PackedCache":
+        """An empty cache of `model`, with the key ranges that were loaded with it where the scheme is static."""
+        return cls(model.config, scheme, attached(model) if scheme.static else None)
 
     @property
     def nbytes(self) -> int:
@@ -168,7 +186,7 @@ def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
         if wanted is None:
             wanted = getattr(model.config.get_text_config(), "use_cache", True)
         if wanted and (past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)):
-            kwargs = kwargs | {"past_key_values": PackedCache(model.config, scheme)}
+            kwargs = kwargs | {"past_key_values": PackedCache.of(model, scheme)}
         return args, kwargs
 
     model.register_forward_pre_hook(give, with_kwargs=True)

@@ -2,7 +2,8 @@
 
 States `[batch, heads, tokens, width]` are kept as channels `[batch, heads * width, tokens]`. A scale is shared by neighbouring
 tokens of a channel (keys, whose outliers sit in channels) or by neighbouring channels of a token (values); either way batch
-is the first axis of everything stored and time the last one, so that the cache grows at its end and rows can be chosen.
+is the first axis of everything stored and time the last one, so that the cache grows at its end and rows can be chosen. Or a
+channel's scale was calibrated, and serves all rows and tokens.
 
     state = scale * code + low          symmetric: low = -2**(bits-1) * scale, which is not stored
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...compress.errors import CompressError
-from ...compress.grid import encode, fit_groups
+from ...compress.grid import encode, fit_groups, parameters
 from ...compress.scheme import QuantArgs
 
 
@@ -23,7 +24,7 @@ class PackedStates:
 
     codes       uint8 `[batch, channels, tokens * bits / 8]`, eight tokens in `bits` bytes
     scale, low  in `args.scale_dtype`: `[batch, channels, tokens / group]` for groups of tokens, `[batch, groups, tokens]` for
-                groups of channels; `low` is None for symmetric grids
+                groups of channels, `[1, channels, 1]` where they are static; `low` is None for symmetric grids
     heads       that the channels are divided into
     """
 
@@ -40,15 +41,11 @@ class PackedStates:
 
         Raises `CompressError` where a state does not fit the dtype of the scales.
         """
-        channels = states.float().transpose(2, 3).flatten(1, 2)
+        channels = _channels(states)
         lines = channels if along_tokens else channels.transpose(1, 2)
         args = args if along_tokens else args.for_width(lines.shape[2])
         groups = lines.unflatten(2, (-1, args.columns_per_scale(lines.shape[2])))
-        scale, zero = fit_groups(groups, args)
-        low = None
-        if not args.symmetric:
-            low = _stored(-zero * scale, args)
-            zero = -low / scale
+        scale, zero, low = _grid(*fit_groups(groups, args), args)
         codes = encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), args).flatten(2).to(torch.uint8)
         kept = [None if t is None else t.to(args.torch_scale_dtype) for t in (scale, low)]
         if not along_tokens:
@@ -57,6 +54,23 @@ class PackedStates:
         scale, low = kept
         assert scale is not None
         return cls(args, along_tokens, states.shape[1], pack(codes, args.bits), scale.contiguous(), low)
+
+    @classmethod
+    def within(cls, states: Tensor, args: QuantArgs, ends: Tensor) -> "PackedStates":
+        """Quantize `states` `[batch, heads, tokens, width]` between the calibrated `ends` `[heads * width, 2]` of the channels.
+
+        What lies beyond is cut off. Raises `CompressError` where the ranges are those of other channels.
+        """
+        channels = _channels(states)
+        if len(ends) != channels.shape[1]:
+            raise CompressError(
+                f"key ranges of {len(ends)} channels for keys of {channels.shape[1]}", "load the model that they are of"
+            )
+        scale, zero, low = _grid(*parameters(ends[:, 0], ends[:, 1], args), args)
+        codes = encode(channels, scale.unsqueeze(-1), zero.unsqueeze(-1), args).to(torch.uint8)
+        kept = [None if t is None else t.to(args.torch_scale_dtype).view(1, -1, 1) for t in (scale, low)]
+        assert kept[0] is not None
+        return cls(args, True, states.shape[1], pack(codes, args.bits), kept[0], kept[1])
 
     @property
     def tokens(self) -> int:
@@ -80,20 +94,39 @@ class PackedStates:
 
     def append(self, later: "PackedStates") -> None:
         """Take up the states of the tokens after these."""
-        self.codes, self.scale = torch.cat([self.codes, later.codes], 2), torch.cat([self.scale, later.scale], 2)
-        self.low = None if self.low is None or later.low is None else torch.cat([self.low, later.low], 2)
+        self.codes = torch.cat([self.codes, later.codes], 2)
+        if self.args.dynamic:
+            self.scale = torch.cat([self.scale, later.scale], 2)
+            self.low = None if self.low is None or later.low is None else torch.cat([self.low, later.low], 2)
 
     def keep(self, tokens: int) -> None:
         """Forget all but the first `tokens`, a multiple of 8 and of the group."""
         scales = self.scale.shape[2] * tokens // self.tokens
-        self.codes, self.scale = self.codes[..., : tokens * self.args.bits // 8], self.scale[..., :scales]
-        self.low = None if self.low is None else self.low[..., :scales]
+        self.codes = self.codes[..., : tokens * self.args.bits // 8]
+        if self.args.dynamic:
+            self.scale = self.scale[..., :scales]
+            self.low = None if self.low is None else self.low[..., :scales]
 
     def choose(self, rows: Tensor) -> None:
         """Keep the `rows` (indices, repeated or not) of the batch, in their order."""
         rows = rows.to(self.codes.device)
-        self.codes, self.scale = self.codes[rows], self.scale[rows]
-        self.low = None if self.low is None else self.low[rows]
+        self.codes = self.codes[rows]
+        if self.args.dynamic:
+            self.scale = self.scale[rows]
+            self.low = None if self.low is None else self.low[rows]
+
+
+def _channels(states: Tensor) -> Tensor:
+    """`[batch, heads, tokens, width]` as float32 `[batch, heads * width, tokens]`."""
+    return states.float().transpose(2, 3).flatten(1, 2)
+
+
+def _grid(scale: Tensor, zero: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Scale, zero and low end as they are stored: `zero` belongs to the rounded `low`, which symmetric grids do not have."""
+    if args.symmetric:
+        return scale, zero, None
+    low = _stored(-zero * scale, args)
+    return scale, -low / scale, low
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:

@@ -117,6 +117,7 @@ def test_the_module_is_traced_moved_cast_and_gives_back_what_it_serves(kernel, s
     assert error(y, x.double() @ tensor.values.double().T + torch.arange(40.0)) < 2e-6
     y.sum().backward()
     assert error(x.grad, tensor.values.double().sum(0).expand(5, -1)) < 2e-6
+    torch.compiler.reset()  # tests that compile the same method share a limit
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y, rtol=1e-5, atol=1e-5)
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))

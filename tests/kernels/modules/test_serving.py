@@ -68,6 +68,7 @@ def test_compile_and_export() -> None:
     module, x = layer(), inputs(5)
     module.serve(Serving())
     y = module(x)
+    torch.compiler.reset()  # tests that compile the same method share a limit
     compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(x), y, rtol=0, atol=0)
     exported = torch.export.export(module, (x,), dynamic_shapes=({0: torch.export.Dim("rows", min=2)},))

@@ -191,6 +191,10 @@ def distill(
     kv_heads: Annotated[
         int | None, typer.Option(help="Key-value heads that stay, with their queries.", show_default=False)
     ] = None,
+    hidden_size: Annotated[
+        float | None,
+        typer.Option(help="Channels of the residual stream that stay; below 1: a share of them.", show_default=False),
+    ] = None,
     teacher: Annotated[
         str | None, typer.Option(help="Model to learn from. Default: MODEL as it was.", show_default=False)
     ] = None,
@@ -202,6 +206,7 @@ def distill(
     steps: Annotated[int, typer.Option(min=0, help="Updates; 0: no training.")] = 500,
     batch: Annotated[int, typer.Option(min=1, help="Rows an update.")] = 16,
     rate: Annotated[float, typer.Option(help="Learning rate at its height.")] = 5e-4,
+    lora: Annotated[int, typer.Option(min=0, help="Rank of adapters to train instead of all weights; 0: none.")] = 0,
     checks: Annotated[int, typer.Option(min=1, help="How often the state is saved and held-out text looked at.")] = 10,
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the training, NAME=VALUE (repeatable): --set hidden=1")
@@ -220,11 +225,13 @@ def distill(
     compress distill --drop 4 MODEL
     """
     with session(json_file, quiet, debug, threads) as output:
+        from accelerate import PartialState
+
         from .compress import api
         from .compress.command.carry import evaluated
         from .compress.report.console import print_distilled, watching
 
-        lessons = {"steps": steps, "batch": batch, "rate": rate, "checks": checks, "seed": seed}
+        lessons = {"steps": steps, "batch": batch, "rate": rate, "lora": lora, "checks": checks, "seed": seed}
         with watching(output.console) as observer:
             report = api.distill(
                 model,
@@ -235,6 +242,7 @@ def distill(
                 choice=choice,
                 mlp_width=mlp_width,
                 kv_heads=kv_heads,
+                hidden_size=hidden_size,
                 teacher=teacher,
                 data=data,
                 samples=samples,
@@ -244,6 +252,8 @@ def distill(
                 device=device,
                 observer=observer,
             )
+        if not PartialState().is_main_process:  # of several, one speaks
+            return
         print_distilled(output.console, report)
         output.result(report.as_dict() | evaluated(report.out, teacher or model, evaluate_on, device, output))
 

@@ -1,69 +1,89 @@
-"""Which runtime serves which export: every cell is loaded and compared in that runtime, in an environment of its own.
+"""Which runtime serves which format: every cell is loaded and compared in that runtime, in an environment of its own.
 
-make interop        or        python benchmarks/interop.py [--only gptqmodel] [--models DIR ...] [--docs docs/interop.md]
+make interop        or        python benchmarks/interop.py [--only gptqmodel] [--docs docs/interop.md]
 
 An environment per runtime is made below build/interop from the package index. It sees the packages of this one, so that only
-what the runtime adds is fetched.
+what the runtime adds is fetched. The sample model goes through every cell, stories260K (found below $COMPRESS_ASSETS) through
+one for each format and runtime. Results are kept in benchmarks/results/interop.json; `--only` replaces those of its
+environments.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import sysconfig
+import time
 import venv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmpress
+from interop_cells import ENVIRONMENTS, WEIGHTS, Environment, Weights
+from interop_report import report
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
-# Bits, symmetric, group size.
-GRIDS = ((4, True, 32), (4, True, 128), (4, False, 32), (8, True, 128), (2, True, 32))
-GPTQMODEL = (
-    "gptqmodel==7.7.0 optimum==2.3.0 threadpoolctl device-smi pypcre tokenicer logbar defuser torchao ninja maturin "
-    "requests urllib3 charset-normalizer certifi"
-)
+RESULTS = Path(__file__).parent / "results" / "interop.json"
+STORIES = "stories260K"
+CALIBRATION = {"samples": 16, "seq_len": 128}  # activations matter to no cell beyond having scales at all
 
 
 @dataclass(frozen=True)
-class Environment:
-    """A runtime's packages (installed as they stand, without what they would pull in), and the formats that it reads."""
+class Result:
+    """One cell: what became of `weights` of `model` in `format` under `runtime` in `environment`.
 
-    packages: str
+    verdict  proven, WRONG, refused (by the runtime, in the words of `told`), not written (by us, likewise)
+    steps    largest difference of a served weight in steps of its grid: 0 is equal bit for bit
+    logits   largest difference of a logit in standard deviations, `kl` the divergence in nats per token
+    """
+
+    model: str
+    weights: str
+    format: str
     runtime: str
-    formats: tuple[str, ...]
-
-
-ENVIRONMENTS = {
-    "compressed-tensors": Environment("", "transformers", ("pack-quantized",)),
-    "gptqmodel": Environment(GPTQMODEL, "transformers", ("gptq", "gptq_v2", "awq")),
-    "gguf": Environment("gguf==0.19.0", "gguf-transformers", ("gguf",)),
-    "onnxruntime": Environment(
-        "onnx==1.23.2 onnxruntime==1.32.0 ml_dtypes protobuf flatbuffers", "onnxruntime", ("onnx",)
-    ),
-}
+    environment: str
+    verdict: str
+    told: str = ""
+    steps: float | None = None
+    logits: float | None = None
+    kl: float | None = None
+    versions: str = ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", choices=ENVIRONMENTS, action="append", help="these environments (default: all)")
-    parser.add_argument("--models", type=Path, nargs="+", default=[SAMPLE], help="models to export")
     parser.add_argument("--out", type=Path, default=Path("build/interop"), help="folder for environments and exports")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, help="write the matrix to this file too")
     options = parser.parse_args()
-    lines = ["| model | weights | format | runtime | result |", "|---|---|---|---|---|"]
-    print("\n".join(lines))
-    for name in options.only or ENVIRONMENTS:
-        python = make(options.out / "env" / name, ENVIRONMENTS[name].packages)
-        for model in options.models:
-            for grid in GRIDS:
-                for line in cells(python, model, grid, ENVIRONMENTS[name], options.out):
-                    print(line, flush=True)
-                    lines.append(line)
+    started, chosen = time.monotonic(), options.only or list(ENVIRONMENTS)
+    results = [Result(**each) for each in json.loads(options.results.read_text())] if options.results.exists() else []
+    results = [each for each in results if each.environment not in chosen and each.environment in ENVIRONMENTS]
+    for name in chosen:
+        environment = ENVIRONMENTS[name]
+        python = make(options.out / "env" / name, environment.packages)
+        for model in models():
+            for kind, weights in environment.cells(first_only=model != SAMPLE):
+                result = cell(name, environment, python, model, kind, weights, options.out)
+                print(f"{int(time.monotonic() - started):5} s  {line(result)}", flush=True)
+                results.append(result)
+    options.results.parent.mkdir(parents=True, exist_ok=True)
+    options.results.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
+    text = report([asdict(each) for each in results])
+    print(text)
     if options.docs:
-        options.docs.parent.mkdir(parents=True, exist_ok=True)
-        options.docs.write_text("# Formats and runtimes\n\nThe output of `make interop`.\n\n" + "\n".join(lines) + "\n")
+        options.docs.write_text(text)
+
+
+def models() -> list[Path]:
+    """The sample model, and stories260K where it is."""
+    stories = Path(os.environ.get("COMPRESS_ASSETS", "")) / "models" / STORIES
+    if stories.is_dir():
+        return [SAMPLE, stories]
+    print(f"{STORIES} is left out: set COMPRESS_ASSETS to a folder that holds models/{STORIES}", flush=True)
+    return [SAMPLE]
 
 
 def make(folder: Path, packages: str) -> str:
@@ -75,43 +95,48 @@ def make(folder: Path, packages: str) -> str:
         venv.create(folder, with_pip=True)
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
         base = folder / "lib" / version / "site-packages" / "base.pth"
-        base.write_text(sysconfig.get_paths()["purelib"] + "\n")
+        # A plain line would leave out the base's own .pth files, and with them an editable lmpress.
+        base.write_text(f"import site; site.addsitedir({sysconfig.get_paths()['purelib']!r})\n")
     command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", *packages.split()]
     subprocess.run(command, check=True)
     return str(python)
 
 
-def cells(python: str, model: Path, grid: tuple[int, bool, int], environment: Environment, out: Path) -> list[str]:
-    """A line of the matrix per format."""
-    bits, symmetric, group = grid
-    source = out / f"{model.name}-w{bits}-{'sym' if symmetric else 'asym'}-g{group}"
-    if not source.exists():
-        lmpress.quantize(model, source, method="rtn", bits=bits, symmetric=symmetric, group_size=group)
-    weights = f"{bits} bits {'sym' if symmetric else 'asym'} g{group}"
-    lines = []
-    for kind in environment.formats:
+def cell(name: str, environment: Environment, python: str, model: Path, kind: str, weights: str, out: Path) -> Result:
+    """Quantize, export, and let the runtime speak."""
+    made = WEIGHTS[weights]
+    source = quantized(model, made, kind, out)
+    described = (model.name, weights, kind, environment.runtime, name)
+    exported = source
+    if made.written_as != kind:
         try:
-            exported = lmpress.export(source, out / "export" / f"{source.name}-{kind}", format=kind, overwrite=True)
-        except lmpress.UsageError as error:
-            lines.append(f"| {model.name} | {weights} | {kind} | {environment.runtime} | refused: {error.message} |")
-            continue
-        told = verified(python, exported.out, source, environment.runtime)
-        lines.append(f"| {model.name} | {weights} | {kind} | {environment.runtime} | {told} |")
-    return lines
+            exported = lmpress.export(source, out / "export" / f"{source.name}-{kind}", format=kind, overwrite=True).out
+        except lmpress.CompressError as error:
+            return Result(*described, "not written", str(error))
+    against = exported if made.rounded_by_export else source
+    (found,) = lmpress.verify(exported, against=against, runtime=[environment.runtime], python=python).findings
+    if found.outputs is None:
+        return Result(*described, "refused", (found.error or "").replace(str(exported), "CHECKPOINT"))
+    versions = ", ".join(f"{package} {number}" for package, number in found.versions.items() if package != "torch")
+    verdict = "proven" if found.ok else "WRONG"
+    told = "" if found.ok else f"from block {found.block} on, {len(found.wrong_layers)} layers"
+    return Result(*described, verdict, told, found.steps, found.outputs.logits, found.outputs.kl, versions)
 
 
-def verified(python: str, exported: Path, source: Path, runtime: str) -> str:
-    """What `compress verify` found, in words."""
-    command = [python, "-m", "lmpress.cli", "verify", str(exported), "--against", str(source), "--runtime", runtime]
-    done = subprocess.run([*command, "--json", "-"], capture_output=True, text=True, check=False)
-    if not done.stdout.strip():
-        return f"not run: {done.stderr.strip().splitlines()[-1]}"
-    finding = json.loads(done.stdout[done.stdout.index("{") :])["findings"][0]
-    if finding["error"]:
-        return f"fails: {finding['error']}"
-    versions = ", ".join(f"{name} {number}" for name, number in finding["versions"].items())
-    word = "proven" if finding["ok"] else f"WRONG from block {finding['block']}"
-    return f"{word}: weights off by {finding['steps']:.2g} steps, logits by {finding['logits']:.2g} std ({versions})"
+def quantized(model: Path, made: Weights, kind: str, out: Path) -> Path:
+    """The checkpoint with these weights; what no kernel of the format has a shape for stays dense."""
+    keep = made.keep(model.name, kind)
+    source = out / "-".join([model.name, *made.slug.split(), *(["attention"] if keep else [])])
+    if not source.exists():
+        lmpress.quantize(model, source, keep=keep, **CALIBRATION, **made.options)
+    return source
+
+
+def line(result: Result) -> str:
+    """A result for people who wait."""
+    figures = "" if result.steps is None else f" {result.steps:.2g} steps, logits {result.logits:.2g}"
+    place = f"{result.model}, {result.weights}, {result.format}, {result.environment}"
+    return f"{place}: {result.verdict}{figures} {result.told}"
 
 
 if __name__ == "__main__":

@@ -37,29 +37,37 @@ MEASURE = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]
 MEASURE += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(code)"
 
 
-def make_model(folder: Path) -> None:
-    """Write the random model in shards of one block, never holding more than that."""
+def make_model(folder: Path, config: LlamaConfig) -> None:
+    """Write a random model in shards of one block, never holding more than that."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
-    hidden, inner, heads = CONFIG.hidden_size, CONFIG.intermediate_size, CONFIG.num_hidden_layers
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = hidden // config.num_attention_heads * config.num_key_value_heads
 
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
 
-    parts = {"model.embed_tokens.weight": matrix(CONFIG.vocab_size, hidden)}
-    write(folder / "model-embed.safetensors", parts)
-    write(folder / "model-head.safetensors", {"lm_head.weight": matrix(CONFIG.vocab_size, hidden)})
-    write(folder / "model-norm.safetensors", {"model.norm.weight": torch.ones(hidden).bfloat16()})
-    for index in range(heads):
+    places: dict[str, str] = {}
+
+    def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
+        write(folder / f"model-{name}.safetensors", tensors)
+        places.update(dict.fromkeys(tensors, f"model-{name}.safetensors"))
+
+    shard("embed", {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)})
+    shard("head", {"lm_head.weight": matrix(config.vocab_size, hidden)})
+    shard("norm", {"model.norm.weight": torch.ones(hidden).bfloat16()})
+    for index in range(config.num_hidden_layers):
         prefix = f"model.layers.{index}"
-        block = {f"{prefix}.self_attn.{p}_proj.weight": matrix(hidden, hidden) for p in "qkvo"}
+        block = {f"{prefix}.self_attn.{p}_proj.weight": matrix(hidden, hidden) for p in "qo"}
+        block |= {f"{prefix}.self_attn.{p}_proj.weight": matrix(keys, hidden) for p in "kv"}
         block |= {f"{prefix}.mlp.{p}_proj.weight": matrix(inner, hidden) for p in ("gate", "up")}
         block[f"{prefix}.mlp.down_proj.weight"] = matrix(hidden, inner)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             block[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
-        write(folder / f"model-{index:02d}.safetensors", block)
+        shard(f"{index:02d}", block)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
     (folder / "config.json").write_text(
-        json.dumps({**CONFIG.to_dict(), "architectures": ["LlamaForCausalLM"]}, indent=2)
+        json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, indent=2)
     )
     AutoTokenizer.from_pretrained(SAMPLE).save_pretrained(folder)
 
@@ -78,7 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/memory.json"))
     options = parser.parse_args()
     if not options.folder.exists():
-        make_model(options.folder)
+        make_model(options.folder, CONFIG)
     target = options.folder.with_name(f"{options.folder.name}-out")
     bare = peak_of(sys.executable, "-c", BARE)
     command = [sys.executable, "-m", "lmpress.cli", "quantize", str(options.folder), "-o", str(target)]

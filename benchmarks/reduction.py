@@ -1,9 +1,11 @@
-"""What fewer layers and narrower blocks cost in perplexity, and what a training brings back.
+"""What fewer layers and narrower blocks cost in perplexity, what a training brings back, and what a chain of it all is worth.
 
-    python benchmarks/reduction.py MODEL [--data python-stdlib] [--steps 500] [--out benchmarks/results/reduction.md]
+    python benchmarks/reduction.py MODEL [--data python-stdlib] [--steps 500] [--chain smaller-w4] [--out FILE]
 
-Every choice of layers with `--drop` of them gone, then the MLP at `--mlp-width` with and without refit, then half of the
-key-value heads, all untrained and on the same rows; with `--steps` the greedy choice is trained as well.
+Every choice of layers with `--drop` of them gone, then the MLP at `--mlp-width`, the residual stream at `--hidden-size` with
+and without refit, half of the key-value heads, all untrained and on the same rows; with `--steps` the greedy choice is trained
+as well. With `--chain` that chain is carried out, its export last, and beside it the whole model plainly quantized to as few
+bytes, with the chain's embedding: the most accurate recipe of 2 bits, and of 3.
 """
 
 import argparse
@@ -14,17 +16,27 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM
 
+import lmpress
 from lmpress import distill, evaluate
 from lmpress.calibrate.rows import calibration_rows, load_tokenizer
+from lmpress.compress.export import WEIGHTS
 from lmpress.compress.reduce.choice import CHOICES
+from lmpress.compress.reduce.hidden import thin
 from lmpress.compress.reduce.width import Width, narrow
+from lmpress.eval.perplexity import Evaluation
+from lmpress.recipes import chain, schema
+from lmpress.recipes.schema import PassSpec
 
 
 def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
     """Each reduced model: what it is called, and where it lies."""
     common = {"data": options.data, "samples": options.samples, "seq_len": options.length}
+    if options.chain:
+        yield from same_size(options, folder)
+    if options.chain_only:
+        return
     for choice in CHOICES:
         out = folder / choice
         made = distill(options.model, out, drop=options.drop, choice=choice, options={"steps": 0}, **common)
@@ -40,10 +52,47 @@ def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Pa
     for number, (name, width) in enumerate(widths.items()):
         narrow(options.model, folder / f"width-{number}", width, rows)
         yield name, folder / f"width-{number}"
+    for refit in (True, False):
+        out = folder / f"hidden-{refit}"
+        thin(options.model, out, options.hidden_size, rows, refit=refit)
+        yield f"residual stream at {options.hidden_size:g}, {'refitted' if refit else 'only taken out'}", out
     if options.steps:
         out, common["samples"] = folder / "taught", options.lessons
         distill(options.model, out, drop=options.drop, choice="greedy", options={"steps": options.steps}, **common)
         yield f"greedy, then {options.steps} steps of distillation", out
+
+
+def same_size(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
+    """The chain's checkpoint, what it is exported to, and the whole model in as few bytes."""
+    asked = chain.read(options.chain)
+    assert isinstance(asked, chain.Chain)
+    *stages, last = asked.stages
+    packed = next(stage for stage in stages if isinstance(stage, schema.Recipe))
+    lmpress.run(options.model, folder / "chain", chain.Chain(tuple(stages)))
+    yield f"chain {options.chain}", folder / "chain"
+    if isinstance(last, chain.Export) and last.format == "gguf":
+        lmpress.export(folder / "chain", folder / "exported", format=last.format)
+        yield f"chain {options.chain}, as {last.format}", folder / "exported"
+    best = schema.read("best-w2")
+    weights = replace(best.scheme.weights, bits=3, group_size=64)
+    three = best.passes[0].config
+    three = PassSpec(method="gptq", config=replace(three, scheme=replace(three.scheme, weights=weights)))
+    for bits, passes in ((2, best.passes), (3, (three, *best.passes[1:]))):
+        plain = best.model_copy(update={"embedding": packed.embedding, "passes": passes})
+        lmpress.run(options.model, folder / f"plain-{bits}", plain)
+        yield f"whole model, best at {bits} bits", folder / f"plain-{bits}"
+
+
+def judged(out: Path, options: argparse.Namespace) -> Evaluation:
+    """The evaluation of a checkpoint or of a GGUF file, which transformers reads."""
+    file = out / "model.gguf"
+    model = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name) if file.exists() else out
+    return evaluate(model, options.data, seq_len=options.length, rows=options.rows, against=options.model)
+
+
+def size(folder: Path) -> int:
+    """Bytes of the weight files."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
 
 
 def main() -> None:
@@ -52,6 +101,9 @@ def main() -> None:
     parser.add_argument("--data", default="python-stdlib")
     parser.add_argument("--drop", type=float, default=0.25)
     parser.add_argument("--mlp-width", type=float, default=0.67)
+    parser.add_argument("--hidden-size", type=float, default=0.75)
+    parser.add_argument("--chain", help="a chain, such as smaller-w4")
+    parser.add_argument("--chain-only", action="store_true", help="nothing but the chain and what it is held against")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--lessons", type=int, default=4096, help="rows of the training")
     parser.add_argument("--samples", type=int, default=64, help="rows of the calibration")
@@ -60,15 +112,16 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reduction.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
-    lines = ["| model | perplexity | KL to the whole | CPU seconds |", "|---|---|---|---|"]
+    lines = ["| model | share of the bytes | perplexity | KL to the whole | CPU seconds |", "|---|---|---|---|---|"]
     with tempfile.TemporaryDirectory() as folder:
         started = time.process_time()
         for name, out in rows_of(options, Path(folder)):
             seconds = time.process_time() - started
-            found = evaluate(out, options.data, seq_len=options.length, rows=options.rows, against=options.model)
+            found = judged(out, options)
             if len(lines) == 2:
-                lines.append(f"| whole | {found.perplexity_base:.2f} | 0 | |")
-            lines.append(f"| {name} | {found.perplexity:.2f} | {found.kl:.4f} | {seconds:.1f} |")
+                lines.append(f"| whole | 1 | {found.perplexity_base:.2f} | 0 | |")
+            share = size(out) / size(Path(options.model))
+            lines.append(f"| {name} | {share:.3f} | {found.perplexity:.2f} | {found.kl:.4f} | {seconds:.1f} |")
             print(lines[-1], flush=True)
             started = time.process_time()
     title = (

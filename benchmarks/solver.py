@@ -24,7 +24,7 @@ from lmpress.calibrate.drift import Drift
 from lmpress.calibrate.hessian import Hessian
 from lmpress.compress.grid import Grid
 from lmpress.compress.passes import Block, Linear
-from lmpress.compress.quantize.gptq import GPTQ, PRESETS, apply, corrected, prepare, solve
+from lmpress.compress.quantize.gptq import GPTQ, PRESETS, apply, prepare, solve
 from lmpress.compress.scheme import QuantArgs, Scheme
 from lmpress.compress.solver.loss import layer_loss
 
@@ -54,12 +54,12 @@ def at_quality(quality: str, weight: Tensor, statistic: Hessian, drift: Drift) -
     options = dict(PRESETS[quality])
     args = QuantArgs(group_size=128, observer=options.pop("observer", "minmax"))
     config = GPTQ(scheme=Scheme(args), **options)
-    hessian, gap = statistic.matrix(), drift.matrix()
+    hessian = statistic.matrix()
 
     def solver() -> Tensor:
         prepared = prepare(hessian, args, config)
-        target = corrected(weight, gap, prepared, config.drift) if config.drift else weight
-        return solve(target, prepared, args, config).tensor.dequantize()
+        aim = prepared.aim(drift, config.drift)
+        return solve(weight, prepared, args, config, aim).tensor.dequantize()
 
     def layer() -> Tensor:
         linear = Linear("layer", weight, args, statistic, drift)

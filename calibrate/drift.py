@@ -15,15 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .hessian import Statistic
+
 ADDITIONS = {torch.add, torch.Tensor.add, torch.Tensor.__add__, torch.Tensor.__radd__}
 
 
-class Drift:
+class Drift(Statistic):
     """Streaming `G = 2/N * (S_ref - S)^T X` `[out, in]` of one linear layer."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str = "cpu") -> None:
-        self.sequences = 0
-        self._sum = torch.zeros(rows, columns, dtype=dtype, device=device)
+        super().__init__(rows, columns, dtype, device)
         self._done = False
 
     def update(self, lacking: Tensor, inputs: Tensor, sequences: int) -> None:
@@ -31,6 +32,7 @@ class Drift:
         assert not self._done
         self._sum.addmm_(lacking.to(self._sum.dtype).T, inputs.to(self._sum.dtype))
         self.sequences += sequences
+        self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
         """`G` `[out, in]`: the statistic's own memory, to be read only. From then on nothing more can be added."""

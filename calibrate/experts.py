@@ -5,7 +5,7 @@ for a packed weight. Here each expert becomes three linear layers; the layer aro
 """
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -92,6 +92,32 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
         if renamed != name:
             names[renamed] = name
     return names
+
+
+def plain_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """What each weight of an expert among the model's `names` is called in a checkpoint that transformers reads, where that
+    differs: the inverse of `stored_names`."""
+    transforms = get_model_conversion_mapping(model, add_legacy=False)
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    found = {}
+    for name in names:
+        match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name)
+        if match is None:
+            continue
+        parent, number, part = match.groups()
+        for candidate in _candidates(parent, number, part, converters):
+            if candidate != name and stored_names(model, [candidate]).get(name) == candidate:
+                found[name] = candidate
+    return found
+
+
+def _candidates(parent: str, number: str, part: str, converters: list[WeightConverter]) -> Iterator[str]:
+    for leaf, parts in PARTS.items():
+        for converter in converters:
+            merged = any(target.endswith(f".{leaf}") for target in converter.target_patterns)
+            if part in parts and merged and len(converter.source_patterns) == len(parts):
+                pattern = converter.source_patterns[parts.index(part)].replace("*", number)
+                yield f"{parent}.{pattern[pattern.index('experts.') :]}"
 
 
 def _expert_name(stored: str, fused: str, pattern: str, converters: list[WeightConverter]) -> str:

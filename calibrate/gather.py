@@ -18,12 +18,34 @@ from .hessian import Hessian
 class Statistics:
     """Statistics by linear name; linears that read the same tensor share a Hessian, `groups` lists them in order of use.
 
-    `drifts` are there where the original model walks along, for linears that see every token.
+    `drifts` are there where the original model walks along, for linears that see every token; `held` tells of
+    the tokens that were held out, which the others count too.
     """
 
     hessians: dict[str, Hessian] = field(default_factory=dict)
     drifts: dict[str, Drift] = field(default_factory=dict)
     groups: list[list[str]] = field(default_factory=list)
+    held: dict[str, "HeldOut"] = field(default_factory=dict)
+
+    def hold(self, part: "Statistics") -> None:
+        """Count what `part` was gathered from too, and keep it as `held`, for linears that both have seen tokens of."""
+        for group in part.groups:
+            theirs, ours = part.hessians[group[0]], self.hessians[group[0]]
+            if theirs.sequences and ours.sequences:
+                ours.merge(theirs)
+                self.held |= {name: HeldOut(theirs, part.drifts.get(name)) for name in group}
+            elif theirs.sequences:
+                self.hessians |= dict.fromkeys(group, theirs)
+        for name, drift in part.drifts.items():
+            self.drifts[name].merge(drift)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The statistics of one linear on the tokens that were held out."""
+
+    hessian: Hessian
+    drift: Drift | None
 
 
 class Sharing:

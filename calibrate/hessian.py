@@ -1,5 +1,8 @@
 """The statistic of the second-order methods: `H = 2/N * X^T X` of a linear layer's inputs."""
 
+from abc import ABC, abstractmethod
+from typing import Self
+
 import torch
 from torch import Tensor
 
@@ -8,17 +11,38 @@ TILED_WIDTH, TILES = 1024, 4
 STRIP = 512
 
 
-class Hessian:
+class Statistic(ABC):
+    """A sum over calibration tokens, in `_sum`: of so many `tokens` from so many calibration rows `sequences`."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> None:
+        self.sequences = self.tokens = 0
+        self._sum = torch.zeros(rows, columns, dtype=dtype, device=device)
+
+    @abstractmethod
+    def matrix(self) -> Tensor:
+        """`2/N` of the sum `[rows, columns]`: the statistic's own memory, to be read only. Nothing can be added to it then."""
+
+    def merge(self, other: Self) -> None:
+        """Add what `other` was given, which keeps it too."""
+        self._sum += other._sum
+        self.sequences += other.sequences
+        self.tokens += other.tokens
+
+    def without(self, part: Self) -> Tensor:
+        """`matrix()` of all that was not merged from `part`."""
+        whole = self.matrix() * (self.sequences / max(self.sequences - part.sequences, 1))
+        return whole.sub_(part.matrix(), alpha=part.sequences / max(self.sequences - part.sequences, 1))
+
+
+class Hessian(Statistic):
     """Streaming Hessian of the layer objective `1/N * ||X (W - Q)^T||^2` (GPTQ, section 3; methods of Frantar et al.).
 
     Linears that read the same tensor share one instance. `dtype` is that of the accumulation, float32 or float64.
     """
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
+        super().__init__(width, width, dtype, device)
         self.width = width
-        self.sequences = 0
-        self.tokens = 0
-        self._sum = torch.zeros(width, width, dtype=dtype, device=device)
         self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place when it is first asked for
 
     @classmethod

@@ -19,6 +19,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBas
 
 from ..compress.errors import CompressError, UsageError
 from .corpus import documents as built_in
+from .source import gguf_file
 
 Split = Literal["calibration", "training", "heldout"]
 
@@ -146,7 +147,12 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model; code that comes with it is never run. Raises CompressError when there is none."""
     if not has_tokenizer(path):
         raise CompressError(f"{path} has no tokenizer", "copy the original model's tokenizer files into this folder")
+    file = gguf_file(Path(path)) if Path(path).exists() else None
     try:
+        if file is not None and not _tokenizer_files(file.parent if Path(path).is_dir() else file):
+            from ..compress.formats.gguf.source import tokenizer_of
+
+            return tokenizer_of(file)
         return AutoTokenizer.from_pretrained(path, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -158,7 +164,11 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 def has_tokenizer(path: str | Path) -> bool:
     """Whether the folder holds a tokenizer's vocabulary; what is no folder is given the benefit of the doubt."""
-    return not Path(path).is_dir() or any((Path(path) / name).is_file() for name in TOKENIZER_FILES)
+    return not Path(path).is_dir() or _tokenizer_files(Path(path)) or gguf_file(Path(path)) is not None
+
+
+def _tokenizer_files(path: Path) -> bool:
+    return any((path / name).is_file() for name in TOKENIZER_FILES)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

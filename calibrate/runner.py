@@ -27,6 +27,7 @@ from .source import Source
 from .store import ActivationStore, kept_copy
 
 TOKENS_PER_BATCH = 4096
+HELD_OUT = 8  # of so many batches the last is held out where a pass chooses by it
 TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # batches that a gradient is taken of: small, and enough to hold some out
 
 
@@ -140,12 +141,19 @@ class Runner:
         return sharing.groups + [[name] for name in linears if not any(name in group for group in sharing.groups)]
 
     @torch.no_grad()
-    def collect(self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32) -> Statistics:
-        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`."""
+    def collect(
+        self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32, hold_out: bool = False
+    ) -> Statistics:
+        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
+
+        With `hold_out` those of the last of every `HELD_OUT` batches are kept apart too, if there is more than one batch.
+        """
         linears = self._linears(index, wanted)
-        gatherer = Gatherer(linears, dtype)
+        every = min(HELD_OUT, len(self._ids)) if hold_out else 1
+        kept, held = Gatherer(linears, dtype), Gatherer(linears, dtype)
         for i, call in enumerate(self._calls[index]):
             mask, rows = self._mask(i), len(self._ids[i])
+            gatherer = held if every > 1 and i % every == every - 1 else kept
             with gatherer.one_pass(mask, rows), landings(linears if self._original else {}) as landed:
                 call.replay(self.blocks[index], self._hidden[i].to(self.device))
             intended: dict[str, Tensor] = {}
@@ -153,7 +161,10 @@ class Runner:
                 with landings({name: self._original.get_submodule(name) for name in linears}) as intended:
                     call.replay(self._original, self._reference[i].to(self.device))
             gatherer.drift(landed, intended, mask, rows)
-        return gatherer.finish(self.block_name(index), self.device)
+        found = kept.finish(self.block_name(index), self.device)
+        if every > 1:
+            found.hold(held.finish(self.block_name(index), self.device))
+        return found
 
     def retake(self, index: int) -> None:
         """Take block `index` as it stands for the original from here on: a transform has rewritten it to the same function."""

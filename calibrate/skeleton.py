@@ -21,7 +21,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: 
 
     Raises `UsageError` where transformers has no such architecture; code from the checkpoint is never run.
     """
-    config = _config(source.path)
+    config = config_of(source)
     try:
         with init_empty_weights(include_buffers=False):
             model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
@@ -32,11 +32,15 @@ def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: 
     return model.eval()
 
 
-def _config(path: Path) -> PreTrainedConfig:
+def config_of(source: Source) -> PreTrainedConfig:
+    """The config as transformers knows it. Raises `UsageError` for one that it does not know."""
     try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+        if source.path.is_dir():
+            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+        else:
+            config = AutoConfig.for_model(**source.config)
     except ValueError as error:
-        raise _no_model(path, error) from error
+        raise _no_model(source.path, error) from error
     vars(config).pop("quantization_config", None)  # our packed modules replace transformers' own loading
     return config
 

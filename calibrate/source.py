@@ -15,7 +15,7 @@ from torch import Tensor
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats.shards import INDEX, StoredTensor, read_header
 
-CONFIG = "config.json"
+CONFIG, GGUF = "config.json", ".gguf"
 PIECE = 2**22  # values
 # What a checkpoint holds beside its weights and belongs to the model rather than to its storage.
 COMPANIONS = (
@@ -37,7 +37,7 @@ COMPANIONS = (
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face directory: `path`, its parsed `config`, and where each of its `tensors` lies."""
+    """A Hugging Face directory, or a GGUF file: `path`, its parsed `config`, and where each of its `tensors` lies."""
 
     path: Path
     name: str
@@ -86,18 +86,36 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def open_source(model: str | Path) -> Source:
-    """The local directory or hub id `model`.
+    """The local directory, GGUF file or hub id `model`.
 
     Raises `UsageError` where there is no such directory or it is no model directory, `CompressError` for damaged files.
     """
     path = Path(model)
     if not path.exists():
         path = _fetch(str(model))
+    file = gguf_file(path)
+    if file is not None:
+        from ..compress.formats.gguf.source import open_gguf
+
+        return open_gguf(file)
     if not path.is_dir():
-        raise UsageError(f"{path} is a file", "give the directory that holds config.json and the weights")
+        raise UsageError(f"{path} is a file", "give the directory that holds config.json and the weights, or a .gguf")
     config = _config(path)
     tensors = {name: tensor for file in _weight_files(path) for name, tensor in read_header(file).items()}
     return Source(path, path.resolve().name if Path(model).exists() else str(model), config, tensors)
+
+
+def gguf_file(path: Path) -> Path | None:
+    """The GGUF file that `path` is, or that lies in a folder without config.json; None where there is none.
+
+    Raises `UsageError` where there are several.
+    """
+    if path.is_file() or (path / CONFIG).is_file():
+        return path if path.is_file() and path.suffix == GGUF else None
+    files = sorted(path.glob(f"*{GGUF}"))
+    if len(files) > 1:
+        raise UsageError(f"{path} holds {len(files)} GGUF files", f"give one of them, for example {files[0]}")
+    return files[0] if files else None
 
 
 def _fetch(model: str) -> Path:

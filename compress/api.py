@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
 
 from ..recipes import schema
 from ..recipes.allocation import decided
@@ -19,6 +19,9 @@ from .reduce.width import Width
 from .report.progress import Observer, silent
 from .scheme import LEVELS, Scheme, group_strategy
 from .workspace import check_target
+
+if TYPE_CHECKING:
+    from ..recipes.chain import Chain, ChainReport
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
@@ -121,18 +124,66 @@ def prune(
     return run(model, out, recipe, overwrite=overwrite, device=device, observer=observer)
 
 
+@overload
 def run(
     model: str | Path,
-    out: str | Path | None = None,
-    recipe: Recipe | str | Path = "gptq-w4",
+    out: str | Path | None,
+    recipe: "Chain",
+    *,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "ChainReport": ...
+
+
+@overload
+def run(
+    model: str | Path,
+    out: str | Path | None,
+    recipe: Recipe,
     *,
     target: Sequence[str] = (),
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
-) -> RunReport:
-    """Carry out `recipe` (a recipe, a YAML file or the name of a shipped one) on `model`; see `quantize`."""
-    wanted = recipe if isinstance(recipe, Recipe) else schema.read(recipe)
+) -> RunReport: ...
+
+
+@overload
+def run(
+    model: str | Path,
+    out: str | Path | None = None,
+    recipe: "Recipe | Chain | str | Path" = "gptq-w4",
+    *,
+    target: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "RunReport | ChainReport": ...
+
+
+def run(
+    model: str | Path,
+    out: str | Path | None = None,
+    recipe: "Recipe | Chain | str | Path" = "gptq-w4",
+    *,
+    target: Sequence[str] = (),
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> "RunReport | ChainReport":
+    """Carry out `recipe` on `model`: a recipe or a chain of them, a YAML file or the name of a shipped one; see `quantize`.
+
+    `target` is for recipes alone: what a chain is to run on is the business of its `export`.
+    """
+    from ..recipes import chain
+
+    wanted = recipe if isinstance(recipe, Recipe | chain.Chain) else chain.read(recipe)
+    if isinstance(wanted, chain.Chain):
+        if target:
+            raise UsageError("a chain has no target", "end it with an export")
+        place = Path(out) if out else chain.default_out(model, wanted)
+        return chain.run(model, place, wanted, overwrite=overwrite, device=device, observer=observer)
     place = Path(out) if out else default_out(model, wanted)
     check_target(place, overwrite)
     with decided(model, place, wanted, device, observer) as final:
@@ -149,6 +200,7 @@ def distill(
     choice: str = "greedy",
     mlp_width: float | None = None,
     kv_heads: int | None = None,
+    hidden_size: float | None = None,
     teacher: str | Path | None = None,
     data: str = "python-stdlib",
     samples: int = 4096,
@@ -161,12 +213,15 @@ def distill(
     """Leave layers and channels of `model` out and teach the rest to predict as before, into the directory `out`.
 
     `layers` stay, or as many as `keep_layers`, or all but `drop` (below 1: a share), chosen by `choice`; the MLPs keep
-    `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the rest refitted by least
-    squares. With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
+    `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the residual stream `hidden_size`
+    channels (below 1: a share), the rest refitted by least squares.
+    With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
     Raises `UsageError`, `CompressError`.
     """
     width = Width(mlp_width, kv_heads)
-    reduction = Reduction(None if layers is None else tuple(layers), keep_layers, drop, choice, width=width)
+    reduction = Reduction(
+        None if layers is None else tuple(layers), keep_layers, drop, choice, width=width, hidden=hidden_size
+    )
     unknown = [name for name in options or {} if name not in {entry.name for entry in fields(Lessons)}]
     if unknown:
         raise UsageError(f"distill has no option {unknown[0]!r}", "see compress distill --help")
@@ -224,9 +279,8 @@ def quantization_recipe(
         scheme["inputs"] = asdict(usual.inputs) | of_inputs
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    plain = (
-        usual.weights.kind == "grid" and scheme["weights"]["scale_dtype"] != "bilevel"
-    )  # nothing else can be trained
+    weights = scheme["weights"]  # nothing but plain codes can be trained
+    plain = usual.weights.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
     trained = quality == "best" and plain
     return schema.build(
         {

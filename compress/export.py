@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..calibrate.experts import plain_names
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
@@ -53,8 +54,8 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     check_target(target, overwrite)
     opened = Checkpoint.open(checkpoint)
     with appearing(target) as folder:
-        notes = write(opened, folder)
         opened.source.copy_companions(folder)
+        notes = write(opened, folder)
         written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 
@@ -94,6 +95,7 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     others = checkpoint.others
+    weights = [f"{name}.weight" for name in checkpoint.layers]
     write_tensors(
         folder,
         chosen,
@@ -102,6 +104,7 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         {name: checkpoint.source.tensors[stored].spec for name, stored in others.items()},
         lambda name: checkpoint.source.read(others[name], check=True),
         checkpoint.is_conv1d,
+        plain_names(checkpoint.model, [*weights, *others]) if chosen.dense else {},
     )
     return notes
 
@@ -119,6 +122,8 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
         return f"{wanted.name} stores integer codes, this layer is pruned"
     if args.rank:
         return f"{wanted.name} readers know no low-rank terms beside the codes"
+    if checkpoint.is_embedding(name) and wanted is not PACKED:
+        return f"{wanted.name} readers know no packed embedding"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

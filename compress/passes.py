@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.drift import Drift
+from ..calibrate.gather import HeldOut
 from ..calibrate.hessian import Hessian
 from ..calibrate.runner import BlockIO, Call
 from .errors import UsageError
@@ -56,7 +57,9 @@ class PassConfig(Protocol):
     @property
     def needs(
         self,
-    ) -> frozenset[str]: ...  # what to prepare: any of {"hessian", "drift", "original", "samples", "trial", "block_io"}
+    ) -> frozenset[
+        str
+    ]: ...  # what to prepare: any of {"hessian", "held", "drift", "original", "samples", "trial", "block_io"}
 
     @property
     def scheme(self) -> Scheme | Pruning | None: ...  # None: the pass improves on what the pass before it has left
@@ -77,6 +80,7 @@ class Linear:
     args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
+    held: HeldOut | None = None  # of the tokens that were held out, which `hessian` and `drift` count too
     result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
     inputs: QuantArgs | None = None  # of the activations that it reads

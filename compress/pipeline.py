@@ -21,21 +21,25 @@ from ..calibrate.discovery import find_linears, set_weight, weight_of
 from ..calibrate.gather import Statistics
 from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
 from ..calibrate.runner import Runner
-from ..calibrate.skeleton import build, device_of
+from ..calibrate.skeleton import Names, build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
 from ..kernels.cache.ranges import key_range
 from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs
+from .formats import pack_quantized
 from .formats.targets import check as check_targets
 from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .quantize.observers import told_inputs
+from .quantize.rtn import round_to_nearest
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .tensor import Compressed
+from .scheme import QuantArgs
+from .tensor import Compressed, CompressedTensor, joined
 from .workspace import Workspace, check_target
 
+TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
@@ -80,7 +84,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     """
     source = open_source(model)
     planned = make_plan(source, build(source), recipe)
-    check_targets(planned.layers, targets)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
     return planned
 
 
@@ -105,11 +109,12 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
-    check_targets(planned.layers, targets)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _calibrated(recipe, planned) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
         _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
+        _round_tables(skeleton, source, planned, workspace)
         observer(Event("assemble", planned.blocks, planned.blocks))
         layers = workspace.finish()
     observer(Event("done", planned.blocks, planned.blocks))
@@ -264,6 +269,24 @@ def _transform_outside(recipe: Recipe, probe: Probe, planned: Plan, runner: Runn
             runner.turn(matrix)
 
 
+def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, workspace: Workspace) -> None:
+    """Round the embedding and the head to nearest, as planned."""
+    names, packed = Names(skeleton, source), {}
+    for table in planned.tables:
+        stored = names.find(f"{table.name}.weight")
+        assert stored is not None and isinstance(table.args, QuantArgs)
+        parts = source.read(stored, check=True).split(TABLE_ROWS)
+        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
+    if packed:
+        workspace.write_outside(packed)
+
+
+def _rounded(rows: Tensor, args: QuantArgs) -> CompressedTensor:
+    rounded = round_to_nearest(rows, args)
+    assert isinstance(rounded, CompressedTensor)
+    return rounded
+
+
 def _settle(block: Block, planned: Plan) -> None:
     """Round what a transform left in the tensors that stay dense to their stored dtype: what is evaluated is what is served."""
     with torch.no_grad():
@@ -305,10 +328,12 @@ def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell
     if "hessian" not in entry.config.needs:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
+    hold_out = "held" in entry.config.needs
     if not entry.config.true_sequential:
-        return _solve(entry, block, local, runner.collect(index, set(local)), tell)
+        return _solve(entry, block, local, runner.collect(index, set(local), hold_out=hold_out), tell)
     for names in runner.groups(index, set(local)):
-        _solve(entry, block, {name: local[name] for name in names}, runner.collect(index, set(names)), tell)
+        statistics = runner.collect(index, set(names), hold_out=hold_out)
+        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
     return None
 
 
@@ -316,11 +341,12 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+        linear.held = statistics.held.get(name)
         if linear.hessian is not None:
             linear.figures["tokens"] = linear.hessian.tokens
     entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
-        linear.hessian = linear.drift = None
+        linear.hessian = linear.drift = linear.held = None
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)

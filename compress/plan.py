@@ -4,8 +4,8 @@ Nothing is computed or loaded, and the promise is exact: the sizes predicted her
 """
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
@@ -13,16 +13,19 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
+from ..calibrate.experts import plain_names
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..kernels.cache.cache import check_cache
 from ..recipes.schema import Recipe
 from .errors import UsageError
-from .formats import shards, sparse
+from .formats import pack_quantized, shards, sparse
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
 from .prune.args import Storage
-from .scheme import CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+from .scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+
+OUTSIDE = -1  # the block of what is in none
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,12 @@ class LayerPlan:
 class Plan:
     """Every linear layer's fate and every tensor of the output.
 
-    `heads` are the linear layers outside the blocks, which stay dense, `untied` is the tied one that gets a weight of its own;
+    `tables` are the embedding and the head where they are quantized; `heads` are the linear layers outside the blocks that
+    stay dense, `untied` is the tied one that gets a weight of its own;
     `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
     layers' inputs are quantized, `kv` how the cache is packed. `tensors` are the specs of all output tensors by
     name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
-    sizes of the weight files.
+    sizes of the weight files, `renamed` holds the tensors that go by another name in them, as dense experts do.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -66,6 +70,8 @@ class Plan:
     inputs: QuantArgs | None = None
     untied: str | None = None
     kv: CacheScheme | None = None
+    tables: tuple[LayerPlan, ...] = ()
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -81,7 +87,7 @@ class Plan:
     def notes(self) -> list[str]:
         """Every adaptation, grouped by what it is: never silently less than asked."""
         grouped: dict[str, list[str]] = {}
-        for layer in self.layers:
+        for layer in (*self.layers, *self.tables):
             if layer.note:
                 grouped.setdefault(layer.note, []).append(layer.name)
         if self.untouched:
@@ -127,11 +133,12 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
             f"{first[1]} becomes {first[0]} and {second[1]} {second[0]}, which no checkpoint holds together",
             "give the layers one method, or keep some dense",
         )
+    tables = tuple(_plan_tables(model, names, source, recipe, layers))
     tensors: dict[str, TensorSpec] = {}
-    for layer in layers:
+    for layer in (*layers, *tables):
         if layer.args is not None:
             tensors |= format_of(layer.args, inputs).spec(layer.name, layer.args, *layer.shape)
-    replaced = {names.find(f"{layer.name}.weight") for layer in layers if layer.args is not None}
+    replaced = {names.find(f"{layer.name}.weight") for layer in (*layers, *tables) if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
     untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
@@ -139,20 +146,30 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         stored = names.find(f"{untied}.weight")
         assert stored is not None
         tensors[f"{untied}.weight"] = source.tensors[stored].spec
+    pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
+    renamed = plain_names(model, tensors) if pruned and all(args.storage == "dense" for args in pruned) else {}
     return Plan(
         layers=layers,
-        heads=tuple(name for name, module in outside(model, blocks) if isinstance(module, nn.Linear)),
+        heads=_heads(model, blocks, tables),
         untouched=tuple(f"{prefix}.{name}" for name, p in blocks.named_parameters() if p.ndim > 2),
         copied=copied,
         tensors=tensors,
         blocks=len(blocks),
         prefix=prefix,
         bytes_before=source.nbytes,
-        bytes_after=shards.nbytes(tensors),
+        bytes_after=shards.nbytes({renamed.get(name, name): spec for name, spec in tensors.items()}),
         inputs=inputs,
         untied=untied,
         kv=_kv(recipe, model),
+        tables=tables,
+        renamed=renamed,
     )
+
+
+def _heads(model: PreTrainedModel, blocks: nn.ModuleList, tables: Sequence[LayerPlan]) -> tuple[str, ...]:
+    """The linear layers outside the blocks that are not stored as tables."""
+    linears = (name for name, module in outside(model, blocks) if isinstance(module, nn.Linear))
+    return tuple(name for name in linears if name not in {table.name for table in tables})
 
 
 def _inputs(recipe: Recipe) -> QuantArgs | None:
@@ -197,10 +214,8 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         if args.pattern != asked.pattern:
             note = f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
     else:
-        args = asked.for_width(columns)
-        note = (
-            None if args == asked else f"group size {asked.group_size} does not divide {columns}, uses {_group(args)}"
-        )
+        args = _fitted(name, asked, columns)
+        note = None if args == asked else _adapted(asked, args, columns)
         if args.kind == "nf4":
             args = replace(args, dtype=float_name(stored))
         for entry in recipe.passes:
@@ -214,8 +229,45 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
     return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
 
 
-def _group(args: QuantArgs) -> str:
-    return str(args.group_size) if args.group_size else "one scale per row"
+def _fitted(name: str, args: QuantArgs, columns: int) -> QuantArgs:
+    try:
+        return args.for_width(columns)
+    except UsageError as error:
+        raise UsageError(f"{name} cannot be stored: {error.message}", f"use --keep '{name}'") from error
+
+
+def _plan_tables(
+    model: PreTrainedModel, names: Names, source: Source, recipe: Recipe, layers: Sequence[LayerPlan]
+) -> Iterator[LayerPlan]:
+    """The embedding, and the head where it has a weight of its own, as `recipe.embedding` asks for them."""
+    asked = recipe.embedding
+    if asked is None:
+        return
+    if asked.strategy not in ("group", "channel") or pack_quantized.supports(asked):
+        raise UsageError("an embedding is stored in integer groups of its rows", "use strategy group or channel")
+    if any(entry.registered.apply_outside for entry in recipe.passes):
+        raise UsageError("a pass that turns the whole model rewrites the embedding", "leave `embedding` out")
+    if any(layer.args and format_of(layer.args, _inputs(recipe)) is not pack_quantized for layer in layers):
+        raise UsageError(f"an embedding is only packed beside {pack_quantized.NAME} layers", "leave `embedding` out")
+    for name, module in model.named_modules():
+        if module is model.get_input_embeddings() and type(module) is not nn.Embedding:
+            raise UsageError(f"{name} is a {type(module).__name__}, not a plain table", "leave `embedding` out")
+        if module is not model.get_input_embeddings() and module is not model.get_output_embeddings():
+            continue
+        stored = names.find(f"{name}.weight")
+        if stored is None or names.ties(f"{name}.weight"):
+            continue
+        rows, columns = source.tensors[stored].spec.shape
+        args = _fitted(name, asked, columns)
+        nbytes = sum(spec.nbytes for spec in pack_quantized.spec(name, args, rows, columns).values())
+        note = None if args == asked else _adapted(asked, args, columns)
+        yield LayerPlan(name, OUTSIDE, type(module).__name__, (rows, columns), args, nbytes, note)
+
+
+def _adapted(asked: QuantArgs, args: QuantArgs, columns: int) -> str:
+    wanted = f"{asked.block}'s super-block of {SUPER_BLOCK}" if asked.block else f"group size {asked.group_size}"
+    used = args.block or (str(args.group_size) if args.group_size else "one scale per row")
+    return f"{wanted} does not divide {columns}, uses {used}"
 
 
 def _copied(source: Source, model: PreTrainedModel, names: Names, replaced: set[str | None]) -> dict[str, str]:

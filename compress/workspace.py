@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from types import MappingProxyType, TracebackType
-from typing import Self
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -21,12 +21,12 @@ from ..calibrate.source import Source
 from ..kernels.cache.ranges import KEY_RANGES, read_ranges, write_ranges
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
-from .formats import shards
+from .formats import pack_quantized, shards
 from .formats.storage import Format, format_of
 from .passes import Linear
 from .plan import Plan
 from .report import card
-from .scheme import CACHE_KEY, PruneArgs, WeightArgs
+from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
 from .tensor import Compressed
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
@@ -121,7 +121,7 @@ class Workspace:
         with shards.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
-            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete)
+            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
             if self.plan.kv is not None and self.plan.kv.static:
                 ranges = {index: read_ranges(self._key_range(index))[0] for index in range(self.plan.blocks)}
                 write_ranges(complete / KEY_RANGES, ranges)
@@ -133,6 +133,8 @@ class Workspace:
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
         quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        if quantization and self.plan.tables:
+            quantization["config_groups"] |= self._tables_group()
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
         if self.plan.untied is not None:
             config["tie_word_embeddings"] = False
@@ -143,6 +145,12 @@ class Workspace:
         (complete / "recipe.yaml").write_text(dump(self.recipe))
         (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
+
+    def _tables_group(self) -> dict[str, Any]:
+        """Embedding and head in the groups of config.json: by name, since the other groups speak of all linears."""
+        args = self.plan.tables[0].args
+        assert isinstance(args, QuantArgs)
+        return {"group_outside": pack_quantized.group(args, [table.name for table in self.plan.tables])}
 
     def _format(self, args: WeightArgs) -> Format:
         return format_of(args, self.plan.inputs)

@@ -92,6 +92,9 @@ def _stored(source: Source, names: Names, layer: str) -> str:
         return "2:4" if places is not None else "bitmask"
     if f"{layer}.weight_tiles" in source.tensors:
         return "SpQR tiles"
+    if f"{layer}.weight_blocks" in source.tensors:
+        config = source.config["quantization_config"]
+        return next(g["block"] for g in config.get("base", config)["config_groups"] if layer in g["targets"])
     packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
     if packed is None or shape is None:
         return "missing"

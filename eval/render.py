@@ -64,8 +64,12 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 def verification(found: Verification) -> Table:
     """What `compress verify` shows: a line per runtime."""
-    caption = Text(f"{found.checkpoint} against the dequantized weights of {found.against}")
-    result = Table(caption=caption, caption_justify="left")
+    lines = [f"{found.checkpoint} against the dequantized weights of {found.against}"]
+    for each in found.findings if found.original else ():
+        if each.original is not None:
+            far = f"KL {each.original.kl:.2g}, top-1 {each.original.top1:.1%}"
+            lines.append(f"{each.runtime}, on random tokens, from the dense {found.original} (not judged): {far}")
+    result = Table(caption=Text("\n".join(lines)), caption_justify="left")
     for title in ("runtime", "weights, steps off", "logits, std off", "KL", "top-1", "verdict"):
         result.add_column(title, justify="left" if title in ("runtime", "verdict") else "right")
     for each in found.findings:
@@ -76,7 +80,8 @@ def verification(found: Verification) -> Table:
 
 
 def _measured(finding: Finding) -> tuple[float | None, ...]:
-    return finding.steps, finding.logits, finding.kl, finding.top1
+    outputs = finding.outputs
+    return (finding.steps, *((None,) * 3 if outputs is None else (outputs.logits, outputs.kl, outputs.top1)))
 
 
 def _figure(value: float | None, form: str) -> str:

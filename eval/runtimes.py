@@ -7,6 +7,7 @@ reads `FOLDER/request.json` (token ids, names of layers), and writes beside it `
 with the weight that is really served, and `versions.json`.
 
 The served weight of a linear layer is read off by sending the identity through it: x = I gives W^T, whatever the kernel.
+Layers that round their inputs are asked not to, where they can be.
 """
 
 import json
@@ -25,8 +26,10 @@ from ..calibrate.discovery import find_blocks
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats import shards
 from ..compress.formats.export import gguf_model
-from ..compress.formats.export import onnx as onnx_model
 from ..compress.formats.load import load
+from ..kernels.modules.linear import PackedLinear
+from .graphs import onnxruntime_outputs, openvino_outputs
+from .mlx import mlx_outputs
 
 REQUEST, OUTPUTS, WEIGHTS, VERSIONS = "request.json", "outputs.safetensors", "weights", "versions.json"
 
@@ -40,6 +43,7 @@ class Runtime:
              a step, so that no wrong code passes
     logits   largest difference of a logit, in standard deviations of the reference's logits
     top1     smallest share of equal most likely tokens
+    reach    a dynamic symmetric scale of inputs is `absmax / (largest code + reach)`
     """
 
     run: Callable[[Path, Tensor, list[str], Path], None]
@@ -47,10 +51,17 @@ class Runtime:
     steps: float
     logits: float
     top1: float
+    reach: float = 0.0
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, layers: list[str], folder: Path) -> None:
     """Write what a torch model computes: logits, hidden states after every block, served weights."""
+    _write_outputs(model, ids, folder)
+    _write_weights(model, layers, folder, model.dtype)
+
+
+@torch.inference_mode()
+def _write_outputs(model: PreTrainedModel, ids: Tensor, folder: Path) -> None:
     _, blocks = find_blocks(model)
     outputs: dict[str, Tensor] = {}
 
@@ -61,20 +72,28 @@ def run_model(model: PreTrainedModel, ids: Tensor, layers: list[str], folder: Pa
         return hook
 
     handles = [block.register_forward_hook(keep(index)) for index, block in enumerate(blocks)]
-    with torch.inference_mode():
-        outputs["logits"] = model(ids).logits.float()
-        for handle in handles:
-            handle.remove()
-        shards.write(folder / OUTPUTS, outputs)
-        for name in layers:
-            linear = model.get_submodule(name)
-            write_weight(folder, name, served_weight(linear, model.dtype))
+    outputs["logits"] = model(ids).logits.float()
+    for handle in handles:
+        handle.remove()
+    shards.write(folder / OUTPUTS, outputs)
+
+
+@torch.inference_mode()
+def _write_weights(model: PreTrainedModel, layers: list[str], folder: Path, dtype: torch.dtype) -> None:
+    for name in layers:
+        write_weight(folder, name, served_weight(model.get_submodule(name), dtype))
 
 
 def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
-    """The weight `[out, in]` that `linear` multiplies by, without its bias, as float32."""
+    """The weight `[out, in]` that `linear` multiplies by, without its bias, or the rows of a table, as float32."""
+    if hasattr(linear, "num_embeddings"):
+        return linear(torch.arange(int(linear.num_embeddings))).float()  # type: ignore[arg-type]
     width = int(getattr(linear, "in_features", 0) or getattr(linear, "nx", 0))
     zero, identity = torch.zeros(1, width, dtype=dtype), torch.eye(width, dtype=dtype)
+    if isinstance(linear, PackedLinear):  # the product alone: what is in front of it rounds inputs
+        return linear.product(identity).float().T.contiguous()
+    if hasattr(linear, "quantization_scheme"):  # compressed-tensors looks here whether to round inputs
+        setattr(linear, "quantization_enabled", False)  # noqa: B010 no attribute that torch knows of
     return (linear(identity) - linear(zero)).float().T.contiguous()
 
 
@@ -85,7 +104,30 @@ def write_weight(folder: Path, name: str, weight: Tensor) -> None:
 
 
 def _transformers(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
-    run_model(_pretrained(checkpoint), ids, layers, folder)
+    model = _pretrained(checkpoint)
+    if _by_bitsandbytes(model):
+        raise CompressError("bitsandbytes computes in 16 bits and is judged so", "use --runtime bitsandbytes")
+    run_model(model, ids, layers, folder)
+
+
+def _bitsandbytes(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
+    """Weights in training mode and float32, the only way to see them exactly; and first, since serving rearranges them."""
+    model = _pretrained(checkpoint)
+    if not _by_bitsandbytes(model):
+        raise CompressError(f"{checkpoint} is not in a format of bitsandbytes")
+    computing = [module for module in model.modules() if hasattr(module, "compute_dtype")]
+    dtypes = [module.compute_dtype for module in computing]
+    model.train()
+    for module in computing:
+        module.set_compute_type, module.compute_dtype = (lambda x: None), torch.float32  # type: ignore[assignment]
+    _write_weights(model, layers, folder, torch.float32)
+    for module, dtype in zip(computing, dtypes, strict=True):
+        module.compute_dtype = dtype  # type: ignore[assignment]
+    _write_outputs(model.eval(), ids, folder)
+
+
+def _by_bitsandbytes(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "is_loaded_in_4bit", False) or getattr(model, "is_loaded_in_8bit", False))
 
 
 def _gguf(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
@@ -96,33 +138,17 @@ def _lmpress(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> 
     run_model(load(checkpoint), ids, layers, folder)
 
 
-def _onnxruntime(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
-    import onnx
-    import onnxruntime
+Outputs = Callable[[Path, Tensor, list[str], Callable[[str, Tensor], None]], dict[str, Tensor]]
 
-    options = onnxruntime.SessionOptions()
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(checkpoint))
 
-    def run(model: Any, inputs: dict[str, Any]) -> dict[str, Tensor]:
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        names = [output.name for output in session.get_outputs()]
-        return {name: torch.from_numpy(found) for name, found in zip(names, session.run(names, inputs), strict=True)}
+def _written(outputs: Outputs) -> Callable[[Path, Tensor, list[str], Path], None]:
+    """`run` of a runtime that is no torch model, from the function that gives its outputs."""
 
-    model = onnx.load(checkpoint / onnx_model.FILE, load_external_data=False)
-    nodes = {node.name: node for node in model.graph.node}
-    stored = {tensor.name: tensor for tensor in model.graph.initializer}
-    floats = onnx.TensorProto.FLOAT
-    for name in layers:  # a graph of the one node, fed with the identity
-        node = nodes[name]
-        used = [stored[part] for part in node.input if part in stored]
-        ends = [onnx.helper.make_tensor_value_info(end, floats, None) for end in (node.input[0], node.output[0])]
-        alone = onnx.helper.make_graph([node], name, ends[:1], ends[1:], used)
-        width = next(a.i for a in node.attribute if a.name == "K") if node.attribute else used[0].dims[0]
-        one = onnx.helper.make_model(alone, opset_imports=model.opset_import, ir_version=model.ir_version)
-        write_weight(folder, name, run(one, {node.input[0]: torch.eye(width).numpy()})[node.output[0]].T.contiguous())
-    hidden = [output for node in model.graph.node for output in node.output if output.startswith("hidden.")]
-    model.graph.output.extend(onnx.helper.make_tensor_value_info(name, floats, None) for name in hidden)
-    shards.write(folder / OUTPUTS, run(model, {"input_ids": ids.numpy()}))
+    def run(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
+        found = outputs(checkpoint, ids, layers, lambda name, weight: write_weight(folder, name, weight))
+        shards.write(folder / OUTPUTS, found)
+
+    return run
 
 
 def _pretrained(checkpoint: Path, gguf_file: str | None = None) -> PreTrainedModel:
@@ -141,12 +167,21 @@ def _pretrained(checkpoint: Path, gguf_file: str | None = None) -> PreTrainedMod
 
 
 LOADING_PROBLEMS = ("missing_keys", "unexpected_keys", "mismatched_keys")
+HALF = 0.5  # compressed-tensors divides by 127.5, half a step beyond the largest code
 RUNTIMES: dict[str, Runtime] = {
     "transformers": Runtime(
-        _transformers, ("transformers", "torch", "compressed-tensors", "gptqmodel"), steps=0.3, logits=2e-2, top1=0.95
+        _transformers,
+        ("transformers", "torch", "compressed-tensors", "gptqmodel"),
+        steps=0.3,
+        logits=2e-2,
+        top1=0.95,
+        reach=HALF,
     ),
+    "bitsandbytes": Runtime(_bitsandbytes, ("transformers", "torch", "bitsandbytes"), steps=1e-3, logits=0.3, top1=0.9),
     "gguf-transformers": Runtime(_gguf, ("transformers", "torch", "gguf"), steps=0.3, logits=2e-2, top1=0.95),
-    "onnxruntime": Runtime(_onnxruntime, ("onnxruntime", "onnx"), steps=1e-3, logits=1e-3, top1=0.99),
+    "onnxruntime": Runtime(_written(onnxruntime_outputs), ("onnxruntime", "onnx"), steps=1e-3, logits=1e-3, top1=0.99),
+    "openvino": Runtime(_written(openvino_outputs), ("openvino", "onnx"), steps=1e-3, logits=1e-3, top1=0.99),
+    "mlx": Runtime(_written(mlx_outputs), ("mlx", "mlx-lm"), steps=0.3, logits=2e-2, top1=0.95),
     "lmpress": Runtime(_lmpress, ("lmpress", "torch"), steps=1e-3, logits=1e-4, top1=0.99),
 }
 

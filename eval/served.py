@@ -8,6 +8,7 @@ import torch
 
 from ..compress.errors import UsageError
 from ..compress.formats.checkpoint import Checkpoint
+from ..compress.prune.args import PruneArgs
 from ..compress.scheme import QuantArgs
 from ..kernels import dispatch
 from ..kernels.kernel import STEPS, Need
@@ -53,30 +54,36 @@ def served(
     inputs = None if checkpoint.reader is None else checkpoint.reader.inputs
     kinds: Counter[tuple[str, Need | None]] = Counter()
     for name, args in checkpoint.layers.items():
-        need = None
-        if isinstance(args, QuantArgs):
-            need = _need(args, checkpoint.shape(name)[1], inputs, exact, device, dtype)
+        need = _need(args, checkpoint.shape(name)[1], inputs, exact, device, dtype)
         kinds[name.rpartition(".")[2], need] += 1
     return [_choose(layer, need, count, kernel) for (layer, need), count in kinds.items()]
 
 
-def _need(args: QuantArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype) -> Need:
+def _need(
+    args: QuantArgs | PruneArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype
+) -> Need | None:
+    """None for blocks of NF4 that reach over row ends."""
+    if isinstance(args, PruneArgs):
+        return Need.pruned(getattr(torch, str(args.dtype)), torch.device(device).type, dtype)
+    codebook = args.kind == "nf4"
+    if codebook and width % (args.group_size or 1):
+        return None
     activations, steps = entering(inputs) if inputs else ("float" if exact else "group", STEPS)
     where = torch.device(device).type
-    return Need(args.bits, args.columns_per_scale(width), args.symmetric, False, activations, where, dtype, steps)
+    group = (args.group_size or width) if codebook else args.columns_per_scale(width)
+    return Need(args.bits, group, args.symmetric, codebook, activations, where, dtype, steps)
 
 
 def _choose(layer: str, need: Need | None, count: int, kernel: str | None) -> Served:
     if need is None:
-        return Served(layer, "pruned", count, UNFOLDED, "float", {})
+        return Served(layer, "nf4, blocks over row ends", count, UNFOLDED, "float", {})
     choice = dispatch.choose(need, kernel)
     reasons = {name: refusal.reason for name, refusal in choice.passed_over}
-    kind = "symmetric" if need.symmetric else "asymmetric"
-    return Served(
-        layer,
-        f"int{need.bits} {kind}, groups of {need.group}",
-        count,
-        choice.kernel.name,
-        need.activations,
-        reasons,
-    )
+    return Served(layer, _stored(need), count, choice.kernel.name, need.activations, reasons)
+
+
+def _stored(need: Need) -> str:
+    if need.values is not None:
+        return f"pruned {str(need.values).removeprefix('torch.')}"
+    kind = "nf4" if need.codebook else f"int{need.bits} {'symmetric' if need.symmetric else 'asymmetric'}"
+    return f"{kind}, groups of {need.group}"

@@ -1,6 +1,7 @@
 """Proof that another runtime serves a checkpoint as it was meant: weight by weight, then logits, then the block at fault."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -12,14 +13,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..calibrate.rows import context_length
+from ..compress.activations import quantized_inputs
 from ..compress.errors import UsageError
 from ..compress.export import export
 from ..compress.formats import shards
 from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.load import load
-from ..compress.tensor import Compressed, CompressedTensor
+from ..compress.quantize.codebook import nf4_values
+from ..compress.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -27,13 +31,23 @@ ROWS, LENGTH = 2, 64
 
 
 @dataclass(frozen=True)
+class Divergence:
+    """How far two models' predictions are apart: `logits` in standard deviations of the reference's, `kl` in nats per token,
+    `top1` the share of equal most likely tokens."""
+
+    logits: float
+    kl: float
+    top1: float
+
+
+@dataclass(frozen=True)
 class Finding:
     """What one runtime made of the checkpoint.
 
-    `worst_layer` is the layer whose served weight is farthest off, by `steps` steps of its grid, and `wrong_layers` are
-    all that are too far. `logits` is in standard deviations of the reference's logits, `kl` in nats per token,
-    `block` the first block whose output is too far off. Figures are None where the runtime failed or does not show them;
-    `error` is its own last word then.
+    `worst_layer` is the layer whose served weight is farthest off, by `steps` steps of its grid (0: equal bit for bit), and
+    `wrong_layers` are all that are too far. `outputs` compares with the dequantized checkpoint, `block` is the first that holds
+    one or whose output is too far off; `original` compares with the dense model, where one was given. Figures are None where
+    the runtime failed or does not show them; `error` is its own last word then.
     """
 
     runtime: str
@@ -43,19 +57,20 @@ class Finding:
     steps: float | None = None
     worst_layer: str | None = None
     wrong_layers: tuple[str, ...] = ()
-    logits: float | None = None
-    kl: float | None = None
-    top1: float | None = None
+    outputs: Divergence | None = None
     block: int | None = None
+    original: Divergence | None = None
 
 
 @dataclass(frozen=True)
 class Verification:
-    """The findings on `checkpoint`, held against the dequantized weights of `against`."""
+    """The findings on `checkpoint`, held against the dequantized weights of `against`; `original` is a dense model whose
+    divergence is told too."""
 
     checkpoint: str
     against: str
     findings: tuple[Finding, ...]
+    original: str | None = None
 
     @property
     def ok(self) -> bool:
@@ -68,30 +83,86 @@ class Verification:
 
 
 def verify(
-    checkpoint: str | Path, *, against: str | Path | None = None, runtime: Sequence[str] = ("transformers",)
+    checkpoint: str | Path,
+    *,
+    against: str | Path | None = None,
+    runtime: Sequence[str] = ("transformers",),
+    python: str | Path | None = None,
 ) -> Verification:
     """Load `checkpoint` in each runtime, in a process of its own, and compare.
 
     The reference is `against`: the checkpoint that this one was exported from, or any that `load` reads and that should be
-    equal; by default the checkpoint itself as `load` reads it. Its dequantized weights are run in float32.
-    Raises `UsageError` for unknown runtimes and where `against` has no quantized layers while the checkpoint has.
+    equal; by default the checkpoint itself as `load` reads it. Its dequantized weights are run in float32, inputs rounded as it
+    says. Where `against` is a dense model, the reference is the checkpoint itself, and how far the runtime is from the dense
+    model is told, not judged. `python` is the interpreter that runs the runtimes, by default this one; lmpress must be
+    importable there.
+
+    Raises `UsageError` for unknown runtimes, and where `against` is dense and the checkpoint is in a format that lmpress does
+    not read.
     """
     for name in runtime:
         runtimes.runtime(name)
-    reference = Checkpoint.open(against or checkpoint)
-    if not reference.layers:
-        raise UsageError(
-            f"{reference.source.path} is not quantized: it cannot tell what the codes of {checkpoint} should be",
-            "give --against the checkpoint that it was exported from",
-        )
+    reference, dense = _reference(checkpoint, against)
     ids = _ids(reference)
+    interpreter = str(python or sys.executable)
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
-        folder = Path(scratch)
-        export(reference.source.path, folder / "dense", format="fp32")
-        run_model(load(folder / "dense"), ids, [], folder)
-        expected = shards.read(folder / OUTPUTS)
-        findings = tuple(_find(name, Path(checkpoint), reference, ids, expected) for name in runtime)
-    return Verification(str(checkpoint), str(reference.source.path), findings)
+        original = None if dense is None else _run(load(dense.source.path), ids, Path(scratch))["logits"]
+        models = _Models(reference, ids, Path(scratch))
+        findings = []
+        for name in runtime:
+            expected = models.outputs(runtimes.runtime(name).reach)
+            findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, interpreter))
+    told = None if dense is None else str(dense.source.path)
+    return Verification(str(checkpoint), str(reference.source.path), tuple(findings), told)
+
+
+def _reference(checkpoint: str | Path, against: str | Path | None) -> tuple[Checkpoint, Checkpoint | None]:
+    """The checkpoint whose codes count, and the dense model that was given instead of one."""
+    given = Checkpoint.open(against or checkpoint)
+    if given.layers:
+        return given, None
+    remedy = "give --against the quantized checkpoint that it was exported from"
+    try:
+        own = None if against is None else Checkpoint.open(checkpoint)
+    except UsageError as error:
+        raise UsageError(
+            f"{given.source.path} is dense: it cannot tell what the codes of {checkpoint} should be", remedy
+        ) from error
+    if own is None or not own.layers:
+        raise UsageError(
+            f"neither {checkpoint} nor what it is held against is quantized: there are no codes to verify",
+            f"{remedy}, or compare predictions with compress eval --against",
+        )
+    if own.model.config.get_text_config().vocab_size != given.model.config.get_text_config().vocab_size:
+        raise UsageError(f"{given.source.path} has another vocabulary than {checkpoint}", remedy)
+    return own, given
+
+
+class _Models:
+    """The reference with its weights dequantized, run once for every way of rounding its inputs."""
+
+    def __init__(self, reference: Checkpoint, ids: Tensor, scratch: Path) -> None:
+        self._reference, self._ids, self._scratch = reference, ids, scratch
+        self._found: dict[float, dict[str, Tensor]] = {}
+
+    def outputs(self, reach: float) -> dict[str, Tensor]:
+        """Logits and hidden states, dynamic scales of inputs reaching so far (see `Runtime`)."""
+        rounds = self._reference.reader is not None and self._reference.reader.inputs is not None
+        key = reach if rounds else 0.0
+        if key not in self._found:
+            dense = self._scratch / "dense"
+            if not dense.exists():
+                export(self._reference.source.path, dense, format="fp32")
+            model = load(dense)
+            layers = {name: self._reference.layer(name) for name in self._reference.layers} if rounds else {}
+            with quantized_inputs(model, layers, key):
+                self._found[key] = _run(model, self._ids, self._scratch)
+        return self._found[key]
+
+
+def _run(model: PreTrainedModel, ids: Tensor, folder: Path) -> dict[str, Tensor]:
+    run_model(model, ids, [], folder)
+    return shards.read(folder / OUTPUTS)
 
 
 def _ids(reference: Checkpoint) -> Tensor:
@@ -102,27 +173,43 @@ def _ids(reference: Checkpoint) -> Tensor:
     return torch.randint(0, config.get_text_config().vocab_size, (ROWS, length), generator=generator)
 
 
-def _find(name: str, checkpoint: Path, reference: Checkpoint, ids: Tensor, expected: dict[str, Tensor]) -> Finding:
+def _find(
+    name: str,
+    checkpoint: Path,
+    reference: Checkpoint,
+    ids: Tensor,
+    expected: dict[str, Tensor],
+    original: Tensor | None,
+    interpreter: str,
+) -> Finding:
     limits = runtimes.runtime(name)
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
         folder = Path(scratch)
         request = {"ids": ids.tolist(), "layers": list(reference.layers)}
         (folder / REQUEST).write_text(json.dumps(request))
-        command = [sys.executable, "-m", f"{__package__}.runtimes", name, str(checkpoint), str(folder)]
+        command = [interpreter, "-m", f"{__package__}.runtimes", name, str(checkpoint), str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 our own module
         if done.returncode:
             return Finding(name, {}, error=_last_word(done))
         finding = Finding(name, json.loads((folder / VERSIONS).read_text()))
-        finding = _compare_outputs(finding, limits, expected, shards.read(folder / OUTPUTS))
+        found = shards.read(folder / OUTPUTS)
+        finding = _compare_outputs(finding, limits, expected, found)
         finding = _compare_weights(finding, limits, reference, folder / WEIGHTS)
-    assert finding.steps is not None and finding.logits is not None and finding.top1 is not None
-    passed = not finding.wrong_layers and finding.logits <= limits.logits and finding.top1 >= limits.top1
-    return replace(finding, ok=passed)
+    if original is not None:
+        finding = replace(finding, original=_divergence(found["logits"], original))
+    assert finding.outputs is not None
+    near = finding.outputs.logits <= limits.logits and finding.outputs.top1 >= limits.top1
+    return replace(finding, ok=near and not finding.wrong_layers)
 
 
 def _last_word(done: subprocess.CompletedProcess[str]) -> str:
+    """The error that ended the process, and the tensor that transformers' report of what did not fit begins with."""
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
-    return lines[-1][:300] if lines else f"the process ended with {done.returncode}"
+    if not lines:
+        return f"the process ended with {done.returncode}"
+    raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
+    told = next((f"; {line}" for line in lines if "MISMATCH" in line and "above report" in (raised or [""])[-1]), "")
+    return ((raised or lines)[-1] + told)[:300]
 
 
 def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, folder: Path) -> Finding:
@@ -134,38 +221,54 @@ def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, f
         off[name] = _steps(served, tensor)
     worst = max(off, key=lambda name: off[name])
     wrong = tuple(name for name, steps in off.items() if not steps <= limits.steps)
-    return replace(finding, steps=off[worst], worst_layer=worst if off[worst] else None, wrong_layers=wrong)
+    prefix, count = reference.blocks
+    holding = [i for i in range(count) if any(name.startswith(f"{prefix}.{i}.") for name in wrong)]
+    block = min([*holding, *([] if finding.block is None else [finding.block])], default=None)
+    return replace(
+        finding, steps=off[worst], worst_layer=worst if off[worst] else None, wrong_layers=wrong, block=block
+    )
 
 
 def _steps(served: Tensor, tensor: Compressed) -> float:
-    """The largest difference in steps of the grid; infinite for another shape or no numbers.
-
-    The step of a layer without one grid (pruned, SpQR) is a 127th of its largest weight.
-    """
+    """The largest difference in steps of the grid; infinite for another shape or no numbers."""
     if served.shape != tensor.shape or not bool(served.isfinite().all()):
         return float("inf")
-    expected = tensor.dequantize()
-    if isinstance(tensor, CompressedTensor):
-        step = tensor.scale.float().abs().repeat_interleave(tensor.shape[1] // tensor.scale.shape[1], dim=1)
-    else:
-        step = expected.abs().max() / 127
-    return float(((served - expected).abs() / step).max())
+    return float(((served - tensor.dequantize()).abs() / _step(tensor)).max())
+
+
+def _step(tensor: Compressed) -> Tensor:
+    """What one code is apart from the next, broadcasting over the weight.
+
+    NF4: the smallest gap between its values; a layer without one grid (pruned, SpQR): a 127th of its largest weight.
+    """
+    if isinstance(tensor, CompressedTensor | BlockTensor):
+        scale = tensor.scales() if isinstance(tensor, BlockTensor) else tensor.scale.float()
+        return scale.abs().repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
+    if isinstance(tensor, NF4Tensor):
+        assert tensor.args.group_size is not None
+        gap = nf4_values(tensor.codes.device).diff().min()
+        return gap * tensor.scales().repeat_interleave(tensor.args.group_size)[: tensor.codes.numel()].view(
+            tensor.shape
+        )
+    return tensor.dequantize().abs().max() / 127
 
 
 def _compare_outputs(
     finding: Finding, limits: Runtime, expected: dict[str, Tensor], found: dict[str, Tensor]
 ) -> Finding:
-    logits, base = found["logits"], expected["logits"]
-    p, q = F.log_softmax(base.double(), -1), F.log_softmax(logits.double(), -1)
     blocks = sorted(int(name.removeprefix("hidden.")) for name in expected if name.startswith("hidden."))
     seen = [index for index in blocks if f"hidden.{index}" in found]
     diverging = (i for i in seen if not _relative(found[f"hidden.{i}"], expected[f"hidden.{i}"]) <= limits.logits)
-    return replace(
-        finding,
+    outputs = _divergence(found["logits"], expected["logits"])
+    return replace(finding, outputs=outputs, block=next(diverging, None))
+
+
+def _divergence(logits: Tensor, base: Tensor) -> Divergence:
+    p, q = F.log_softmax(base.double(), -1), F.log_softmax(logits.double(), -1)
+    return Divergence(
         logits=_relative(logits, base),
         kl=float((p.exp() * (p - q)).sum(-1).mean()),
         top1=float((logits.argmax(-1) == base.argmax(-1)).float().mean()),
-        block=next(diverging, None),
     )
 
 

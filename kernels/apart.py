@@ -8,18 +8,21 @@ from torch import Tensor
 from . import ops  # noqa: F401  (registers the operators)
 from .cpu import library
 from .kernel import Kernel, Need, Product, Unavailable
-from .weight import SparseRows, Weight
+from .weight import PrunedWeight, SparseRows, Weight
 
 
-def prepare(kernel: Kernel, weight: Weight, need: Need) -> Product:
+def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Product:
     """The product of `weight` by `kernel`, with whatever the weight keeps apart."""
+    if isinstance(weight, PrunedWeight):
+        assert kernel.pruned is not None
+        return kernel.pruned(weight, need)
     product = kernel.prepare(weight, need)
-    if weight.columns is not None and weight.outliers is not None:
+    if weight.columns is not None and weight.outliers is not None and not kernel.mixes:
         product = WithColumns(product, weight.columns, weight.outliers)
     if weight.threshold:
         product = WithThreshold(product, weight)
     if weight.residual is not None:
-        product = WithResidual(product, weight.residual)
+        product = WithResidual(product, weight.residual, weight.shape[1])
     return product
 
 
@@ -76,16 +79,18 @@ class WithThreshold(Product):
 class WithResidual(Product):
     """`y = x W^T + x S^T` with S sparse, in compressed rows."""
 
-    def __init__(self, inner: Product, residual: SparseRows) -> None:
+    def __init__(self, inner: Product, residual: SparseRows, width: int) -> None:
         super().__init__()
         self.inner = inner
         self.starts: Tensor
         self.indices: Tensor
         self.values: Tensor
         self.register_buffer("starts", residual.starts, persistent=False)
-        self.register_buffer("indices", residual.columns, persistent=False)
-        self.register_buffer("values", residual.values.float(), persistent=False)
-        self.compiled = residual.values.device.type == "cpu" and _has_library()
+        on_cpu, narrow = residual.values.device.type == "cpu", width <= torch.iinfo(torch.uint16).max
+        indices = residual.columns.to(torch.uint16) if on_cpu and narrow else residual.columns
+        self.register_buffer("indices", indices, persistent=False)
+        self.register_buffer("values", residual.values, persistent=False)
+        self.compiled = on_cpu and _has_library()
         self.on_gpu = residual.values.is_cuda and find_spec("triton") is not None
 
     def forward(self, x: Tensor) -> Tensor:

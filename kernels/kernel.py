@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.errors import CompressError
-from .weight import Weight
+from .weight import PrunedWeight, Weight
 
 Activations = Literal["float", "group", "token"]
 
@@ -28,7 +28,8 @@ class WrongMachine(Unavailable):
 class Need:
     """What a layer asks of its kernel.
 
-    `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
+    `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
+    codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
     row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`.
     """
 
@@ -40,23 +41,34 @@ class Need:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     steps: float = STEPS
+    values: torch.dtype | None = None
 
     @classmethod
     def of(
         cls,
-        weight: Weight,
+        weight: Weight | PrunedWeight,
         activations: Activations = "float",
         dtype: torch.dtype = torch.float32,
         steps: float = STEPS,
     ) -> "Need":
-        """What `weight` needs, for inputs of `dtype` on the weight's device."""
+        """What `weight` needs, for inputs of `dtype` on the weight's device; those of a pruned weight stay floats."""
+        if isinstance(weight, PrunedWeight):
+            return cls.pruned(weight.values.dtype, weight.values.device.type, dtype)
         device, codebook = weight.codes.device.type, weight.codebook is not None
         return cls(weight.bits, weight.group, weight.zero is None, codebook, activations, device, dtype, steps)
+
+    @classmethod
+    def pruned(cls, values: torch.dtype, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Need":
+        """What a pruned weight needs that stores `values`."""
+        return cls(torch.finfo(values).bits, group=1, device=device, dtype=dtype, values=values)
 
 
 @dataclass(frozen=True)
 class Serves:
-    """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale."""
+    """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
+
+    `bits` are those of codes, `values` the dtypes of pruned weights: none for most.
+    """
 
     bits: frozenset[int]
     activations: frozenset[Activations]
@@ -65,11 +77,13 @@ class Serves:
     groups: frozenset[int] | None = None
     symmetric: frozenset[bool] = frozenset({True, False})
     codebook: frozenset[bool] = frozenset({True, False})
+    values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: Need) -> str | None:
         """Why `need` is not met, or None where it is."""
+        stored = ("bits", need.bits, self.bits) if need.values is None else ("values", need.values, self.values)
         asked = [
-            ("bits", need.bits, self.bits),
+            stored,
             ("activations", need.activations, self.activations),
             ("device", need.device, self.devices),
             ("dtype", need.dtype, self.dtypes),
@@ -97,11 +111,29 @@ class Product(nn.Module):
         raise NotImplementedError
 
 
+class PrunedProduct(Product):
+    """The product of a pruned weight, which it keeps as it was given: `mask`, `values` (see `PrunedWeight`)."""
+
+    def __init__(self, weight: PrunedWeight) -> None:
+        super().__init__()
+        self.width = weight.width
+        self.mask: Tensor
+        self.values: Tensor
+        self.register_buffer("mask", weight.mask, persistent=False)
+        self.register_buffer("values", weight.values, persistent=False)
+
+    @property
+    def weight(self) -> PrunedWeight:
+        """What was given."""
+        return PrunedWeight(self.mask, self.values, self.width)
+
+
 @dataclass(frozen=True)
 class Kernel:
     """A named way to multiply by a quantized weight.
 
-    `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it. `tolerance` is the
+    `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
+    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too. `tolerance` is the
     largest relative error against float64 (with the activations quantized as the need says) that its self-test accepts.
     """
 
@@ -109,3 +141,5 @@ class Kernel:
     serves: Serves
     prepare: Callable[[Weight, Need], Product]
     tolerance: float = 1e-5
+    pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
+    mixes: bool = False

@@ -1,90 +1,56 @@
 """The kernels as operators of torch, with shapes for tracing: `torch.compile` and `torch.export` see through them.
 
-Eager calls go past the operators, whose bookkeeping costs more than a small product does.
+Eager calls go past the operators, whose bookkeeping costs more than a small product does. Weights in panels are given as
+`arranged.flat` gives them.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .cpu import library
+from .arranged import restored
+from .cpu import library, product, pruned
 from .cpu.layout import Panels
-from .cpu.product import multiply, multiply_transposed
 from .weight import SparseRows
 
 
 @torch.library.custom_op("lmpress::cpu_linear", mutates_args=(), device_types="cpu")
 def cpu_linear(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    table: Tensor | None,
-    rows: int,
-    columns: int,
-    group: int,
-    bits: int,
-    center: int,
-    instructions: str,
-    activations: str,
-    steps: float,
+    x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], instructions: str, activations: str, steps: float
 ) -> Tensor:
     """`x W^T` for `x` `[m, columns]`, the weight in panels: see `cpu/product.py`."""
-    shape = (rows, columns, group, bits, center)
-    return multiply(x, codes, scales, offsets, table, *shape, instructions, activations, steps)
+    return product.multiply(x, library.Linear(restored(Panels, tensors, numbers), instructions, activations, steps))
 
 
 @cpu_linear.register_fake
-def _(
-    x: Tensor, codes: Tensor, scales: Tensor, offsets: Tensor | None, table: Tensor | None, rows: int, *_: object
-) -> Tensor:
-    return x.new_empty(x.shape[0], rows)
+def _(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *_: object) -> Tensor:
+    return x.new_empty(x.shape[0], restored(Panels, tensors, numbers).rows)
 
 
 @torch.library.custom_op("lmpress::cpu_linear_transposed", mutates_args=(), device_types="cpu")
-def cpu_linear_transposed(
-    grad: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    table: Tensor | None,
-    rows: int,
-    columns: int,
-    group: int,
-    bits: int,
-    center: int,
-    instructions: str,
-) -> Tensor:
+def cpu_linear_transposed(grad: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], instructions: str) -> Tensor:
     """`grad W` for `grad` `[m, rows]`: `[m, columns]`, exact; what `cpu_linear` sends back to its input."""
-    panels = Panels(codes, scales, offsets, table, rows, columns, group, bits, center)
-    inputs = grad.to(torch.float32).contiguous()
-    return multiply_transposed(inputs, panels, library.instruction_set(instructions)).to(grad.dtype)
+    panels, inputs = restored(Panels, tensors, numbers), grad.to(torch.float32).contiguous()
+    return product.multiply_transposed(inputs, panels, library.instruction_set(instructions)).to(grad.dtype)
 
 
 @cpu_linear_transposed.register_fake
-def _(
-    grad: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    table: Tensor | None,
-    rows: int,
-    columns: int,
-    *_: object,
-) -> Tensor:
-    return grad.new_empty(grad.shape[0], columns)
+def _(grad: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *_: object) -> Tensor:
+    return grad.new_empty(grad.shape[0], restored(Panels, tensors, numbers).columns)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    _, codes, scales, offsets, table, *rest = inputs
-    ctx.save_for_backward(codes, scales, offsets, table)
-    ctx.shape = rest[:6]
+    _, tensors, ctx.numbers, ctx.instructions, *_ = inputs
+    ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     """int8 activations pass gradients straight through, as their rounding has none."""
-    return torch.ops.lmpress.cpu_linear_transposed(grad, *ctx.saved_tensors, *ctx.shape), *(None,) * 12
+    tensors = list(ctx.saved_tensors)
+    back = torch.ops.lmpress.cpu_linear_transposed(grad, tensors, ctx.numbers, ctx.instructions)
+    return back, [None] * len(tensors), None, None, None, None
 
 
 cpu_linear.register_autograd(_backward, setup_context=_remember)
@@ -116,3 +82,41 @@ def _backward_sparse(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
 
 
 cpu_add_sparse.register_autograd(_backward_sparse, setup_context=_remember_sparse)
+
+
+@torch.library.custom_op("lmpress::cpu_pruned_linear", mutates_args=(), device_types="cpu")
+def cpu_pruned_linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
+    """`x W^T` for `x` `[m, columns]` and a pruned weight: see `cpu/pruned.py`."""
+    return pruned.multiply(x, mask, values, starts, instructions)
+
+
+@cpu_pruned_linear.register_fake
+def _(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
+    return x.new_empty(x.shape[0], mask.shape[0])
+
+
+@torch.library.custom_op("lmpress::cpu_pruned_linear_transposed", mutates_args=(), device_types="cpu")
+def cpu_pruned_linear_transposed(
+    grad: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str
+) -> Tensor:
+    """`grad W` for `grad` `[m, rows]`: what `cpu_pruned_linear` sends back to its input."""
+    return pruned.multiply_transposed(grad, mask, values, starts, columns, instructions)
+
+
+@cpu_pruned_linear_transposed.register_fake
+def _(grad: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str) -> Tensor:
+    return grad.new_empty(grad.shape[0], columns)
+
+
+def _remember_pruned(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, *weight, ctx.instructions = inputs
+    ctx.columns = x.shape[1]
+    ctx.save_for_backward(*weight)
+
+
+def _backward_pruned(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    back = torch.ops.lmpress.cpu_pruned_linear_transposed(grad, *ctx.saved_tensors, ctx.columns, ctx.instructions)
+    return back, None, None, None, None
+
+
+cpu_pruned_linear.register_autograd(_backward_pruned, setup_context=_remember_pruned)

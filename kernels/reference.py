@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compress.formats.bitstream import pack_rows, unpack_rows
-from .kernel import Kernel, Need, Product, Serves
-from .weight import Weight
+from .kernel import FLOAT_DTYPES, Kernel, Need, Product, PrunedProduct, Serves
+from .weight import PrunedWeight, Weight
 
 SLAB = 256  # rows of the weight that are dequantized at a time: no call holds a whole matrix
 
@@ -56,12 +56,30 @@ class ReferenceProduct(Product):
         return Weight(codes, self.scale[rows], zero, self.need.bits, self.need.group, self.codebook).dequantize(dtype)
 
 
+class ReferencePruned(PrunedProduct):
+    """A slab of rows at a time is unfolded."""
+
+    def __init__(self, weight: PrunedWeight, need: Need) -> None:
+        super().__init__(weight)
+        self.starts = [0, *weight.starts()[SLAB::SLAB].tolist(), len(weight.values)]
+
+    def forward(self, x: Tensor) -> Tensor:
+        slabs = [self._slab(index).to(x.dtype) for index in range(-(-len(self.mask) // SLAB))]
+        return torch.cat([F.linear(x, slab) for slab in slabs], dim=1)
+
+    def _slab(self, index: int) -> Tensor:
+        mask, values = self.mask[index * SLAB :][:SLAB], self.values[self.starts[index] : self.starts[index + 1]]
+        return PrunedWeight(mask, values, self.width).dequantize(values.dtype)
+
+
 REFERENCE = Kernel(
     name="torch-dequantize",
     serves=Serves(
         bits=frozenset(range(2, 9)),
         activations=frozenset({"float", "group", "token"}),
         dtypes=None,
+        values=FLOAT_DTYPES,
     ),
     prepare=ReferenceProduct,
+    pruned=ReferencePruned,
 )

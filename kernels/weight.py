@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from ..compress.formats.sparse import by_mask, from_mask
 from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import MixedTensor, NF4Tensor, Served, SpQRTensor
+from ..compress.tensor import TILE, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor, TwoLevel
 
 
 @dataclass(frozen=True)
@@ -14,8 +16,8 @@ class SparseRows:
     """A sparse matrix in compressed rows: row r holds the entries `starts[r] .. starts[r + 1] - 1`.
 
     starts   int64 `[rows + 1]`
-    columns  int32 `[entries]`
-    values   float `[entries]`
+    columns  int32 `[entries]`, or uint16 where the matrix is no wider than that
+    values   float16 `[entries]`
     """
 
     starts: Tensor
@@ -28,12 +30,38 @@ class SparseRows:
         rows, columns = dense.nonzero(as_tuple=True)
         counts = torch.bincount(rows, minlength=len(dense))
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(starts, columns.to(torch.int32), dense[rows, columns])
+        return cls(starts, columns.to(torch.int32), dense[rows, columns].half())
 
     @property
     def rows(self) -> Tensor:
         """The row of every entry, int64 `[entries]`."""
         return torch.repeat_interleave(self.starts.diff())
+
+
+@dataclass(frozen=True)
+class Levels:
+    """The scales and zeros of SpQR as two levels, tile by tile of 16 rows, those of the last one that are missing being 0.
+
+    codes  uint8 `[tiles, groups, 16]`: the code of a row's scale in the low nibble, that of its zero in the high one
+    grids  float16 `[tiles, groups, 4]`: scale and zero of the scale codes, then those of the zero codes
+    """
+
+    codes: Tensor
+    grids: Tensor
+
+    @classmethod
+    def of(cls, tensor: SpQRTensor) -> "Levels":
+        """Those of a compressed tensor."""
+        both = tensor.scale.codes | tensor.zero.codes << 4
+        tiles = F.pad(both, (0, 0, 0, -len(both) % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
+        grids = (tensor.scale.scale, tensor.scale.zero, tensor.zero.scale, tensor.zero.zero)
+        return cls(tiles.contiguous(), torch.stack(grids, -1).contiguous())
+
+    def two(self, rows: int) -> tuple[TwoLevel, TwoLevel]:
+        """The scales and the zeros of so many rows."""
+        codes = self.codes.transpose(1, 2).flatten(0, 1)[:rows]
+        grids = [part.contiguous() for part in self.grids.unbind(-1)]
+        return TwoLevel(codes & 15, *grids[:2]), TwoLevel(codes >> 4, *grids[2:])
 
 
 @dataclass(frozen=True)
@@ -48,6 +76,7 @@ class Weight:
               codes of these columns do not count
     threshold  from which on a value of the inputs takes its column out of the int8 product; 0: none does
     residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
+    levels    what scale and zero come from (SpQR), or None; kernels may hold this instead
     """
 
     codes: Tensor
@@ -60,15 +89,18 @@ class Weight:
     outliers: Tensor | None = None
     threshold: float = 0.0
     residual: SparseRows | None = None
+    levels: Levels | None = None
 
     @classmethod
     def of(cls, tensor: Served | SpQRTensor) -> "Weight":
-        """The weight of a compressed tensor; two-level scales become float32, blocks of NF4 must not reach over rows."""
+        """The weight of a compressed tensor; quantized scales become float32, blocks of NF4 must not reach over rows."""
         args, codes = tensor.args, tensor.codes
         if isinstance(tensor, NF4Tensor):
             assert tensor.rows_are_blocks and args.group_size is not None
             scale = tensor.scales().view(len(codes), -1)
             return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
+        if isinstance(tensor, BlockTensor):
+            return cls(codes, tensor.scales(), tensor.zeros(), args.bits, tensor.group)
         if isinstance(tensor, MixedTensor):
             apart = (tensor.columns, tensor.outliers, tensor.inputs.threshold)
             return cls(codes, tensor.scale, None, args.bits, tensor.shape[1], None, *apart)
@@ -77,7 +109,7 @@ class Weight:
             grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
             starts[1:] = tensor.counts.cumsum(0)
             residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
-            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual)
+            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual, levels=Levels.of(tensor))
         return cls(codes, tensor.scale, tensor.zero, args.bits, group)
 
     @property
@@ -102,3 +134,41 @@ class Weight:
             place = (self.residual.rows, self.residual.columns.long())
             dense.index_put_(place, self.residual.values.to(dtype), accumulate=True)
         return dense
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """A weight `[out, in]` of floats of which only some are stored; the others are zero.
+
+    mask    uint8 `[out, ceil(in / 8)]`: bit `j % 8` of byte `j // 8` of a row: column `j` is stored
+    values  float `[stored]`, row after row
+    width   in_features
+    """
+
+    mask: Tensor
+    values: Tensor
+    width: int
+
+    @classmethod
+    def of(cls, tensor: PrunedTensor) -> "PrunedWeight":
+        """The weight of a pruned tensor, however it is stored on disk."""
+        return cls(*by_mask(tensor), tensor.shape[1])
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out_features, in_features)"""
+        return self.mask.shape[0], self.width
+
+    def kept(self) -> Tensor:
+        """What is stored: bool `[out, in]`."""
+        return from_mask(self.mask, self.width)
+
+    def starts(self) -> Tensor:
+        """The number of the first value of each row, int64 `[out + 1]`."""
+        counts = self.kept().sum(1)
+        return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight `[out, in]` in `dtype`: what every kernel is held against."""
+        kept = self.kept()
+        return self.values.new_zeros(kept.shape, dtype=dtype).masked_scatter_(kept, self.values.to(dtype))

@@ -10,7 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
@@ -23,11 +23,12 @@ from ..calibrate.source import open_source
 from ..compress import api
 from ..compress.distill.knowledge import Lessons
 from ..compress.errors import CompressError, UsageError
-from ..compress.export import WEIGHTS, export, formats
+from ..compress.export import WEIGHTS, WHOLE_FILES, export, formats
 from ..compress.formats.shards import storage_errors
 from ..compress.prune.args import Pruning
 from ..compress.report.progress import Event, Observer, silent
 from ..compress.workspace import check_target, put_in_place
+from ..eval.perplexity import Evaluation, evaluate
 from . import schema
 from .schema import Recipe
 
@@ -46,6 +47,7 @@ class Distillation(BaseModel):
     choice: str = "greedy"
     mlp_width: float | None = None
     kv_heads: int | None = None
+    hidden_size: float | None = None
     teacher: str | None = None
     data: str = "python-stdlib"
     samples: int = 4096
@@ -103,17 +105,25 @@ class Chain:
 
 @dataclass(frozen=True)
 class ChainReport:
-    """What a chain did: for every stage its kind, directory name, bytes of weights, seconds, and the verdict on it if any."""
+    """What a chain did: for every stage its kind, directory name, bytes of weights, seconds, and the verdict on it if any.
+
+    `evaluation` was made of the stage `evaluated`, the last one that `load` reads: a GGUF or ONNX file holds the same codes
+    and scales as what it was exported from.
+    """
 
     out: Path
     stages: list[dict[str, Any]]
     bytes_before: int
     bytes_after: int
     seconds: float
+    evaluation: Evaluation | None = None
+    evaluated: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"out": str(self.out)}
+        known = {name: value for name, value in asdict(self).items() if value is not None}
+        measured = {} if self.evaluation is None else {"evaluation": self.evaluation.as_dict()}
+        return known | {"out": str(self.out)} | measured
 
 
 def kind_of(stage: Distillation | Recipe | Export) -> str:
@@ -173,9 +183,10 @@ def run(
     *,
     overwrite: bool = False,
     device: str = "cpu",
+    evaluate_on: str | None = None,
     observer: Observer = silent,
 ) -> ChainReport:
-    """Carry out the stages one after the other, from `model` into the directory `out`.
+    """Carry out the stages one after the other, from `model` into the directory `out`, and evaluate the result if asked to.
 
     Raises what a stage raises, with the stage's name in front; finished stages are kept then.
     """
@@ -185,7 +196,7 @@ def run(
     work, names = out.parent / f".{out.name}.chain", chain.names(_base(model))
     _prepare(work, chain, source.fingerprint, names, overwrite)
     previous: str | Path = model
-    records = []
+    records, served = [], previous
     for number, (stage, name) in enumerate(zip(chain.stages, names, strict=True), start=1):
         place = work / name
         if not place.exists():
@@ -196,9 +207,13 @@ def run(
         note = work / f"{number}.json"
         known = json.loads(note.read_text()) if note.exists() else {}
         records.append({"stage": kind_of(stage), "name": name, "bytes": _weights(place), **known})
+        served = previous if isinstance(stage, Export) and stage.format in WHOLE_FILES else place
         previous = place
-    last = Path(previous)
-    report = ChainReport(out, records, source.nbytes, _weights(last), time.monotonic() - started)
+    last, seconds = Path(previous), time.monotonic() - started
+    report = ChainReport(out, records, source.nbytes, _weights(last), seconds)
+    if evaluate_on is not None:
+        found = evaluate(served, evaluate_on, against=model, device=device, progress=observer)
+        report = replace(report, evaluation=found, evaluated=Path(served).name)
     with storage_errors(out):
         (last / RECORD).write_text(json.dumps(chain.as_dict() | {"done": records}, indent=2) + "\n")
         put_in_place(last, out)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 from ..compress.errors import UsageError
 from ..compress.passes import Method, PassConfig, method
 from ..compress.prune.args import Pruning
-from ..compress.scheme import Scheme, WeightArgs
+from ..compress.scheme import QuantArgs, Scheme, WeightArgs
 
 
 class Calibration(BaseModel):
@@ -75,7 +75,8 @@ class PassSpec(BaseModel):
 
 class Recipe(BaseModel):
     """What a run does. `keep` are patterns of layers that stay dense; `overrides` change the weight arguments of layers by
-    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget."""
+    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget. `embedding` is how the table of
+    embeddings and the head are rounded to nearest (None: they stay as they are)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -85,6 +86,7 @@ class Recipe(BaseModel):
     overrides: dict[str, dict[str, Any]] = {}
     seed: int = 0
     allocate: Allocation | None = None
+    embedding: QuantArgs | None = None
 
     @model_validator(mode="after")
     def _transforms_come_first(self) -> "Recipe":
@@ -125,12 +127,21 @@ class Recipe(BaseModel):
         return args
 
 
+OF_BLOCKS = ("gptq", "obq", "rtn")  # the methods that solve on any grid
+
+
 def _check_two_levels(passes: Sequence[PassSpec]) -> None:
-    """Raise `UsageError` where a pass is to leave two-level scales and cannot."""
+    """Raise `UsageError` where a pass is to leave scales that are quantized themselves and cannot."""
     for entry in passes:
         scheme = entry.config.scheme
-        if isinstance(scheme, Scheme) and scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
+        if not isinstance(scheme, Scheme):
+            continue
+        if scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
             raise UsageError(f"{entry.method} leaves no two-level scales", "use method spqr, or scale_dtype float16")
+        if scheme.weights.kind == "blocks" and entry.method not in OF_BLOCKS:
+            raise UsageError(f"{entry.method} leaves no GGUF blocks", f"use method {', '.join(OF_BLOCKS)}")
+        if scheme.weights.kind == "blocks" and not scheme.weights.symmetric and scheme.weights.scale_dtype == "float16":
+            raise UsageError(f"{scheme.weights.block} is read, not solved", "use scale_dtype=super, or symmetric")
 
 
 def configure(name: str, options: Mapping[str, Any]) -> PassConfig:

@@ -118,12 +118,14 @@ def tiny(tmp_path: Path) -> Path:
     return folder
 
 
-def random_model(name: str) -> PreTrainedModel:
+def random_model(name: str, **changes: Any) -> PreTrainedModel:
     """A random float32 model of an architecture; norms and biases too, so that nothing holds by the accident of a default."""
     kind, shape = ARCHITECTURES[name]
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **(BASE | shape)), dtype=torch.float32)
+        model: Any = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, **(BASE | shape | changes)), dtype=torch.float32
+        )
         for parameter_name, parameter in model.named_parameters():
             if parameter.ndim == 1:
                 gain = parameter_name.endswith("weight") and not kind.startswith("gemma")
@@ -132,8 +134,8 @@ def random_model(name: str) -> PreTrainedModel:
 
 
 @pytest.fixture
-def make_model() -> Callable[[str], PreTrainedModel]:
-    """Gives the random model of an architecture by its name in `ARCHITECTURES`."""
+def make_model() -> Callable[..., PreTrainedModel]:
+    """Gives the random model of an architecture by its name in `ARCHITECTURES`, and what its config changes."""
     return random_model
 
 

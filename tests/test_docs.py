@@ -85,7 +85,7 @@ def test_the_page_of_formats_says_what_runtimes_accept() -> None:
     for runtime, containers in TARGETS.items():
         for container in containers:
             assert row_of(runtime, container) in page
-    assert sum(line.startswith("| `") and line.count("|") == 9 for line in page) == sum(map(len, TARGETS.values()))
+    assert sum(line.startswith("| `") and line.count("|") == 10 for line in page) == sum(map(len, TARGETS.values()))
     assert all(any(f"| `{name}` |" in line for line in page) for name in export.formats())
 
 
@@ -181,5 +181,6 @@ def row_of(runtime: str, container: Container) -> str:
         f"multiples of {container.multiple}" if container.multiple > 1 else "any",
         alike.get((container.uniform, container.fused), "none"),
         ", ".join(container.kinds) + (", Conv1D" if container.conv1d else ""),
+        " or ".join(container.inputs) or "as they are",
     ]
     return f"| {' | '.join(cells)} |"

@@ -63,6 +63,7 @@ def carry_chain(
     output: Output,
 ) -> None:
     from ...calibrate.source import open_source
+    from ...eval.render import table
     from ...recipes import chain
     from ..report.console import size, watching
 
@@ -75,7 +76,9 @@ def carry_chain(
         output.result({"bytes_before": before, **wanted.as_dict()})
         return
     with watching(output.console, target.parent / f"{target.name}.log") as observer:
-        report = chain.run(model, target, wanted, overwrite=overwrite, device=device, observer=observer)
+        report = chain.run(
+            model, target, wanted, overwrite=overwrite, device=device, evaluate_on=evaluate_on, observer=observer
+        )
     for number, record in enumerate(report.stages, start=1):
         output.console.print(f"stage {number}: {record['stage']}, {size(record['bytes'])}", highlight=False)
     share = report.bytes_after / report.bytes_before
@@ -86,7 +89,10 @@ def carry_chain(
         markup=False,
         soft_wrap=True,
     )
-    output.result(report.as_dict() | evaluated(report.out, model, evaluate_on, device, output))
+    if report.evaluation is not None:
+        output.console.print(f"evaluated: {report.evaluated}", highlight=False, markup=False, soft_wrap=True)
+        output.console.print(table({str(report.evaluated): report.evaluation}))
+    output.result(report.as_dict())
     if any(record.get("verdict") == "BROKEN" for record in report.stages):
         raise typer.Exit(BROKEN)
 

@@ -87,7 +87,14 @@ def verify(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint directory to load elsewhere.")],
     runtime: Annotated[str, typer.Option(help="Runtimes, separated by commas.")] = "transformers",
     against: Annotated[
-        str | None, typer.Option(help="Checkpoint it was exported from. Default: itself.", show_default=False)
+        str | None,
+        typer.Option(
+            help="Checkpoint it was exported from; a dense model: how far from it. Default: itself.", show_default=False
+        ),
+    ] = None,
+    python: Annotated[
+        Path | None,
+        typer.Option(help="Interpreter that has the runtimes. Default: this one.", show_default=False),
     ] = None,
     json_file: Json = None,
     quiet: Quiet = False,
@@ -98,7 +105,7 @@ def verify(
         from ...eval.render import verification
         from ...eval.verify import verify as prove
 
-        found = prove(checkpoint, against=against, runtime=runtime.split(","))
+        found = prove(checkpoint, against=against, runtime=runtime.split(","), python=python)
         output.result(found.as_dict(), verification(found))
     if not found.ok:
         raise typer.Exit(1)

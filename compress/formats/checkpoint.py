@@ -105,12 +105,12 @@ class Checkpoint:
                 f"{source.path} is quantized in a way that lmpress does not read ({error})",
                 "load it with the tool that made it, or start from the original model",
             ) from error
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)]
+        linears = [
+            name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
+        ]
         foreign = next(iter(found.keys() - set(linears)), None)
         if foreign is not None:
-            raise CompressError(
-                f"{source.path} packs {foreign}, which is no linear layer of its config.json", UNRELATED
-            )
+            raise CompressError(f"{source.path} packs {foreign}, which is no layer of its config.json", UNRELATED)
         return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
 
     def layer(self, name: str) -> Compressed:
@@ -139,9 +139,27 @@ class Checkpoint:
         rows, columns = weight_of(self.model.get_submodule(name)).shape
         return rows, columns
 
+    def _name(self, wanted: nn.Module | None) -> str:
+        return next(name for name, module in self.model.named_modules() if module is wanted)
+
     def is_conv1d(self, name: str) -> bool:
         """Whether the layer is transformers' `Conv1D`, which stores its weight as `[in, out]`."""
         return isinstance(self.model.get_submodule(name), Conv1D)
+
+    @property
+    def tied_head(self) -> str | None:
+        """The linear layer that computes with the packed embedding; None where the embedding is dense or stands alone."""
+        tied = self.model.config.tie_word_embeddings and self.embedding in self.layers
+        return self._name(self.model.get_output_embeddings()) if tied else None
+
+    @property
+    def embedding(self) -> str:
+        """The table that tokens are looked up in."""
+        return self._name(self.model.get_input_embeddings())
+
+    def is_embedding(self, name: str) -> bool:
+        """Whether the layer is a table that rows are looked up in."""
+        return isinstance(self.model.get_submodule(name), nn.Embedding)
 
     @property
     def dense(self) -> list[str]:

@@ -31,7 +31,7 @@ def load(
     kv_bits: int | None = None,
     kv_window: int | None = None,
 ) -> PreTrainedModel:
-    """The causal language model at `path` (a directory or hub id), in eval mode, computing in `dtype` on `device`.
+    """The causal language model at `path` (a directory, GGUF file or hub id), in eval mode, computing in `dtype` on `device`.
 
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
     faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
@@ -43,7 +43,7 @@ def load(
     """
     device_of(device)
     source = open_source(path)
-    if "quantization_config" in source.config:
+    if "quantization_config" in source.config or source.path.is_file():
         model = _load_packed(source, device, Serving(exact, kernel, dtype))
     else:
         model = _load_dense(source, device, dtype)
@@ -91,8 +91,12 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
     model = checkpoint.model
+    names, head = Names(model, source), checkpoint.tied_head
+    if head is not None:
+        replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)
     for name in checkpoint.layers:
         replace_linear(model, name, checkpoint.layer(name), serving, device)
-    materialise(model, "", source, Names(model, source), device)
-    model.tie_weights()
+    materialise(model, "", source, names, device)
+    if head is None:
+        model.tie_weights()
     return model

@@ -88,13 +88,13 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
         "ignore": sorted(ignored),
         "kv_cache_scheme": None,
         "config_groups": {
-            f"group_{i}": _group(args, ["Linear"] if single else names)
-            for i, (args, names) in enumerate(groups.items())
+            f"group_{i}": group(args, ["Linear"] if single else names) for i, (args, names) in enumerate(groups.items())
         },
     }
 
 
-def _group(args: QuantArgs, targets: list[str]) -> dict[str, Any]:
+def group(args: QuantArgs, targets: list[str]) -> dict[str, Any]:
+    """An entry of `config_groups`: layers by their names, or `Linear` for all that have no group of their own."""
     return {
         "targets": targets,
         "weights": {
@@ -129,7 +129,8 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
         raise ValueError(f"no group of its layers is {NAME}")
     found = {}
     for name in [n.removesuffix(".weight_packed") for n in stored if n.endswith(".weight_packed")]:
-        weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
+        own = (g["weights"] for target in (name, "Linear") for g in groups if target in g["targets"])
+        weights = next(own, None)
         if weights is None:
             raise ValueError(f"{name} is not stored as packed integers in contiguous groups")
         found[name] = QuantArgs(

@@ -15,6 +15,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import BinaryIO
 
 import torch
@@ -169,9 +170,9 @@ def streamed(folder: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Callable
         _write_index(folder, shards)
 
 
-def assemble(parts: Iterable[Path], folder: Path) -> None:
+def assemble(parts: Iterable[Path], folder: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
     """Put the tensors of all `parts` into the shards of `folder`, with an index where there are several."""
-    stored = {name: tensor for part in parts for name, tensor in read_header(part).items()}
+    stored = {renamed.get(name, name): tensor for part in parts for name, tensor in read_header(part).items()}
     shards = arrange({name: tensor.spec for name, tensor in stored.items()})
     for number, specs in enumerate(shards, start=1):
         with storage_errors(folder), _appearing(folder / _file_name(number, len(shards))) as stream:

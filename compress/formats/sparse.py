@@ -59,8 +59,8 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
         values = tensor.values.view(rows, -1, 4).gather(2, places).flatten(1)
         nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
         return shape | {f"{name}.weight_places": _join(nibbles, 4), f"{name}.weight_values": values}
-    bits = _join(tensor.kept.to(torch.uint8), 1)
-    return shape | {f"{name}.weight_bitmask": bits, f"{name}.weight_values": tensor.values[tensor.kept]}
+    mask, values = by_mask(tensor)
+    return shape | {f"{name}.weight_bitmask": mask, f"{name}.weight_values": values}
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedTensor:
@@ -77,11 +77,21 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
         values.view(rows, -1, 4).scatter_(2, places, stored.view(rows, -1, 2))
         kept = torch.zeros_like(values, dtype=torch.bool).view(rows, -1, 4).scatter_(2, places, True).flatten(1)
         return PrunedTensor(values, kept, args)
-    kept = _split(tensors[f"{name}.weight_bitmask"], 1, columns).bool()
+    kept = from_mask(tensors[f"{name}.weight_bitmask"], columns)
     if int(kept.sum()) != stored.numel():
         raise CompressError(f"{name} marks {int(kept.sum())} weights and stores {stored.numel()}", "it is damaged")
     values[kept] = stored
     return PrunedTensor(values, kept, args)
+
+
+def by_mask(tensor: PrunedTensor) -> tuple[Tensor, Tensor]:
+    """The bitmask uint8 `[out, ceil(in / 8)]` of what is stored, and that `[stored]`, as `bitmask` lays them out."""
+    return _join(tensor.kept.to(torch.uint8), 1), tensor.values[tensor.kept]
+
+
+def from_mask(mask: Tensor, columns: int) -> Tensor:
+    """What a bitmask says is stored: bool `[out, columns]`."""
+    return _split(mask, 1, columns).bool()
 
 
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:

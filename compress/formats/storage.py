@@ -16,6 +16,7 @@ from ..scheme import Kind, PruneArgs, QuantArgs, WeightArgs
 from ..tensor import Compressed, LowRankTensor
 from . import int_quantized, llm_int8, pack_quantized, sparse, spqr
 from .export import bitsandbytes
+from .gguf import stored as gguf
 from .int_quantized import IntQuantized
 from .llm_int8 import LLMInt8
 from .shards import TensorSpec
@@ -79,7 +80,7 @@ def _without_rank(args: WeightArgs) -> QuantArgs:
     return replace(args, rank=0)
 
 
-OF_KIND: dict[Kind, Format] = {"grid": pack_quantized, "two-level": spqr, "nf4": bitsandbytes}
+OF_KIND: dict[Kind, Format] = {"grid": pack_quantized, "two-level": spqr, "nf4": bitsandbytes, "blocks": gguf}
 
 
 def format_of(args: WeightArgs, inputs: QuantArgs | None = None) -> Format:
@@ -96,7 +97,11 @@ def format_of(args: WeightArgs, inputs: QuantArgs | None = None) -> Format:
 def format_that_wrote(config: Mapping[str, Any]) -> ModuleType:
     """The format that a checkpoint's `quantization_config` speaks of. Raises `ValueError` for what lmpress does not read."""
     found = next(
-        (each for each in (bitsandbytes, sparse, spqr, llm_int8, int_quantized, pack_quantized) if each.wrote(config)),
+        (
+            each
+            for each in (bitsandbytes, sparse, spqr, gguf, llm_int8, int_quantized, pack_quantized)
+            if each.wrote(config)
+        ),
         None,
     )
     if found is None:

@@ -1,16 +1,19 @@
 """What each runtime accepts, as data, so that a recipe is refused before any work rather than by the runtime afterwards.
 
-The limits were found by loading hand-written checkpoints; those of vLLM by reading its loaders (0.33.0), which need a GPU.
+The limits were found by loading checkpoints; those of vLLM (0.33.0) and SGLang (0.5.23) by reading their loaders, which need a
+GPU.
 """
 
 import difflib
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import product
 
 from ..errors import UsageError
 from ..plan import LayerPlan
-from ..scheme import Kind, PruneArgs, QuantArgs
+from ..scheme import Kind, PruneArgs, QuantArgs, group_strategy
 
 ROW = -1  # the group size of one scale per output row
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,6 +33,8 @@ class Container:
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
     kinds        what weights may be made of (`QuantArgs.kind`)
+    tables       packed embeddings are read
+    inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
     """
 
     format: str
@@ -42,34 +47,50 @@ class Container:
     uniform: bool = False
     conv1d: bool = False
     kinds: tuple[Kind, ...] = ("grid",)
+    tables: bool = False
+    inputs: tuple[str, ...] = ()
 
 
+STATIC, PER_TOKEN, DYNAMIC = "static tensor", "dynamic token", "dynamic tensor"
 PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
 GPTQ = Container("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
-GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32)
+GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"), tables=True)
 NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
-ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256))
+INT8_ROWS = Container("bitsandbytes", bits=(8,), symmetric=(True,), groups=(ROW,))
+W8A8 = Container("int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN))
+PACKED_INPUTS = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,), inputs=(STATIC, PER_TOKEN))
+ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), tables=True)
+OURS = Container(
+    "pack-quantized",
+    bits=(2, 3, 4, 5, 6, 7, 8),
+    conv1d=True,
+    kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
+    tables=True,
+)
+MARLIN = (32, 64, 128)  # groups that the kernels of vLLM and SGLang have
 TARGETS: dict[str, tuple[Container, ...]] = {
-    "lmpress": (
-        Container(
-            "pack-quantized",
-            bits=(2, 3, 4, 5, 6, 7, 8),
-            conv1d=True,
-            kinds=("grid", "two-level", "nf4", "columns", "low-rank"),
-        ),
-    ),
-    "transformers": (PACKED, NF4),
+    "lmpress": (OURS, replace(OURS, format="int-quantized", inputs=(STATIC, PER_TOKEN, DYNAMIC))),
+    "transformers": (PACKED, NF4, W8A8, PACKED_INPUTS),
+    "bitsandbytes": (NF4, INT8_ROWS),
     "gptqmodel": (GPTQ, AWQ),
     "vllm": (
-        Container("pack-quantized", bits=(4, 8), symmetric=(True,), groups=(32, 64, 128, ROW), multiple=32, fused=True),
-        Container("gptq", bits=(4, 8), symmetric=(True,), groups=(32, 64, 128), multiple=32, uniform=True, fused=True),
-        Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True, fused=True),
+        Container("pack-quantized", bits=(4, 8), symmetric=(True,), groups=(*MARLIN, ROW), multiple=32, fused=True),
+        Container("gptq", bits=(4, 8), symmetric=(True,), groups=MARLIN, multiple=32, uniform=True, fused=True),
+        Container("awq", bits=(4,), groups=MARLIN, multiple=32, uniform=True, fused=True),
+        replace(W8A8, fused=True),
+    ),
+    "sglang": (
+        Container("pack-quantized", bits=(4, 8), groups=(*MARLIN, ROW), multiple=128, fused=True),
+        Container("gptq", bits=(4, 8), symmetric=(True,), groups=MARLIN, multiple=128, uniform=True, fused=True),
+        Container("awq", bits=(4,), groups=MARLIN, multiple=128, uniform=True, fused=True),
+        replace(W8A8, fused=True),
     ),
     "llamacpp": (GGUF,),
     "gguf-transformers": (GGUF,),
     "onnxruntime": (ONNX,),
     "openvino": (ONNX,),
+    "mlx": (replace(AWQ, symmetric=(True,)),),
 }
 
 
@@ -82,21 +103,26 @@ class Fault:
     remedy: str
 
 
-def check(layers: Sequence[LayerPlan], targets: Iterable[str]) -> None:
-    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned.
+def check(layers: Sequence[LayerPlan], targets: Iterable[str], inputs: QuantArgs | None = None) -> None:
+    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`.
 
-    It names the target, the format that comes closest, the layers at fault and the nearest valid setting.
+    It names the target, the format that comes closest, the layers at fault, and the nearest setting that serves all targets.
     """
-    for target in targets:
-        found = {container: list(faults(layers, container)) for container in _containers(target)}
-        closest = min(found, key=lambda container: len({fault.layer for fault in found[container]}))
+    asked = {target: _containers(target) for target in targets}
+    for target, containers in asked.items():
+        found = {container: list(faults(layers, container, inputs)) for container in containers}
+        closest = min(found, key=lambda container: len({(fault.layer, fault.reason) for fault in found[container]}))
         if found[closest]:
             first = found[closest][0]
             alike = list(dict.fromkeys(fault.layer for fault in found[closest] if fault.reason == first.reason))
             more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
-            raise UsageError(
-                f"{target} cannot serve {first.layer}{more} as {closest.format}: {first.reason}", first.remedy
-            )
+            remedy = nearest(layers, list(asked.values()), inputs) or first.remedy
+            raise UsageError(f"{target} cannot serve {first.layer}{more} as {closest.format}: {first.reason}", remedy)
+
+
+def input_words(inputs: QuantArgs) -> str:
+    """How inputs are quantized: `dynamic token`, `static tensor`, `dynamic tensor`."""
+    return f"{'dynamic' if inputs.dynamic else 'static'} {inputs.strategy}"
 
 
 def _containers(target: str) -> tuple[Container, ...]:
@@ -107,10 +133,14 @@ def _containers(target: str) -> tuple[Container, ...]:
     return TARGETS[target]
 
 
-def faults(layers: Sequence[LayerPlan], container: Container) -> Iterator[Fault]:
+def faults(layers: Sequence[LayerPlan], container: Container, inputs: QuantArgs | None = None) -> Iterator[Fault]:
     """Every reason why `container` does not hold the layers, in their order."""
+    said = input_words(inputs) if inputs else None
     for layer in layers:
         if isinstance(layer.args, QuantArgs):
+            if said not in (container.inputs or (None,)):
+                reason = f"inputs quantized per {said}" if said else "inputs that are not quantized"
+                yield Fault(layer.name, reason, "use --method gptq" if said else "use --method smoothquant")
             yield from _own_faults(layer, layer.args, container)
         elif isinstance(layer.args, PruneArgs) and layer.args.storage != "dense":
             yield Fault(layer.name, "no other runtime reads sparse weights", "use --format dense")
@@ -125,8 +155,12 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
     rows, columns = layer.shape
     if layer.kind == "Conv1D" and not container.conv1d:
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
+    if layer.kind == "Embedding" and not container.tables:
+        yield Fault(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
     if args.kind not in container.kinds:
         yield Fault(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
+    if args.kind == "blocks":  # whole as they are, or not at all
+        return
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
         yield Fault(layer.name, f"{args.bits} bits", f"use --bits {nearest}")
@@ -149,6 +183,73 @@ def _nearest_group(name: str, columns: int, width: int, container: Container) ->
     if not usable:
         return f"use --group-size {ROW}" if ROW in sizes else f"use --keep '{name}'"
     return f"use --group-size {min(usable, key=lambda size: (abs(math.log(size / width)), size))}"
+
+
+def nearest(
+    layers: Sequence[LayerPlan], targets: Sequence[Sequence[Container]], inputs: QuantArgs | None = None
+) -> str | None:
+    """The setting nearest to that of most layers which every target serves, in the command line's words; None without one.
+
+    Layers that are kept dense stay so, all others are given the setting alike; layers whose widths no format takes are kept.
+    """
+    counts = Counter(layer.args for layer in layers if isinstance(layer.args, QuantArgs))
+    if not counts or any(isinstance(layer.args, PruneArgs) for layer in layers):
+        return None
+    asked = counts.most_common(1)[0][0]
+    width = max(layer.shape[1] for layer in layers if layer.args == asked)
+    for args in sorted(_settings(), key=lambda args: _distance(args, asked, width)):
+        given = [
+            replace(layer, args=None if layer.args is None else args.for_width(layer.shape[1])) for layer in layers
+        ]
+        kept = _kept(given, targets)
+        if kept is not None and len(kept) < sum(layer.args is not None for layer in given):
+            return _words(args, asked, inputs is not None, kept)
+    return None
+
+
+def _settings() -> Iterator[QuantArgs]:
+    """What a format of some runtime may hold."""
+    yield QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested")
+    for bits, symmetric, size in product(range(2, 9), (True, False), (ROW, 16, 32, 64, 128, 256)):
+        strategy, group = group_strategy(size)
+        yield QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=group)
+
+
+def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int]:
+    """Bits count most, then the kind of grid, its symmetry, and the ratio of group sizes; fewer bits lose a tie."""
+    ratio = abs(math.log2((args.group_size or width) / (asked.group_size or width)))
+    off = 4 * abs(args.bits - asked.bits) + 3 * (args.kind != asked.kind) + 2 * (args.symmetric != asked.symmetric)
+    return off + ratio / 4, -args.bits
+
+
+def _kept(layers: Sequence[LayerPlan], targets: Sequence[Sequence[Container]]) -> list[str] | None:
+    """The layers to keep dense so that every target serves the others; None where that does not do."""
+    kept: dict[str, None] = {}
+    for containers in targets:
+        wrong = min(
+            (dict.fromkeys(fault.layer for fault in faults(layers, container)) for container in containers), key=len
+        )
+        kept |= wrong
+    rest = [replace(layer, args=None) if layer.name in kept else layer for layer in layers]
+    served = all(any(not list(faults(rest, each)) for each in containers) for containers in targets)
+    return list(kept) if served else None
+
+
+def _words(args: QuantArgs, asked: QuantArgs, inputs: bool, kept: Sequence[str]) -> str:
+    words = []
+    if args.kind == "nf4":
+        words = ["--method nf4"]
+    else:
+        words += ["--method gptq"] if inputs or asked.kind != "grid" else []
+        words += [f"--bits {args.bits}"] if args.bits != asked.bits else []
+        size, before = args.group_size or ROW, asked.group_size or ROW
+        words += [f"--group-size {size}"] if size != before or asked.kind == "nf4" else []
+        words += ["--asymmetric"] if asked.symmetric and not args.symmetric else []
+    leaves = Counter(name.rpartition(".")[2] for name in kept)
+    alone = next(iter(kept), "")
+    words += [f"--keep '{alone if len(kept) == 1 else f'*.{leaf}'}'" for leaf in leaves]
+    left_out = "leave --asymmetric out" if args.symmetric and not asked.symmetric else ""
+    return " and ".join(filter(None, [left_out, f"use {' '.join(words)}" if words else ""])) or "treat all layers alike"
 
 
 def _joined(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:

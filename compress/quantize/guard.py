@@ -3,27 +3,35 @@
 from torch import Tensor
 
 from ..passes import Linear
+from ..solver.aim import Aim
 from ..solver.loss import layer_loss
-from ..tensor import CompressedTensor, SpQRTensor
+from ..tensor import BlockTensor, Compressed, CompressedTensor, SpQRTensor
 from .rtn import round_to_nearest
 
 
 def keep_better(
-    linear: Linear, hessian: Tensor, target: Tensor | None = None, rounded: CompressedTensor | SpQRTensor | None = None
+    linear: Linear,
+    hessian: Tensor,
+    aim: Aim | None = None,
+    rounded: CompressedTensor | BlockTensor | SpQRTensor | None = None,
 ) -> None:
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
 
-    `hessian` `[in, in]` is undamped; `W` is `target` `[out, in]` where the solver aimed at another weight than the layer's,
-    and `rounded` the rounding to compare with where it is not the plain one, on a grid that is weighted where it is
-    searched. Records `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    `hessian` `[in, in]` is undamped; `W` is the weight that the solver aimed at, where it had an `aim`. `rounded` is the
+    rounding to compare with where it is not the plain one, on a grid that is weighted where it is searched. Records
+    `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
     """
     assert linear.result is not None
     dtype = hessian.dtype
-    weight = (linear.weight if target is None else target).to(dtype)
+    weight = linear.weight.to(dtype)
     if rounded is None:
         rounded = round_to_nearest(linear.weight, linear.grid_args, hessian.diagonal().to(linear.weight.dtype))
-    loss = layer_loss(weight - linear.result.dequantize(dtype), hessian)
-    rtn_loss = layer_loss(weight - rounded.dequantize(dtype), hessian)
+
+    def objective(tensor: Compressed) -> float:
+        delta = weight - tensor.dequantize(dtype)
+        return layer_loss(delta, hessian) + (aim.excess(delta) if aim else 0.0)
+
+    loss, rtn_loss = objective(linear.result), objective(rounded)
     if not loss <= rtn_loss:
         linear.result, loss = rounded, rtn_loss
         linear.figures["fallback"] = "rtn"
@@ -31,5 +39,5 @@ def keep_better(
     linear.figures |= {
         "loss": loss,
         "rtn_loss": rtn_loss,
-        "relative_error": (loss / energy) ** 0.5 if energy > 0 else 0.0,
+        "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
     }

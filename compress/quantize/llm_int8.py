@@ -20,7 +20,7 @@ from ..formats.llm_int8 import kept_columns
 from ..grid import Grid
 from ..passes import Block, Linear
 from ..scheme import QuantArgs, Scheme, inputs_per, signed_weights
-from ..tensor import MixedTensor
+from ..tensor import CompressedTensor, MixedTensor
 from ..transform.recording import inputs_seen
 from .gptq import GPTQ, prepare, solve
 from .rtn import round_to_nearest
@@ -103,11 +103,13 @@ def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
     args, weight = replace(linear.grid_args, outliers=0.0), linear.weight
     if linear.hessian is None:
         grid, kept = round_to_nearest(weight, args), weight[:, columns]
+        assert isinstance(grid, CompressedTensor)
         return MixedTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
     hessian = linear.hessian.matrix()
     others = torch.ones_like(hessian[0], dtype=torch.bool).index_fill_(0, columns, False)
     repair, left = eliminated(hessian, columns, others)
     grid = solve(weight[:, others], prepare(left, args, SOLVER), args, SOLVER).tensor
+    assert isinstance(grid, CompressedTensor)
     kept = (weight[:, columns] + (weight[:, others] - grid.dequantize(weight.dtype)) @ repair).half()
     codes = torch.empty_like(weight, dtype=torch.uint8)
     codes[:, others] = grid.codes

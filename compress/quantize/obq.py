@@ -19,7 +19,7 @@ from ..scheme import PruneArgs, QuantArgs, Scheme
 from ..solver.damped import Damped, damped
 from ..solver.greedy import BATCH_BYTES, ToGrid, eliminate
 from ..solver.loss import layer_loss
-from ..tensor import CompressedTensor
+from ..tensor import BlockTensor, CompressedTensor, of_grid
 from .guard import keep_better
 
 Order = Literal["greedy", "act", "fixed"]
@@ -43,7 +43,7 @@ class OBQ:
     needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
 
     def __post_init__(self) -> None:
-        if self.pruning is not None and self.scheme.weights.formula in ("awq", "spqr"):
+        if self.pruning is not None and self.scheme.weights.formula in ("awq", "spqr", "ggml"):
             raise UsageError(f"the {self.scheme.weights.formula!r} grid may have no zero", "use formula=gptq")
 
 
@@ -72,7 +72,7 @@ def apply(config: OBQ, block: Block) -> None:
 
 def quantize(
     weight: Tensor, hessian: Damped, args: QuantArgs, order: Order = "greedy", pruned: Tensor | None = None
-) -> CompressedTensor:
+) -> CompressedTensor | BlockTensor:
     """The codes of `weight` `[out, in]` float64; where `pruned` (bool `[out, in]`), weights are zero and stay so."""
     grid = Grid.fit(weight, args)
     energy = hessian.energy
@@ -86,7 +86,7 @@ def quantize(
         settled = eliminate(weight, hessian.inverse, target).settled
     else:
         settled = _eliminate_kept(weight, hessian.matrix, grid, rank, ~pruned)
-    return CompressedTensor.from_grid(grid.quantize(settled), grid)
+    return of_grid(grid.quantize(settled), grid)
 
 
 def _eliminate_kept(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | None, kept: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..grid import Grid
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
-from ..tensor import CompressedTensor, NF4Tensor
+from ..tensor import BlockTensor, CompressedTensor, NF4Tensor, of_grid
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -28,10 +28,12 @@ def apply(config: RTN, block: Block) -> None:
         linear.result = round_to_nearest(linear.weight, linear.grid_args)
 
 
-def round_to_nearest(weight: Tensor, args: QuantArgs, importance: Tensor | None = None) -> CompressedTensor:
+def round_to_nearest(
+    weight: Tensor, args: QuantArgs, importance: Tensor | None = None
+) -> CompressedTensor | BlockTensor:
     """The nearest codes of `weight` `[out, in]` on the grid that `args` and the `importance` `[in]` fit to it."""
     grid = Grid.fit(weight, args, importance)
-    return CompressedTensor.from_grid(grid.quantize(weight), grid)
+    return of_grid(grid.quantize(weight), grid)
 
 
 def rounded(weight: Tensor, args: QuantArgs) -> Tensor:

@@ -19,10 +19,11 @@ from ..formats.spqr import entries
 from ..grid import Grid, encode, fit_groups, parameters
 from ..passes import Block
 from ..scheme import QuantArgs, Scheme
+from ..solver.aim import Aim
 from ..solver.refine import refine
 from ..solver.sweep import sweep
 from ..tensor import LEVEL, SpQRTensor, TwoLevel
-from .gptq import GPTQ, Prepared, corrected, prepare
+from .gptq import GPTQ, Prepared, prepare
 from .guard import keep_better
 
 ROUNDS = (
@@ -74,20 +75,20 @@ def apply(config: SpQR, block: Block) -> None:
     for linear in block.linears:
         assert linear.hessian is not None
         prepared = prepare(linear.hessian.matrix(), linear.grid_args, GPTQ(damping=config.damping))
-        target = linear.weight
-        if config.drift and linear.drift is not None:
-            target = corrected(linear.weight, linear.drift.matrix(), prepared, config.drift)
-        linear.result, rounded = solve(target, prepared, linear.grid_args, config.refine)
+        aim = prepared.aim(linear.drift, config.drift)
+        linear.result, rounded = solve(linear.weight, prepared, linear.grid_args, config.refine, aim)
         linear.figures |= {"damping": prepared.factor.damping, "outliers": len(linear.result.values)}
-        keep_better(linear, prepared.hessian, target, rounded)
+        keep_better(linear, prepared.hessian, aim, rounded)
 
 
-def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int) -> tuple[SpQRTensor, SpQRTensor]:
+def solve(
+    weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int, aim: Aim | None = None
+) -> tuple[SpQRTensor, SpQRTensor]:
     """Quantize `weight` `[out, in]`: the solution, and rounding to nearest on the same grid with the same outliers."""
     alive = weight.masked_fill(prepared.dead, 0.0)
     sensitivity = torch.empty_like(prepared.hessian.diagonal())
     sensitivity[prepared.order] = prepared.factor.upper.diagonal() ** -2
-    groups = _Groups(alive, sensitivity, args)
+    groups = _Groups(prepared.fitted_to(alive, args, aim), sensitivity, args)
     outlier = choose_outliers(groups, entries(args, *weight.shape))
     scale, zero = groups.fit(outlier)
     levels = TwoLevel.fit(scale), TwoLevel.fit(zero)
@@ -96,7 +97,7 @@ def solve(weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int) -> t
     grid = Grid(levels[0].values(weight.dtype), levels[1].values(weight.dtype), args)
     projection = _Projection(grid, outlier, prepared.order)
     settled = alive.T.contiguous()[prepared.order]
-    errors = sweep(settled, prepared.factor.upper, projection)
+    errors = sweep(settled, prepared.factor.upper, projection, aim=aim.errors if aim else None)
     codes, values = projection.codes_in_order(), settled.T[:, prepared.order.argsort()]
     tensor = _assemble(codes, levels, values, outlier, args)
     if sweeps:  # the residual of the outliers stays as it is: the dense part descends beside it

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...calibrate.discovery import find_blocks
-from ...calibrate.skeleton import Names, build
+from ...calibrate.skeleton import Names, build, config_of
 from ...calibrate.source import CONFIG, Source, open_source
 from ..errors import UsageError
 from ..formats.shards import StoredTensor, TensorSpec, streamed
@@ -27,7 +27,7 @@ def keep_layers(model: str | Path, out: Path, kept: Sequence[int], overwrite: bo
     teacher = build(source)
     check_layers(kept, len(find_blocks(teacher)[1]))
     check_target(out, overwrite)
-    config = reduced(source.config, AutoConfig.from_pretrained(source.path, trust_remote_code=False), kept)
+    config = reduced(source.config, config_of(source), kept)
     tensors = _renumbered(source, teacher, kept)
     with appearing(out) as folder:
         specs = {name: tensor.spec for name, tensor in tensors.items()}

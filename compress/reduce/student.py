@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ...calibrate.discovery import find_blocks
@@ -30,7 +31,9 @@ from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
 from .choice import check_choice, choose
+from .hidden import thin, thinned
 from .layers import check_layers, keep_layers, write_model
+from .sparse import is_sparse, refold, unfold
 from .width import Width, narrow, narrowed
 
 HELD_OUT = 16  # one row in so many is not trained on
@@ -44,6 +47,7 @@ class Reduction:
     layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many go (below 1: which share)
     choice, choice_rows        which ones (see choice.py), and on how many rows that is judged
     width, width_rows          what the blocks are narrowed to (see width.py), and on how many rows they are refitted
+    hidden                     channels of the residual stream that stay (below 1: that share; see hidden.py)
     """
 
     layers: tuple[int, ...] | None = None
@@ -53,6 +57,7 @@ class Reduction:
     choice_rows: int = 32
     width: Width = field(default_factory=Width)
     width_rows: int = 128
+    hidden: float | None = None
 
     def __post_init__(self) -> None:
         if sum(asked is not None for asked in (self.layers, self.keep_layers, self.drop)) > 1:
@@ -70,6 +75,11 @@ class Reduction:
     def shallower(self) -> bool:
         """Whether it is about layers."""
         return any(asked is not None for asked in (self.layers, self.keep_layers, self.drop))
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to become smaller."""
+        return self.shallower or self.width.asked or self.hidden is not None
 
 
 @dataclass
@@ -106,25 +116,33 @@ def distill(
 ) -> DistillReport:
     """Reduce `model`, teach what is left on `samples` rows of `data`, and write it as a dense checkpoint into `out`.
 
+    Where accelerate has launched several processes the first one reduces and writes, and all of them teach.
+
     The teacher is `model` itself, or another one of the same vocabulary. Raises `UsageError` before anything is written.
     """
     started = time.monotonic()
-    device_of(device)
+    team = PartialState(cpu=device_of(device).type == "cpu")
+    observer = observer if team.is_main_process else silent
     source = open_source(model)
     count = len(find_blocks(build(source))[1])
-    _check(reduction, lessons, source, count)
+    packed = is_sparse(source)
+    _check(reduction, lessons, source, count, teacher, packed)
     check_target(out, overwrite)
     rows = _rows(source, data, samples, seq_len, lessons.seed)
     manifest = _manifest(source, teacher, reduction, lessons, rows)
-    with _working(out.parent / f".{out.name}.distill", manifest, overwrite) as work:
-        kept, student, course = list(range(count)), source.path, Course()
-        if reduction.shallower:
-            kept, student = _shallower(work, source, count, reduction, rows, device, observer)
-        if reduction.width.asked:
-            student = _narrower(work, student, reduction, rows, device, observer)
-        start = open_source(student)
+    with _working(out.parent / f".{out.name}.distill", manifest, overwrite, team) as work:
+        with team.main_process_first():  # the others find it done
+            kept, student = _reduced(work, source, count, reduction, rows, device, observer)
+            start = unfold(source, work / "unfolded") if packed else open_source(student)
+        course = Course()
         if lessons.steps:
-            student, course = _taught(work, start, teacher or model, kept, rows, lessons, device, observer)
+            pupil, course = _taught(start, teacher or model, kept, rows, lessons, Journal(work), device, observer)
+            student = work / "taught"
+            if team.is_main_process:
+                shutil.rmtree(student, ignore_errors=True)
+                student.mkdir()
+                write = refold if packed else _write
+                write(student, source if packed else start, pupil)
         report = DistillReport(
             out,
             kept,
@@ -135,28 +153,61 @@ def distill(
             time.monotonic() - started,
             course,
         )
-        (student / REPORT).write_text(json.dumps(report.as_dict(), indent=2) + "\n")
-        missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
-        if missing is not None:
-            observer(Event("warning", message=missing))
-        with storage_errors(out):
-            put_in_place(student, out)
-            shutil.rmtree(work)
+        if team.is_main_process:
+            _finish(report, student, work, observer)
+        team.wait_for_everyone()
     observer(Event("done"))
     return report
 
 
-def _check(reduction: Reduction, lessons: Lessons, source: Source, count: int) -> None:
+def _reduced(
+    work: Path, source: Source, count: int, reduction: Reduction, rows: Rows, device: str, observer: Observer
+) -> tuple[list[int], Path]:
+    """Make the model smaller as asked, stage by stage; the layers that stayed, and where the result lies."""
+    kept, student = list(range(count)), source.path
+    if reduction.shallower:
+        kept, student = _shallower(work, source, count, reduction, rows, device, observer)
+    if reduction.width.asked:
+        student = _narrower(work, student, reduction, rows, device, observer)
+    if reduction.hidden is not None:
+        student = _thinner(work, student, reduction, rows, device, observer)
+    return kept, student
+
+
+def _finish(report: DistillReport, student: Path, work: Path, observer: Observer) -> None:
+    """Put the model at `student` in its place, with the documents beside it."""
+    course = report.course
+    content = {name: value for name, value in report.as_dict().items() if name != "out"}
+    (student / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    missing = save(course.curve, course.best_step, student / PICTURE) if course.curve else None
+    if missing is not None:
+        observer(Event("warning", message=missing))
+    with storage_errors(report.out):
+        put_in_place(student, report.out)
+        shutil.rmtree(work)
+
+
+def _check(
+    reduction: Reduction, lessons: Lessons, source: Source, count: int, teacher: str | Path | None, packed: bool
+) -> None:
     """Raise `UsageError` for what shows before anything is computed."""
-    if not (reduction.shallower or reduction.width.asked or lessons.steps):
+    if not (reduction.asked or lessons.steps):
         raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
+    if not reduction.asked and teacher is None:
+        raise UsageError("the model would learn from itself", "give --teacher, --drop or --mlp-width")
+    if packed and (reduction.asked or lessons.keep_zeros is False):
+        raise UsageError("the zeros of this model are packed and stay", "reduce first and prune the result")
     if reduction.layers is not None:
         check_layers(reduction.layers, count)
     wanted = reduction.wanted(count)
     if wanted is not None:
         check_choice(reduction.choice, wanted, count)
     narrowed(source, reduction.width)
-    if lessons.steps:
+    if reduction.hidden is not None:
+        thinned(source, reduction.hidden)
+        if lessons.hidden:
+            raise UsageError("hidden states of different widths cannot be compared", "leave out --set hidden")
+    if lessons.steps and not packed:
         _stored_names(build(source, split_experts=False), source)
 
 
@@ -180,19 +231,19 @@ def _manifest(
 
 
 @contextmanager
-def _working(work: Path, manifest: dict[str, Any], overwrite: bool) -> Iterator[Path]:
+def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: PartialState) -> Iterator[Path]:
     """The folder of this request, with what an unfinished run of the same one left.
 
     Raises `UsageError` where another one is unfinished. Stays when the run is killed, and goes when the request cannot be
     carried out.
     """
     text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
-    known = found.read_text() if found.exists() else ""
-    if known not in ("", text) and not overwrite:
-        raise UsageError(
-            f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
-        )
-    with storage_errors(work):
+    with team.main_process_first(), storage_errors(work):
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", text) and not overwrite:
+            raise UsageError(
+                f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
         if known != text:
             shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
@@ -229,37 +280,43 @@ def _narrower(work: Path, model: Path, reduction: Reduction, rows: Rows, device:
     return place
 
 
+def _thinner(work: Path, model: Path, reduction: Reduction, rows: Rows, device: str, observer: Observer) -> Path:
+    """Narrow the residual stream of `model`, or find that done; where the result lies."""
+    place = work / "thinner"
+    if not place.exists():
+        assert reduction.hidden is not None
+        thin(model, place, reduction.hidden, _first(rows, reduction.width_rows), device, observer=observer)
+    return place
+
+
 def _first(rows: Rows, count: int) -> Rows:
     return Rows(rows.ids[:count], rows.source, rows.vocabulary)
 
 
 def _taught(
-    work: Path,
     start: Source,
     teacher: str | Path,
     kept: Sequence[int],
     rows: Rows,
     lessons: Lessons,
+    journal: Journal,
     device: str,
     observer: Observer,
-) -> tuple[Path, Course]:
-    """Train the student at `start`; where it lies as it was best, and how the training went."""
+) -> tuple[PreTrainedModel, Course]:
+    """Train the student at `start`: itself as it was best, and how the training went."""
     student, master = load(start.path, device), load(teacher, device)
     _check_vocabularies(student, master)
     count = max(1, len(rows.ids) // HELD_OUT)
     layers = len(find_blocks(master)[1])
     pairs = [(new, old) for new, old in enumerate(kept) if old < layers]
-    course = teach(student, master, rows.ids[count:], rows.ids[:count], pairs, lessons, Journal(work), observer)
-    _write(work / "taught", start, student)
-    return work / "taught", course
+    course = teach(student, master, rows.ids[count:], rows.ids[:count], pairs, lessons, journal, observer)
+    return student, course
 
 
 def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
     """The trained student with the names and dtypes of the checkpoint that it started from."""
     stored, parameters = _stored_names(student, start), dict(student.named_parameters())
     trained = {stored[name]: parameter.detach() for name, parameter in parameters.items()}
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir()
 
     def read(name: str) -> torch.Tensor:
         found = trained.get(name)

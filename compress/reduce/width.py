@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from ...calibrate.discovery import find_blocks, find_linears, set_weight, weight_of
 from ...calibrate.rows import Rows
 from ...calibrate.runner import Runner
-from ...calibrate.skeleton import Names, assign, build, release
+from ...calibrate.skeleton import Names, assign, build, config_of, release
 from ...calibrate.source import CONFIG, Source, open_source
 from ...calibrate.wiring.trial import difference
 from ..errors import CompressError, UsageError
@@ -55,9 +55,7 @@ class Width:
     def channels(self, now: int) -> int:
         """How many of `now` inner channels stay. Raises `UsageError` where that cannot be."""
         assert self.mlp is not None
-        group = math.gcd(now, GROUP)
-        wanted = max(1, round(self.mlp * now / group)) * group if 0 < self.mlp < 1 else self.mlp
-        return _smaller("--mlp-width", wanted, now)
+        return share("--mlp-width", self.mlp, now, GROUP)
 
 
 def narrow(
@@ -81,7 +79,7 @@ def narrow(
     with appearing(out) as folder:
         runner = Runner(skeleton, source, rows, folder / "scratch", device)
         runner.capture()
-        small, names = _skeleton(source, config, folder), Names(skeleton, source)
+        small, names = skeleton_of(source, config, folder), Names(skeleton, source)
         tensors: dict[str, Tensor] = {}
         for index in range(len(runner.blocks)):
             runner.load(index)
@@ -101,7 +99,7 @@ def narrow(
 
 def narrowed(source: Source, width: Width) -> dict[str, Any]:
     """The content of config.json of the narrower model. Raises `UsageError` for widths that cannot be."""
-    parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    parsed = config_of(source)
     text = parsed.get_text_config()
     if text is not parsed and width.asked:
         raise UsageError(f"{source.path} holds a language model inside another one", "only its layers can be reduced")
@@ -126,13 +124,20 @@ def _mlp_width(text: PreTrainedConfig) -> tuple[str, int]:
     raise UsageError(f"{type(text).__name__} names no width of the MLP", "leave out --mlp-width")
 
 
+def share(flag: str, asked: float, now: int, group: int) -> int:
+    """How many of `now` channels stay: as many as `asked`, or below 1 that share of them, in whole groups of `group` where
+    `now` has such. Raises `UsageError`, which names the `flag`, where that cannot be."""
+    group = math.gcd(now, group)
+    return _smaller(flag, max(1, round(asked * now / group)) * group if 0 < asked < 1 else asked, now)
+
+
 def _smaller(flag: str, wanted: float, now: int) -> int:
     if not 0 < wanted <= now or wanted % 1:
         raise UsageError(f"{flag} {wanted:g} is not possible", f"give a number between 1 and {now}")
     return int(wanted)
 
 
-def _skeleton(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
+def skeleton_of(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
     """The narrower model without weights, by the config that it will have in `folder`."""
     (folder / CONFIG).write_text(json.dumps(config))
     return build(Source(folder, source.name, dict(config), source.tensors))

@@ -4,8 +4,9 @@ from ...calibrate.rows import Rows
 from ...calibrate.source import Source
 from ...recipes.schema import Recipe, dump
 from ..formats import int_quantized, pack_quantized
+from ..formats.gguf import stored as gguf
 from ..plan import Plan
-from ..scheme import PruneArgs, QuantArgs
+from ..scheme import PruneArgs, QuantArgs, WeightArgs
 
 TEMPLATE = """\
 ---
@@ -56,14 +57,19 @@ COLUMNS = """\
 No other runtime keeps columns in 16 bits; `compress export --format bitsandbytes` writes the 8-bit part of all columns for
 bitsandbytes' own LLM.int8.
 """
+BLOCKS = """\
+The weights lie in the blocks of GGUF: `compress export --format gguf` writes the file that llama.cpp loads, bit for bit.
+"""
 LOW_RANK = """\
 No other runtime adds the low-rank terms to the weights: transformers refuses the checkpoint.
 """
 OWN = """\
 Its linear layers are `Conv1D` modules, which compressed-tensors cannot serve: transformers refuses the checkpoint.
 """
-
-
+TABLES = """\
+Its table of embeddings is packed as well, which transformers does not serve: it refuses the checkpoint. `compress export`
+writes it as GGUF, or dense.
+"""
 SPARSE = """\
 No other runtime reads sparse weights of this layout (`compress/formats/sparse.py` says what it is): transformers refuses it.
 """
@@ -96,7 +102,8 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
 def _further(plan: Plan) -> list[tuple[str, str]]:
     """Rows of the table that not every card has."""
     cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, other loaders do not")]
-    return cache + [("adapted", note) for note in plan.notes]
+    tables = [("table", f"{table.name}, {table.shape[0]:,} rows, {_grid(table.args)}") for table in plan.tables]
+    return tables + cache + [("adapted", note) for note in plan.notes]
 
 
 def _weights(plan: Plan) -> str:
@@ -109,8 +116,7 @@ def _weights(plan: Plan) -> str:
             else f"{args.sparsity:.1%}" + (f" in blocks {args.pattern}" if args.pattern else "")
         )
         return f"{amount} pruned, {args.dtype}, {counts}"
-    kind = "symmetric" if args.symmetric else "asymmetric"
-    word = "NF4" if args.formula == "nf4" else f"int{args.bits} {kind}"
+    word = _grid(args)
     word += f" with terms of rank {args.rank}" if args.rank else ""
     inputs = (
         ""
@@ -120,12 +126,18 @@ def _weights(plan: Plan) -> str:
     return f"{word}{inputs}, {counts}"
 
 
+def _grid(args: WeightArgs | None) -> str:
+    assert isinstance(args, QuantArgs)
+    kind = "symmetric" if args.symmetric else "asymmetric"
+    return args.block or ("NF4" if args.formula == "nf4" else f"int{args.bits} {kind}")
+
+
 def _tags(plan: Plan) -> str:
     args = next(iter(plan.quantized.values()))
     if isinstance(args, PruneArgs):
         return "pruned, lmpress"
     kinds = {"grid": "compressed-tensors", "two-level": "spqr", "nf4": "bitsandbytes", "columns": "llm-int8"}
-    kinds |= {"low-rank": "lorc"}
+    kinds |= {"low-rank": "lorc", "blocks": "gguf"}
     return f"quantized, {kinds[args.kind]}, lmpress"
 
 
@@ -135,7 +147,7 @@ def _format(plan: Plan) -> str:
         return f"`{args.storage}`"
     if args.kind != "grid":
         own = {"two-level": "SpQR tiles of lmpress", "columns": "int8 with 16-bit columns, of lmpress"}
-        own |= {"low-rank": "packed codes and low-rank terms of lmpress"}
+        own |= {"low-rank": "packed codes and low-rank terms of lmpress", "blocks": f"`{gguf.NAME}` of lmpress"}
         return own.get(args.kind, "bitsandbytes NF4")
     int8 = plan.inputs is not None and all(int_quantized.holds_int8(a) for a in plan.quantized.values())
     return f"compressed-tensors `{int_quantized.NAME if int8 else pack_quantized.NAME}`"
@@ -147,7 +159,9 @@ def _loading(plan: Plan) -> str:
         return DENSE if all(a.storage == "dense" for a in pruned) else SPARSE
     args = [a for a in plan.quantized.values() if isinstance(a, QuantArgs)]
     if args[0].kind != "grid":
-        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK}[args[0].kind]
+        return {"two-level": SPQR, "nf4": NF4, "columns": COLUMNS, "low-rank": LOW_RANK, "blocks": BLOCKS}[args[0].kind]
+    if plan.tables:
+        return TABLES
     if any(layer.kind == "Conv1D" for layer in plan.layers if layer.args):
         return OWN
     if not all(a.symmetric for a in args):

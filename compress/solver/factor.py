@@ -39,10 +39,15 @@ def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
-def times_inverse_(columns: Tensor, upper: Tensor) -> Tensor:
-    """`Hd^-1 columns` with `Hd^-1 = U^T U`, in place of `columns` `[n, rows]`: by strips of `U`, which leave its zeros out."""
+def upper_times_(upper: Tensor, columns: Tensor) -> Tensor:
+    """`U columns` in place of `columns` `[n, rows]`: by strips of `U`, which leave its zeros out."""
     for s in _strips(upper):
         columns[s] = upper[s, s.start :] @ columns[s.start :]
+    return columns
+
+
+def transposed_times_(upper: Tensor, columns: Tensor) -> Tensor:
+    """`U^T columns` in place of `columns` `[n, rows]`."""
     for s in reversed(_strips(upper)):
         columns[s] = upper[: s.stop, s].T @ columns[: s.stop]
     return columns

@@ -9,12 +9,12 @@ the slope by halves, so that almost all work is matrix products.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ..grid import Grid, stored
+from ..grid import LARGEST, Grid, Units, groups_of, stored
 from ..scheme import QuantArgs
 
 BLOCK = 512  # columns whose moves reach the rest of the matrix by one product
@@ -28,7 +28,8 @@ def refine(
 
     `hessian` `H` `[in, in]` in natural order and `shift` make up `Hd = H + shift * I`; `slope` `Hd (W - Q)^T` `[in, out]` is
     used up. Returns uint8 codes, the grid, and by how much the damped loss fell; stops early when nothing moves any more.
-    Scales move where each is a row's own plain number: those of a whole tensor and two-level ones stay.
+    Scales move where each is a row's own number: those of a whole tensor and SpQR's stay, those of super-blocks go from one
+    multiple of their unit to another, and their minima too.
     """
     descent = Descent.start(slope, hessian, shift, codes, grid)
     fallen = 0.0
@@ -37,7 +38,8 @@ def refine(
         fallen += fall
         if fall == 0:
             break
-    return descent.codes.T.contiguous(), Grid(descent.scale.T.contiguous(), grid.zero, grid.args), fallen
+    scale, zero = descent.scale.T.contiguous(), grid.zero if grid.units is None else descent.zero.T.contiguous()
+    return descent.codes.T.contiguous(), replace(grid, scale=scale, zero=zero), fallen
 
 
 @dataclass
@@ -54,6 +56,7 @@ class Descent:
     scale: Tensor
     zero: Tensor
     args: QuantArgs
+    units: Units | None = None  # `[out, blocks]`
 
     @classmethod
     def start(cls, slope: Tensor, hessian: Tensor, shift: float, codes: Tensor, grid: Grid) -> "Descent":
@@ -62,7 +65,7 @@ class Descent:
             t.expand(len(codes), -1).T.clone(memory_format=torch.contiguous_format) for t in (grid.scale, grid.zero)
         )
         transposed = codes.T.clone(memory_format=torch.contiguous_format)
-        return cls(slope, hessian, shift, transposed, scale, zero, grid.args)
+        return cls(slope, hessian, shift, transposed, scale, zero, grid.args, grid.units)
 
     def sweep(self, last: bool) -> float:
         """One pass over all groups; the fall of the damped loss. After the `last` the slope of what is behind is not needed."""
@@ -86,25 +89,61 @@ class Descent:
         """
         index = group.start // self.args.columns_per_scale(len(self.codes))
         scale = self.scale[index]
-        steps = torch.sub(self.codes[group].to(scale.dtype), self.zero[index], out=moves)
+        minimum = None if self.units is None or self.args.symmetric else self.zero[index] * scale
+        steps = torch.sub(self.codes[group].to(scale.dtype), self.zero[index] if minimum is None else 0, out=moves)
+        change, gain = self._move(group, scale, steps, lambda best: self._scale_near(best, scale, index))
+        self.scale[index] = scale + change
+        if minimum is not None:  # where scales move their minimum stays, and zero is counted in scales
+            self.zero[index] = minimum / self.scale[index]
+        return gain
+
+    def move_minimum(self, group: slice, moves: Tensor) -> Tensor:
+        """Fit the minimum of one group of a super-block, as `move_scale` does the scale."""
+        assert self.units is not None and self.units.minimum is not None
+        index = group.start // self.args.columns_per_scale(len(self.codes))
+        unit, minimum = self.units.minimum[:, index // groups_of(self.args)], self.zero[index] * self.scale[index]
+        largest = LARGEST[self.args.symmetric]
+        change, gain = self._move(
+            group, minimum, moves.fill_(-1), lambda best: best.div_(unit).round_().clamp_(0, largest).mul_(unit)
+        )
+        self.zero[index] = (minimum + change) / self.scale[index]
+        return gain
+
+    def _move(
+        self, group: slice, value: Tensor, steps: Tensor, rounded: Callable[[Tensor], Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """By how much `value` `[out]`, of which `Q^T` grows by `steps` `[size, out]` each, is to grow, and what is gained.
+
+        `rounded` says what can be stored near the best. Carried into the slope; `steps` become the growth of `Q^T`.
+        """
         near = (self.hessian[group, group] @ steps).add_(steps, alpha=self.shift)
         curvature = torch.linalg.vecdot(near, steps, dim=0)
         pull = torch.linalg.vecdot(self.slope[group], steps, dim=0)
-        best = scale + pull / curvature.clamp(min=torch.finfo(scale.dtype).tiny)
-        wanted = torch.where(best > 0, stored(best, self.args), scale)
-        change = wanted - scale
+        change = rounded(value + pull / curvature.clamp(min=torch.finfo(value.dtype).tiny)) - value
         gain = change * (pull - change * curvature / 2)
         change = change.where(gain > 0, 0)
-        self.scale[index] = scale + change
         self.slope[group] -= near.mul_(change)
         steps.mul_(change)
-        return gain.clamp_(min=0)
+        return change, gain.clamp_(min=0)
+
+    def _scale_near(self, best: Tensor, scale: Tensor, index: int) -> Tensor:
+        """The scale that can be stored next to `best` `[out]`; the old one where the sign would change."""
+        if self.units is None:
+            near = stored(best.abs(), self.args).copysign(scale)
+        else:
+            unit = self.units.scale[:, index // groups_of(self.args)]
+            near = best.div(unit).round_().abs_().clamp_(1, LARGEST[self.args.symmetric]).mul_(unit).copysign_(scale)
+        return torch.where(best * scale > 0, near, scale)
 
     def _group(self, group: slice, moves: Tensor, last: bool) -> Tensor:
         """Move the scale and then every code of one group; `moves` `[size, out]` is by how much `Q^T` grew."""
         gain, moved = torch.zeros_like(self.scale[0]), torch.zeros_like(moves)
         if self.args.strategy != "tensor" and self.args.scale_dtype != "bilevel":
             gain += self.move_scale(group, moved)
+        if self.units is not None and self.units.minimum is not None:
+            further = torch.empty_like(moved)
+            gain += self.move_minimum(group, further)
+            moved += further
         self._halves(group, TILE, moves, lambda part, out: gain.add_(self._tile(part, out, last)), last)
         moves += moved  # the group itself knows of them already
         return gain

@@ -1,18 +1,24 @@
 """What `compress bench` times: our kernels, torch's own products, and those of other libraries that are installed."""
 
+import copy
 import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...compress.grid import encode
+from ...compress.prune.args import PruneArgs
+from ...compress.scheme import QuantArgs
+from ...compress.tensor import PrunedTensor, SpQRTensor, TwoLevel
 from ...kernels import apart, dispatch
 from ...kernels.kernel import Activations, Kernel, Need
-from ...kernels.weight import SparseRows, Weight
+from ...kernels.weight import PrunedWeight, SparseRows, Weight
 
 RING_BYTES = 4 * 32 << 20
 GROUP = 128
@@ -45,24 +51,35 @@ def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
     for name, make in _others(dense, int4, int8).items():
         if re.search(only, name):
             yield make(name)
+    weights = _weights(dense, int4, int8)
     for kernel in dispatch.KERNELS:
-        for name, (weight, activations) in _weights(dense, int4, int8).items():
-            full, need = f"{kernel.name} {name}", Need.of(weight, activations)
+        for name, (make_weight, activations) in weights.items():
+            full = f"{kernel.name} {name}"
             if kernel.name in UNTIMED or not re.search(only, full):
                 continue
+            need = Need.of(make_weight(), activations)
             if dispatch.refusal(kernel, need) is None:
-                yield _ours(full, kernel, weight, need)
+                yield _ours(full, kernel, make_weight(), need)
 
 
-def _weights(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, tuple[Weight, Activations]]:
-    """What our kernels are given, and how inputs enter the product."""
-    int3, int2 = _rounded(dense, 3, GROUP), _rounded(dense, 2, GROUP)
+def _weights(
+    dense: Tensor, int4: Weight, int8: Weight
+) -> dict[str, tuple[Callable[[], Weight | PrunedWeight], Activations]]:
+    """What our kernels are given, made once it is needed, and how inputs enter the product."""
+    int3, int2 = cache(lambda: _rounded(dense, 3, GROUP)), cache(lambda: _rounded(dense, 2, GROUP))
+    spqr, with_outliers = cache(lambda: _two_level(dense, 0.0)), cache(lambda: _two_level(dense, 0.01))
+    half, two_of_four = PruneArgs(dtype="bfloat16"), PruneArgs(pattern="2:4", dtype="bfloat16")
     return {
-        "w4a8": (int4, "group"), "w4a32": (int4, "float"), "w8a8": (int8, "token"), "w8a32": (int8, "float"),
+        "w4a8": (lambda: int4, "group"), "w4a32": (lambda: int4, "float"),
+        "w8a8": (lambda: int8, "token"), "w8a32": (lambda: int8, "float"),
         "w3a8": (int3, "group"), "w3a32": (int3, "float"), "w2a8": (int2, "group"), "w2a32": (int2, "float"),
-        "nf4": (_nearest_in_table(dense), "float"),
-        "w4a8 + 1% sparse": (_with_residual(int4), "group"),
-        "llm.int8, 0.5% columns": (_with_columns(int8, dense), "token"),
+        "nf4": (cache(lambda: _nearest_in_table(dense)), "float"),
+        "w4a8 + 1% sparse": (cache(lambda: _with_residual(int4)), "group"),
+        "llm.int8, 0.5% columns": (cache(lambda: _with_columns(int8, dense)), "token"),
+        "spqr, no outliers": (spqr, "float"), "spqr, 1% outliers": (with_outliers, "float"),
+        "spqr a8, no outliers": (spqr, "group"), "spqr a8, 1% outliers": (with_outliers, "group"),
+        "pruned 50%": (cache(lambda: _pruned(dense, half)), "float"),
+        "pruned 2:4": (cache(lambda: _pruned(dense, two_of_four)), "float"),
     }  # fmt: skip
 
 
@@ -88,10 +105,10 @@ def _dense(name: str, weight: Tensor, tolerance: float) -> Candidate:
     return Candidate(name, _ring(make, weight.nbytes), weight.nbytes, weight.float, tolerance)
 
 
-def _ours(name: str, kernel: Kernel, weight: Weight, need: Need) -> Candidate:
+def _ours(name: str, kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Candidate:
     first = apart.prepare(kernel, weight, need)
     exact = kernel.tolerance <= 1e-5 and need.activations == "float"
-    products = _ring(lambda: apart.prepare(kernel, weight, need), _size(first))
+    products = _ring(lambda: copy.deepcopy(first), _size(first))
     return Candidate(name, products, _size(first), weight.dequantize, 1e-5 if exact else 1e-2)
 
 
@@ -171,9 +188,31 @@ def _with_residual(weight: Weight) -> Weight:
     return Weight(weight.codes, weight.scale, None, 4, GROUP, residual=SparseRows.of(chosen * 0.1))
 
 
+def _two_level(dense: Tensor, outliers: float) -> Weight:
+    """4 bits in groups of 32 with two-level scales and zeros, a random share of the weights with a residual."""
+    args = QuantArgs(symmetric=False, group_size=32, formula="spqr", scale_dtype="bilevel", outliers=outliers)
+    groups = dense.unflatten(1, (-1, 32))
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = TwoLevel.fit((high - low) / args.maxq)
+    steps = scale.values(torch.float32).clamp(min=1e-9)
+    zero = TwoLevel.fit(-low / steps)
+    codes = encode(groups, steps.unsqueeze(-1), zero.values(torch.float32).unsqueeze(-1), args)
+    kept = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < outliers
+    values = torch.full((int(kept.sum()),), 0.1, dtype=torch.float16)
+    residual = (kept.sum(1), kept.nonzero()[:, 1], values)
+    return Weight.of(SpQRTensor(codes.flatten(1).to(torch.uint8), scale, zero, *residual, args))
+
+
 def _with_columns(weight: Weight, dense: Tensor) -> Weight:
     columns = torch.arange(0, weight.shape[1], 200)
     return Weight(weight.codes, weight.scale, None, 8, weight.group, columns=columns, outliers=dense[:, columns].half())
+
+
+def _pruned(dense: Tensor, args: PruneArgs) -> PrunedWeight:
+    """The smallest magnitudes of every run of 4 columns, or of all, gone."""
+    size = 4 if args.pattern else dense.numel()
+    order = dense.abs().view(-1, size).argsort(-1).argsort(-1)
+    return PrunedWeight.of(PrunedTensor.of(dense, (order < size // 2).view_as(dense), args))
 
 
 def _ring(make: Callable[[], Call], bytes_each: int) -> list[Call]:

@@ -25,7 +25,7 @@ from ...calibrate.rows import context_length
 from ...compress.errors import CompressError, UsageError
 from ...compress.formats.load import load
 from ...compress.report.progress import Event, Observer, silent
-from ...kernels.modules.linear import PackedLinear, kernels_of
+from ...kernels.modules.linear import PackedLinear, SpQRLinear, kernels_of
 from .bench import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5
@@ -131,7 +131,7 @@ def _loaded(path: str, device: str, dtype: str, kernel: str | None, exact: bool 
 
 def _has_a_choice(module: torch.nn.Module) -> bool:
     """Whether inputs may become int8 where they were not."""
-    return type(module) is PackedLinear
+    return type(module) in (PackedLinear, SpQRLinear)
 
 
 def _prompt(models: list[PreTrainedModel]) -> Tensor:

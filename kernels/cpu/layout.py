@@ -18,12 +18,18 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 @dataclass(frozen=True)
 class Panels:
-    """codes uint8 `[panels, bytes]`, scales and offsets float32 `[panels, groups, lanes]`, table float32 `[16]` or None."""
+    """packed uint8 `[panels, bytes]`: the codes, scales and offsets float32 `[panels, groups, lanes]`, table float32 `[16]` or
+    None; in place of scales and offsets the codes of both and their grids, as `Levels` has them. kept int32 `[c]`: columns
+    whose codes do not count, apart float16 `[panels, c, lanes]`: their weights."""
 
-    codes: Tensor
-    scales: Tensor
+    packed: Tensor
+    scales: Tensor | None
     offsets: Tensor | None
     table: Tensor | None
+    levels: Tensor | None
+    grids: Tensor | None
+    kept: Tensor | None
+    apart: Tensor | None
     rows: int
     columns: int
     group: int
@@ -54,13 +60,18 @@ def pack(weight: Weight, lanes: int) -> Panels:
     bits = stored_bits(weight.bits, columns, weight.group)
     center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
     codes = F.pad(_pad_groups(weight.codes, weight.group, bits), (0, 0, 0, -rows % lanes))
-    offsets = None if weight.zero is None else _by_lane(weight.zero.float() - center, lanes)
+    levels = weight.levels
+    offsets = None if weight.zero is None or levels else _by_lane(weight.zero.float() - center, lanes)
     table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
     return Panels(
-        codes=_interleave(codes, bits, lanes),
-        scales=_by_lane(weight.scale.float(), lanes),
+        packed=_interleave(codes, bits, lanes),
+        scales=None if levels else _by_lane(weight.scale.float(), lanes),
         offsets=offsets,
         table=table,
+        levels=levels and levels.codes,
+        grids=levels and levels.grids,
+        kept=None if weight.columns is None else weight.columns.to(torch.int32),
+        apart=None if weight.outliers is None else _by_lane(weight.outliers.half(), lanes),
         rows=rows,
         columns=columns,
         group=weight.group,
@@ -114,10 +125,10 @@ def _places(columns: int, group: int, bits: int) -> Tensor:
 
 
 def _by_lane(values: Tensor, lanes: int) -> Tensor:
-    """`[rows, groups]` to `[panels, groups, lanes]`, rows that are missing filled with zeros."""
-    rows, groups = values.shape
+    """`[rows, n]` to `[panels, n, lanes]`, rows that are missing filled with zeros."""
+    rows, count = values.shape
     padded = F.pad(values, (0, 0, 0, -rows % lanes))
-    return padded.view(math.ceil(rows / lanes), lanes, groups).transpose(1, 2).contiguous()
+    return padded.view(math.ceil(rows / lanes), lanes, count).transpose(1, 2).contiguous()
 
 
 def _ceil(count: int, unit: int) -> int:

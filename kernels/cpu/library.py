@@ -16,6 +16,10 @@ SOURCE = Path(__file__).with_name("lmpress_cpu.c")
 
 # How activations enter a product; the numbers are the C file's.
 ACTIVATIONS = {"float": 0, "group": 1, "token": 2}
+# What a pruned weight stores, likewise.
+VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+Pruned = tuple[Tensor, Tensor, Tensor]  # mask, values and starts (see `PrunedWeight`)
 
 
 class _Weight(ctypes.Structure):
@@ -24,11 +28,27 @@ class _Weight(ctypes.Structure):
         ("scales", ctypes.c_void_p),
         ("offsets", ctypes.c_void_p),
         ("table", ctypes.c_void_p),
+        ("levels", ctypes.c_void_p),
+        ("grids", ctypes.c_void_p),
+        ("kept", ctypes.c_void_p),
+        ("apart", ctypes.c_void_p),
+        ("kept_count", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("columns", ctypes.c_int64),
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("center", ctypes.c_int32),
+    )
+
+
+class _Pruned(ctypes.Structure):
+    _fields_ = (
+        ("mask", ctypes.c_void_p),
+        ("values", ctypes.c_void_p),
+        ("starts", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("kind", ctypes.c_int32),
     )
 
 
@@ -64,7 +84,11 @@ def _load() -> ctypes.CDLL | Unavailable:
     calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)
     calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
     calls.lmpress_dequantize.restype = None
-    calls.lmpress_add_sparse.argtypes = (int32, pointer, pointer, pointer, int64, int64, pointer, int64, pointer)
+    calls.lmpress_pruned_linear.argtypes = (int32, pointer, int32, pointer, int64, pointer)
+    calls.lmpress_unfold.argtypes = (int32, pointer, int32, int64, int64, pointer)
+    calls.lmpress_unfold.restype = None
+    sparse = (pointer, pointer, int32, pointer, int64, int64)
+    calls.lmpress_add_sparse.argtypes = (int32, *sparse, pointer, int64, pointer)
     return calls
 
 
@@ -86,16 +110,21 @@ def instruction_set(name: str) -> InstructionSet:
     return instruction_sets()[name]
 
 
-def linear(x: Tensor, panels: Panels, instructions: InstructionSet, activations: str, steps: float) -> Tensor:
-    """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
-    y = torch.empty(x.shape[0], panels.rows, dtype=torch.float32)
-    mode = _Mode(ACTIVATIONS[activations], torch.get_num_threads(), steps)
-    weight = _structure(panels)
-    status = library().lmpress_linear(
-        instructions.index, ctypes.byref(weight), ctypes.byref(mode), x.data_ptr(), x.shape[0], y.data_ptr()
-    )
-    _check(status, x)
-    return y
+class Linear:
+    """The product with a weight in panels, made ready once: where everything is, and how activations enter."""
+
+    def __init__(self, panels: Panels, instructions: str, activations: str, steps: float) -> None:
+        self.panels, self.activations, self.instructions = panels, activations, instruction_set(instructions)
+        self._weight, self._mode = _structure(panels), _Mode(ACTIVATIONS[activations], 1, steps)
+        self._run = library().lmpress_linear
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
+        y = torch.empty(x.shape[0], self.panels.rows, dtype=torch.float32)
+        self._mode.threads = torch.get_num_threads()
+        weight, mode = ctypes.byref(self._weight), ctypes.byref(self._mode)
+        _check(self._run(self.instructions.index, weight, mode, x.data_ptr(), x.shape[0], y.data_ptr()), x)
+        return y
 
 
 def dequantize(panels: Panels, instructions: InstructionSet, first: int, count: int, out: Tensor) -> None:
@@ -107,11 +136,27 @@ def dequantize(panels: Panels, instructions: InstructionSet, first: int, count: 
     )
 
 
+def pruned_linear(x: Tensor, pruned: Pruned, instructions: InstructionSet) -> Tensor:
+    """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
+    y = torch.empty(x.shape[0], pruned[0].shape[0], dtype=torch.float32)
+    weight, threads = _pruned_structure(pruned, x.shape[1]), torch.get_num_threads()
+    given = (x.data_ptr(), x.shape[0], y.data_ptr())
+    _check(library().lmpress_pruned_linear(instructions.index, ctypes.byref(weight), threads, *given), x)
+    return y
+
+
+def unfold(pruned: Pruned, instructions: InstructionSet, first: int, out: Tensor) -> None:
+    """The rows from `first` on into contiguous float32 `out` `[rows, columns]`."""
+    weight, threads = _pruned_structure(pruned, out.shape[1]), torch.get_num_threads()
+    library().lmpress_unfold(instructions.index, ctypes.byref(weight), threads, first, out.shape[0], out.data_ptr())
+
+
 def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
-    """`y += x S^T` in place: S in compressed rows, `starts` int64 `[rows + 1]`, `columns` uint32, `values` float32."""
-    pointers = (starts.data_ptr(), columns.data_ptr(), values.data_ptr())
-    rows, width, threads = y.shape[1], x.shape[1], torch.get_num_threads()
-    _check(library().lmpress_add_sparse(threads, *pointers, rows, width, x.data_ptr(), x.shape[0], y.data_ptr()), x)
+    """`y += x S^T` in place: S in compressed rows, `starts` int64 `[rows + 1]`, `columns` int32 or uint16, `values` float16."""
+    entries = (columns.data_ptr(), columns.itemsize == 4, values.data_ptr())
+    sparse = (starts.data_ptr(), *entries, y.shape[1], x.shape[1])
+    status = library().lmpress_add_sparse(torch.get_num_threads(), *sparse, x.data_ptr(), x.shape[0], y.data_ptr())
+    _check(status, x)
 
 
 def _check(status: int, x: Tensor) -> None:
@@ -120,14 +165,12 @@ def _check(status: int, x: Tensor) -> None:
 
 
 def _structure(panels: Panels) -> _Weight:
-    return _Weight(
-        panels.codes.data_ptr(),
-        panels.scales.data_ptr(),
-        None if panels.offsets is None else panels.offsets.data_ptr(),
-        None if panels.table is None else panels.table.data_ptr(),
-        panels.rows,
-        panels.columns,
-        panels.group,
-        panels.bits,
-        panels.center,
-    )
+    tensors = [panels.packed, panels.scales, panels.offsets, panels.table, panels.levels, panels.grids]
+    pointers = [None if each is None else each.data_ptr() for each in [*tensors, panels.kept, panels.apart]]
+    kept_count = 0 if panels.kept is None else len(panels.kept)
+    return _Weight(*pointers, kept_count, panels.rows, panels.columns, panels.group, panels.bits, panels.center)
+
+
+def _pruned_structure(pruned: Pruned, columns: int) -> _Pruned:
+    mask, values, starts = pruned
+    return _Pruned(mask.data_ptr(), values.data_ptr(), starts.data_ptr(), mask.shape[0], columns, VALUES[values.dtype])

@@ -53,11 +53,29 @@ typedef struct {
     const float *scales;   /* [panels][groups][LANES] */
     const float *offsets;  /* likewise, or NULL where every zero point is the center */
     const float *table;    /* 16 values that replace code - center (NF4), or NULL */
+    const uint8_t *levels; /* in place of scales and offsets (SpQR): [tiles of 16 rows][groups][16], the code of a row's scale in
+                              the low nibble, that of its zero in the high one; else NULL */
+    const uint16_t *grids; /* [tiles][groups][4] float16: value = (code - zero) * scale; scale and zero of the scale codes, then
+                              those of the zero codes */
+    const int32_t *kept;   /* input columns whose codes do not count (LLM.int8) */
+    const uint16_t *apart; /* [panels][kept_count][LANES] float16: their weights */
+    int64_t kept_count;
     int64_t rows, columns; /* as the layer has them, without padding */
     int64_t group;         /* columns per scale; the last group of a row may be shorter */
     int32_t bits;          /* 2, 3, 4 or 8: how a code is stored */
     int32_t center;        /* the code that means zero when there is no offset */
 } Weight;
+
+/* A weight of floats of which only some are stored. */
+typedef struct {
+    const uint8_t *mask;   /* [rows][ceil(columns / 8)]: bit j % 8 of byte j / 8 of a row: column j is stored */
+    const uint8_t *values; /* those that are, row after row */
+    const int64_t *starts; /* [rows + 1]: the first value of each row */
+    int64_t rows, columns;
+    int32_t kind; /* of the values */
+} Pruned;
+
+enum { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2 };
 
 /* How activations enter the product. */
 enum { FLOATS = 0, INT8_GROUPS = 1, INT8_TOKENS = 2 };
@@ -75,6 +93,7 @@ INLINE int block_vectors(int bits) { return bits == 3 ? 3 : 1; }
 INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 INLINE int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+static int has_offsets(const Weight *w) { return w->offsets || w->levels; }
 static int64_t groups_of(const Weight *w) { return ceil_div(w->columns, w->group); }
 static int64_t blocks_of(const Weight *w, int64_t g) {
     return ceil_div(smaller(w->group, w->columns - g * w->group), block_columns(w->bits));
@@ -205,11 +224,11 @@ typedef struct {
     const float *x; /* [m][columns] */
     float *y;       /* [m][rows] */
     int64_t m, groups, padded;
-    int most; /* rows of a full row block */
     int32_t *quads;
     float *floats, *scales; /* scales [m][groups] of int8 activations */
     int32_t *code_sums;     /* [m][groups]: sums of int8 codes */
     float *sums;            /* [m][groups]: sums of float activations, where there are offsets */
+    float *rest, *kept;     /* [m][columns]: x without the kept columns, and [m][kept_count]: what it has there */
 } Product;
 
 typedef struct {
@@ -218,8 +237,8 @@ typedef struct {
 } RowBlock;
 
 /* Rows are cut into blocks of 8, 4 and 1, but of no more than `most`: the sizes that the kernels are compiled for. */
-static RowBlock next_block(const Product *p, RowBlock after) {
-    int64_t start = after.start + after.rows, left = smaller(p->m - start, p->most);
+static RowBlock next_block(int64_t m, int most, RowBlock after) {
+    int64_t start = after.start + after.rows, left = smaller(m - start, most);
     return (RowBlock){start, left >= 8 ? 8 : left >= 4 ? 4 : 1};
 }
 
@@ -234,13 +253,44 @@ INLINE float float_of(uint32_t bits) {
     return value;
 }
 
+/* Rows of activations that meet a pruned weight, each WORD columns after WORD columns with nothing missing at the end. */
+typedef struct {
+    const Pruned *w;
+    const float *x; /* [m][stride], zero beyond the weight's columns */
+    float *y;       /* [m][rows] */
+    int64_t m, stride;
+} PrunedProduct;
+
+enum { WORD = 64 }; /* columns of a mask that are read at a time */
+
+INLINE int value_bytes(int kind) { return kind == FLOAT32 ? 4 : 2; }
+
+static uint64_t mask_word(const Pruned *w, int64_t row, int64_t column) {
+    int64_t bytes = ceil_div(w->columns, 8), at = column / 8;
+    uint64_t word = 0;
+    if (bytes - at >= 8)
+        memcpy(&word, w->mask + row * bytes + at, 8); /* in registers, once its size is a constant */
+    else
+        memcpy(&word, w->mask + row * bytes + at, (size_t)(bytes - at));
+    return word;
+}
+
 /* Codes are used once: computing on some while others are on their way takes asking for them in time. */
 INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
 }
 
+enum { TILE_ROWS = 16 }; /* rows that share a grid of the second level */
+
 /* What `place` points to is stored here and loaded later: the registers belong to the inner loop between. */
 INLINE void keep_in_memory(void *place) { __asm__ volatile("" : : "r"(place) : "memory"); }
+
+/* Subnormal numbers included: the product by 2^112 moves the exponent's zero. */
+INLINE float from_half(uint16_t half) {
+    uint32_t sign = (uint32_t)(half & 0x8000) << 16, rest = (uint32_t)(half & 0x7fff) << 13;
+    uint32_t size = rest >= 0x0f800000u ? rest | 0x7f800000u : bits_of(float_of(rest) * 0x1p112f);
+    return float_of(sign | size);
+}
 
 /* Adding 1.5 * 2^23 rounds to the nearest integer, ties to even, and leaves it in the low bits of the mantissa. */
 INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.0f) - 0x4B400000u); }
@@ -261,13 +311,13 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 #define SUFFIX avx2
 #define LANES 8
 #define TILE 8
-#define TARGET __attribute__((target("avx2,fma")))
+#define TARGET __attribute__((target("avx2,fma,f16c,popcnt")))
 #include "lmpress_cpu.c"
 
 #define SUFFIX avx512
 #define LANES 16
 #define TILE 8
-#define TARGET __attribute__((target("avx2,fma,avx512f,avx512bw,avx512vl,avx512vnni")))
+#define TARGET __attribute__((target("avx2,fma,f16c,popcnt,avx512f,avx512bw,avx512vl,avx512vnni")))
 #include "lmpress_cpu.c"
 #endif
 
@@ -285,6 +335,7 @@ INLINE int32_t rounded(float value) { return (int32_t)(bits_of(value + 12582912.
 static int always(void) { return 1; }
 
 #if defined(__x86_64__)
+/* Every processor with AVX2 converts float16 and counts bits. */
 static int has_avx2(void) { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"); }
 static int has_avx512(void) {
     return has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
@@ -307,16 +358,18 @@ typedef struct {
     void (*arrange)(Product *, RowBlock);
     void (*multiply)(const Product *, int64_t panel, RowBlock);
     void (*dequantize)(const Weight *, int64_t panel, float *out, int64_t stride);
+    void (*multiply_pruned)(const PrunedProduct *, int64_t row, int64_t last, RowBlock);
+    void (*unfold)(const Pruned *, int64_t row, float *out);
 } InstructionSet;
 
 static const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512},
-    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2},
+    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512, multiply_pruned_avx512, unfold_avx512},
+    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2, multiply_pruned_avx2, unfold_avx2},
 #elif defined(__aarch64__)
-    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon},
+    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon, multiply_pruned_neon, unfold_neon},
 #endif
-    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable},
+    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable, multiply_pruned_portable, unfold_portable},
 };
 
 enum { SET_COUNT = sizeof SETS / sizeof *SETS };
@@ -335,16 +388,30 @@ typedef struct {
     Product product;
 } Running;
 
+/* Kept columns go another way: in `rest` they are zero, so that they widen no scale. */
+static void set_apart(Product *p) {
+    const Weight *w = p->w;
+    memcpy(p->rest, p->x, (size_t)(p->m * w->columns) * sizeof(float));
+    for (int64_t r = 0; r < p->m; r++)
+        for (int64_t j = 0; j < w->kept_count; j++) {
+            float *place = p->rest + r * w->columns + w->kept[j];
+            p->kept[r * w->kept_count + j] = *place;
+            *place = 0;
+        }
+}
+
 static void arrange_share(void *context, int64_t index) {
     Running *run = context;
     RowBlock block = {0, 0};
-    for (int64_t i = 0; i <= index; i++) block = next_block(&run->product, block);
+    for (int64_t i = 0; i <= index; i++) block = next_block(run->product.m, run->set->most, block);
     run->set->arrange(&run->product, block);
 }
 
 static void multiply_share(void *context, int64_t panel) {
     const Running *run = context;
-    for (RowBlock b = next_block(&run->product, (RowBlock){0, 0}); b.start < run->product.m; b = next_block(&run->product, b))
+    int64_t m = run->product.m;
+    int most = run->set->most;
+    for (RowBlock b = next_block(m, most, (RowBlock){0, 0}); b.start < m; b = next_block(m, most, b))
         run->set->multiply(&run->product, panel, b);
 }
 
@@ -360,22 +427,28 @@ int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x,
     int64_t groups = groups_of(w), padded = row_blocks(w) * block_columns(w->bits);
     int64_t rows = smaller(m, CHUNK), values = mode->activations == FLOATS ? 4 : 1;
     int64_t panels = ceil_div(w->rows, set->lanes);
-    char *memory = malloc((size_t)(rows * (padded * values + 3 * groups * 4) + 4 * 64 + 64));
+    int64_t apart = w->kept_count ? w->columns + w->kept_count : 0;
+    char *memory = malloc((size_t)(rows * (padded * values + (3 * groups + apart) * 4) + 6 * 64 + 64));
     if (!memory) return -1;
     char *arena = memory + (-(uintptr_t)memory & 63);
-    Running run = {set, {w, mode, x, y, 0, groups, padded, set->most, NULL, NULL, NULL, NULL, NULL}};
+    Running run = {set, {w, mode, x, y, 0, groups, padded, NULL, NULL, NULL, NULL, NULL, NULL, NULL}};
     Product *p = &run.product;
     p->quads = cut(&arena, rows * padded * values);
     p->floats = (float *)p->quads;
     p->scales = cut(&arena, rows * groups * 4);
     p->code_sums = cut(&arena, rows * groups * 4);
     p->sums = cut(&arena, rows * groups * 4);
+    if (apart) {
+        p->rest = cut(&arena, rows * w->columns * 4);
+        p->kept = cut(&arena, rows * w->kept_count * 4);
+    }
     /* A product of a few microseconds is over before a second thread has woken. */
     int threads = (double)w->rows * (double)w->columns * (double)m < 1 << 18 ? 1 : mode->threads;
     for (int64_t done = 0; done < m; done += p->m, p->x += p->m * w->columns, p->y += p->m * w->rows) {
         p->m = smaller(CHUNK, m - done);
+        if (apart) set_apart(p);
         int64_t blocks = 0;
-        for (RowBlock b = next_block(p, (RowBlock){0, 0}); b.start < p->m; b = next_block(p, b)) blocks++;
+        for (RowBlock b = next_block(p->m, set->most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, set->most, b)) blocks++;
         parallel(threads, blocks, arrange_share, &run);
         parallel(threads, panels, multiply_share, &run);
     }
@@ -402,47 +475,101 @@ void lmpress_dequantize(int index, const Weight *w, int threads, int64_t first, 
     parallel(threads, count, dequantize_share, &unpacking);
 }
 
+typedef struct {
+    const InstructionSet *set;
+    PrunedProduct product;
+} RunningPruned;
+
+enum { PRUNED_ROWS = 16 }; /* of the weight, that a thread takes at a time */
+
+static void pruned_share(void *context, int64_t share) {
+    const RunningPruned *run = context;
+    const PrunedProduct *p = &run->product;
+    int64_t last = smaller(p->w->rows, (share + 1) * PRUNED_ROWS);
+    int most = run->set->most;
+    for (RowBlock b = next_block(p->m, most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, most, b))
+        run->set->multiply_pruned(p, share * PRUNED_ROWS, last, b);
+}
+
+/* y[m][rows] = x[m][columns] W^T for a pruned W. Returns 0, or -1 where there is no memory for padded rows of x. */
+int lmpress_pruned_linear(int index, const Pruned *w, int threads, const float *x, int64_t m, float *y) {
+    int64_t stride = ceil_div(w->columns, WORD) * WORD;
+    float *padded = NULL;
+    if (stride != w->columns) {
+        padded = calloc((size_t)(m * stride), sizeof(float));
+        if (!padded) return -1;
+        for (int64_t r = 0; r < m; r++) memcpy(padded + r * stride, x + r * w->columns, (size_t)w->columns * sizeof(float));
+    }
+    RunningPruned run = {&SETS[index], {w, padded ? padded : x, y, m, stride}};
+    int helpers = (double)w->starts[w->rows] * (double)m < 1 << 17 ? 1 : threads;
+    parallel(helpers, ceil_div(w->rows, PRUNED_ROWS), pruned_share, &run);
+    free(padded);
+    return 0;
+}
+
+typedef struct {
+    const InstructionSet *set;
+    const Pruned *w;
+    int64_t first;
+    float *out;
+} Unfolding;
+
+static void unfold_share(void *context, int64_t i) {
+    const Unfolding *u = context;
+    u->set->unfold(u->w, u->first + i, u->out + i * u->w->columns);
+}
+
+/* The rows first .. first + count - 1 of a pruned weight as floats: out[count][columns]. */
+void lmpress_unfold(int index, const Pruned *w, int threads, int64_t first, int64_t count, float *out) {
+    Unfolding unfolding = {&SETS[index], w, first, out};
+    parallel(threads, count, unfold_share, &unfolding);
+}
+
 typedef float Four __attribute__((vector_size(16)));
 
 typedef struct Sparse {
     const int64_t *starts;
-    const uint32_t *columns;
-    const float *values, *x; /* x [m][width], or [width][8] for up to 8 rows side by side */
+    const void *columns;    /* uint16, or uint32 where they are `wide` */
+    const uint16_t *values; /* float16 */
+    const float *x;         /* [m][width], or [width][8] for up to 8 rows side by side */
     float *y;
     int64_t m, rows, width;
+    int wide;
     float (*dot)(const struct Sparse *, int64_t start, int64_t end);
 } Sparse;
 
 enum { SPARSE_ROWS = 64, SPARSE_AHEAD = 256 };
 
+INLINE int64_t sparse_column(const Sparse *s, int64_t i) {
+    return s->wide ? ((const uint32_t *)s->columns)[i] : ((const uint16_t *)s->columns)[i];
+}
+
 /* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
 static float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
     float sum[4] = {0};
     for (; i + 4 <= end; i += 4)
-        for (int j = 0; j < 4; j++) sum[j] += s->values[i + j] * s->x[s->columns[i + j]];
-    for (; i < end; i++) sum[0] += s->values[i] * s->x[s->columns[i]];
+        for (int j = 0; j < 4; j++) sum[j] += from_half(s->values[i + j]) * s->x[sparse_column(s, i + j)];
+    for (; i < end; i++) sum[0] += from_half(s->values[i]) * s->x[sparse_column(s, i)];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
 #if defined(__x86_64__)
-/* Eight entries at a time, the last few under a mask. */
-__attribute__((target("avx2,fma"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
+/* Eight entries at a time. */
+__attribute__((target("avx2,fma,f16c"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
     __m256 sum = _mm256_setzero_ps();
     for (; i + 8 <= end; i += 8) {
         __builtin_prefetch(s->values + i + SPARSE_AHEAD);
-        __builtin_prefetch(s->columns + i + SPARSE_AHEAD);
-        __m256i columns = _mm256_loadu_si256((const __m256i *)(s->columns + i));
-        sum = _mm256_fmadd_ps(_mm256_loadu_ps(s->values + i), _mm256_i32gather_ps(s->x, columns, 4), sum);
-    }
-    if (i < end) {
-        __m256i there = _mm256_cmpgt_epi32(_mm256_set1_epi32((int)(end - i)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-        __m256i columns = _mm256_maskload_epi32((const int *)(s->columns + i), there);
-        __m256 x = _mm256_mask_i32gather_ps(_mm256_setzero_ps(), s->x, columns, _mm256_castsi256_ps(there), 4);
-        sum = _mm256_fmadd_ps(_mm256_maskload_ps(s->values + i, there), x, sum);
+        __m256i columns;
+        if (s->wide)
+            columns = _mm256_loadu_si256((const __m256i *)((const uint32_t *)s->columns + i));
+        else
+            columns = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)((const uint16_t *)s->columns + i)));
+        __m256 values = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)(s->values + i)));
+        sum = _mm256_fmadd_ps(values, _mm256_i32gather_ps(s->x, columns, 4), sum);
     }
     __m128 four = _mm_add_ps(_mm256_castps256_ps128(sum), _mm256_extractf128_ps(sum, 1));
     four = _mm_add_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
+    return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four))) + sparse_dot(s, i, end);
 }
 #endif
 
@@ -454,8 +581,8 @@ INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
         for (int j = 0; j < 4; j++) {
             if (i + j / 2 >= end) break;
             Four x;
-            memcpy(&x, s->x + 8 * (int64_t)s->columns[i + j / 2] + 4 * (j % 2), sizeof x);
-            sum[j] += s->values[i + j / 2] * x;
+            memcpy(&x, s->x + 8 * sparse_column(s, i + j / 2) + 4 * (j % 2), sizeof x);
+            sum[j] += from_half(s->values[i + j / 2]) * x;
         }
     sum[0] += sum[2];
     sum[1] += sum[3];
@@ -476,18 +603,18 @@ static void sparse_share(void *context, int64_t share) {
     }
 }
 
-/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns and values of its entries.
- * Returns 0, or -1 where there is no memory to put the rows of x side by side. */
-int lmpress_add_sparse(int threads, const int64_t *starts, const uint32_t *columns, const float *values, int64_t rows,
+/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns (uint32 where they are `wide`, else uint16)
+ * and float16 values of its entries. Returns 0, or -1 where there is no memory to put the rows of x side by side. */
+int lmpress_add_sparse(int threads, const int64_t *starts, const void *columns, int wide, const uint16_t *values, int64_t rows,
                        int64_t width, const float *x, int64_t m, float *y) {
     float (*dot)(const Sparse *, int64_t, int64_t) = sparse_dot;
 #if defined(__x86_64__)
-    if (has_avx2()) dot = sparse_dot_avx2;
+    if (has_avx2()) dot = sparse_dot_avx2; /* it has F16C too */
 #endif
     float *side_by_side = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
     if (m > 1 && !side_by_side) return -1;
     for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
-        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, dot};
+        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, wide, dot};
         if (sparse.m > 1) {
             sparse.x = side_by_side;
             for (int64_t k = 0; k < width; k++)
@@ -619,6 +746,41 @@ TARGET INLINE Floats ISA(load_floats)(const float *from) {
 }
 TARGET INLINE Floats ISA(all)(float value) { return value - (Floats){0}; }
 
+/* LANES bytes, each in a lane of its own, and four float16 as floats. */
+#if defined(__x86_64__) && LANES >= 8
+TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) {
+#if LANES == 16
+    return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+#else
+    return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+#endif
+}
+TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
+    _mm_storeu_ps(four, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from)));
+}
+#else
+TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) { return (Words){from[0], from[1], from[2], from[3]}; }
+TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
+    for (int i = 0; i < 4; i++) four[i] = from_half(from[i]);
+}
+#endif
+
+/* The scales of a panel's rows in group `g`, and their offsets: zeros minus center. */
+TARGET INLINE Floats ISA(scale_of)(const Weight *w, int64_t panel, int64_t groups, int64_t g, Floats *offset) {
+    int64_t at = panel * groups + g;
+    *offset = (Floats){0};
+    if (!w->levels) {
+        if (w->offsets) *offset = ISA(load_floats)(w->offsets + at * LANES);
+        return ISA(load_floats)(w->scales + at * LANES);
+    }
+    int64_t tile = panel * LANES / TILE_ROWS * groups + g;
+    Words levels = ISA(from_bytes)(w->levels + tile * TILE_ROWS + panel * LANES % TILE_ROWS);
+    float grid[4];
+    ISA(from_halves)(w->grids + 4 * tile, grid);
+    *offset = (__builtin_convertvector((Ints)(levels >> 4), Floats) - grid[3]) * grid[2] - (float)w->center;
+    return (__builtin_convertvector((Ints)(levels & 15), Floats) - grid[1]) * grid[0];
+}
+
 /* Quad `q` of a block: 4 codes in the 4 bytes of every lane. */
 TARGET INLINE Words ISA(quad)(const uint8_t *block, int q, int bits) {
     switch (bits) {
@@ -678,14 +840,13 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
             ISA(dot_blocks)(sums, codes, x, run, bits, rows);
         for (; blocks > 0; blocks--, codes += block_bytes, x += block_quads * rows)
             ISA(dot_blocks)(sums, codes, x, 1, bits, rows);
-        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int64_t at = start * p->groups + g * rows + r;
             /* The center leaves in integers: in floats, what remains of two large sums would be their rounding. */
             Floats value = __builtin_convertvector(sums[r] - w->center * p->code_sums[at], Floats);
-            if (w->offsets)
-                value -= ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES) * (float)p->code_sums[at];
+            if (has_offsets(w)) value -= offset * (float)p->code_sums[at];
             y[r] += value * (scale * p->scales[at]);
         }
         keep_in_memory(y);
@@ -721,7 +882,7 @@ TARGET static float ISA(absmax)(const float *x, int64_t count) {
 
 TARGET static void ISA(arrange_int8)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = p->x + (block.start + r) * w->columns;
+    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
     int32_t *quads = p->quads + block.start * p->padded / 4 + r;
     int64_t block_quads = block_columns(w->bits) / 4;
     float largest = p->mode->activations == INT8_TOKENS ? ISA(absmax)(x, w->columns) : 0;
@@ -774,7 +935,7 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
     const float *x = p->floats + start * p->padded;
     for (int64_t g = 0; g < p->groups; g++) {
-        Floats scale = ISA(load_floats)(w->scales + (panel * p->groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
         /* Long groups add up in stretches, so that the error of a sum does not grow with the width of the layer. */
         for (int64_t left = blocks_of(w, g); left > 0;) {
             int64_t blocks = smaller(left, STRETCH / block_columns(bits));
@@ -787,8 +948,8 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
             for (int r = 0; r < rows; r++) y[r] += scale * sums[r];
             keep_in_memory(y);
         }
-        if (w->offsets) {
-            Floats shift = scale * ISA(load_floats)(w->offsets + (panel * p->groups + g) * LANES);
+        if (has_offsets(w)) {
+            Floats shift = scale * offset;
 #pragma GCC unroll 8
             for (int r = 0; r < rows; r++) y[r] -= shift * p->sums[start * p->groups + g * rows + r];
         }
@@ -797,14 +958,14 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
 
 TARGET static void ISA(arrange_floats)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = p->x + (block.start + r) * w->columns;
+    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
     float *floats = p->floats + block.start * p->padded + r;
     for (int64_t g = 0; g < p->groups; g++, x += w->group) {
         int64_t count = smaller(w->group, w->columns - g * w->group), room = blocks_of(w, g) * block_columns(w->bits);
         for (int64_t k = 0; k < count; k++) floats[k * block.rows] = x[k];
         for (int64_t k = count; k < room; k++) floats[k * block.rows] = 0;
         floats += room * block.rows;
-        if (w->offsets) {
+        if (has_offsets(w)) {
             double sum = 0;
             for (int64_t k = 0; k < count; k++) sum += x[k];
             p->sums[block.start * p->groups + g * block.rows + r] = (float)sum;
@@ -820,6 +981,31 @@ TARGET static void ISA(arrange)(Product *p, RowBlock block) {
             ISA(arrange_floats)(p, block, r);
         else
             ISA(arrange_int8)(p, block, r);
+}
+
+/* LANES float16 as floats. */
+TARGET INLINE Floats ISA(load_halves)(const uint16_t *from) {
+#if defined(__x86_64__) && LANES == 16
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__x86_64__) && LANES == 8
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    Floats floats;
+    for (int r = 0; r < LANES; r++) floats[r] = from_half(from[r]);
+    return floats;
+#endif
+}
+
+/* What the kept columns add to a panel. */
+TARGET INLINE void ISA(add_kept)(const Product *p, int64_t panel, int64_t start, int rows, Floats *y) {
+    int64_t count = p->w->kept_count;
+    const uint16_t *apart = p->w->apart + panel * count * LANES;
+    const float *x = p->kept + start * count;
+    for (int64_t j = 0; j < count; j++, apart += LANES) {
+        Floats weight = ISA(load_halves)(apart);
+#pragma GCC unroll 8
+        for (int r = 0; r < rows; r++) y[r] += weight * x[r * count + j];
+    }
 }
 
 /* The table of a uniform grid, for machines where looking up is cheaper than converting. */
@@ -841,6 +1027,7 @@ TARGET INLINE void ISA(panel_of_rows)(const Product *p, int64_t panel, int64_t s
         ISA(float_panel)(p, panel, start, bits, rows, 1, table, y);
     else
         ISA(float_panel)(p, panel, start, bits, rows, 0, table, y);
+    if (p->w->kept_count) ISA(add_kept)(p, panel, start, rows, y);
     size_t bytes = (size_t)smaller(LANES, p->w->rows - panel * LANES) * sizeof(float);
     for (int r = 0; r < rows; r++) memcpy(p->y + (start + r) * p->w->rows + panel * LANES, &y[r], bytes);
 }
@@ -870,13 +1057,13 @@ TARGET static void ISA(multiply)(const Product *p, int64_t panel, RowBlock block
     }
 }
 
-TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64_t stride, int bits, const float *table) {
+TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *first, int64_t stride, int bits, const float *table) {
     int64_t groups = groups_of(w);
+    float *out = first;
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_vectors(bits) * 4 * LANES;
     size_t bytes = (size_t)smaller(LANES, w->rows - panel * LANES) * sizeof(float);
     for (int64_t g = 0; g < groups; g++) {
-        Floats scale = ISA(load_floats)(w->scales + (panel * groups + g) * LANES), offset = {0};
-        if (w->offsets) offset = ISA(load_floats)(w->offsets + (panel * groups + g) * LANES);
+        Floats offset, scale = ISA(scale_of)(w, panel, groups, g, &offset);
         int64_t left = smaller(w->group, w->columns - g * w->group);
         for (; left > 0; left -= block_columns(bits), codes += block_vectors(bits) * 4 * LANES)
             for (int k = 0; k < smaller(left, block_columns(bits)); k++, out += stride) {
@@ -884,6 +1071,10 @@ TARGET INLINE void ISA(unpack)(const Weight *w, int64_t panel, float *out, int64
                 value = (value - offset) * scale;
                 memcpy(out, &value, bytes);
             }
+    }
+    for (int64_t j = 0; j < w->kept_count; j++) {
+        Floats value = ISA(load_halves)(w->apart + (panel * w->kept_count + j) * LANES);
+        memcpy(first + w->kept[j] * stride, &value, bytes);
     }
 }
 
@@ -902,6 +1093,182 @@ TARGET static void ISA(dequantize)(const Weight *w, int64_t panel, float *out, i
         break;
     default:
         ISA(unpack)(w, panel, out, stride, 8, table);
+    }
+}
+
+/* --------------------------------------------------------------------------------------------------- pruned weights */
+
+/* The next LANES columns of a row: the next values where `mask` has bits, zero elsewhere. Reads LANES values. */
+#if defined(__x86_64__) && LANES == 16
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    __m512 stored;
+    if (kind == FLOAT32)
+        stored = _mm512_loadu_ps(values);
+    else if (kind == FLOAT16)
+        stored = _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)values));
+    else
+        stored = _mm512_castsi512_ps(
+            _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)values)), 16));
+    __asm__("" : "+v"(stored)); /* or compilers expand from memory, which takes many times as long */
+    return (Floats)_mm512_maskz_expand_ps((__mmask16)mask, stored);
+}
+
+#elif defined(__x86_64__) && LANES == 8
+
+/* For every mask of 8 columns, which value each takes; -1 for none. */
+static int8_t ISA(takes)[256][8];
+
+__attribute__((constructor)) static void ISA(fill_takes)(void) {
+    for (int mask = 0; mask < 256; mask++)
+        for (int column = 0, next = 0; column < 8; column++) ISA(takes)[mask][column] = (int8_t)(mask >> column & 1 ? next++ : -1);
+}
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    __m256 stored;
+    if (kind == FLOAT32)
+        stored = _mm256_loadu_ps((const float *)values);
+    else if (kind == FLOAT16)
+        stored = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)values));
+    else
+        stored = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)values)), 16));
+    __m256i takes = _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)ISA(takes)[mask]));
+    return (Floats)_mm256_blendv_ps(_mm256_permutevar8x32_ps(stored, takes), _mm256_setzero_ps(), (__m256)takes);
+}
+
+#else
+
+TARGET INLINE Floats ISA(expand)(const uint8_t *values, uint32_t mask, int kind) {
+    Floats columns = {0};
+    for (int j = 0; j < LANES; j++) {
+        if (!(mask >> j & 1)) continue;
+        if (kind == FLOAT32) {
+            memcpy((float *)&columns + j, values, 4);
+        } else {
+            uint16_t half;
+            memcpy(&half, values, 2);
+            columns[j] = kind == FLOAT16 ? from_half(half) : float_of((uint32_t)half << 16);
+        }
+        values += value_bytes(kind);
+    }
+    return columns;
+}
+
+#endif
+
+/* Where the values of a row are at work. Near the end of all values they are copied, because whole vectors are read. */
+typedef struct {
+    const uint8_t *next, *end;
+    uint8_t last[WORD * 4];
+} ISA(Reader);
+
+TARGET INLINE ISA(Reader) ISA(reader)(const Pruned *w, int64_t row, int kind) {
+    const uint8_t *end = w->values + w->starts[w->rows] * value_bytes(kind);
+    return (ISA(Reader)){w->values + w->starts[row] * value_bytes(kind), end, {0}};
+}
+
+TARGET INLINE const uint8_t *ISA(take)(ISA(Reader) * reader, uint64_t word, int kind) {
+    const uint8_t *values = reader->next;
+    if (reader->end - values < WORD * value_bytes(kind)) {
+        memcpy(reader->last, values, (size_t)(reader->end - values));
+        values = reader->last;
+    }
+    reader->next += __builtin_popcountll(word) * value_bytes(kind);
+    fetch_ahead(reader->next, WORD * value_bytes(kind) / 2);
+    return values;
+}
+
+TARGET INLINE float ISA(across)(Floats sums) {
+    float lanes[LANES];
+    memcpy(lanes, &sums, sizeof lanes);
+    for (int half = LANES / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+/* `many` rows of the weight from `row` on, by `rows` of activations from `start` on: what is loaded of x serves all of them. */
+TARGET INLINE void ISA(pruned_rows)(const PrunedProduct *p, int64_t row, int many, int64_t start, int rows, int kind) {
+    const Pruned *w = p->w;
+    ISA(Reader) readers[2];
+    Floats sums[2][MAX_ROWS] = {{{0}}};
+#pragma GCC unroll 2
+    for (int i = 0; i < many; i++) readers[i] = ISA(reader)(w, row + i, kind);
+    const float *x = p->x + start * p->stride;
+    int ways = rows == 1 ? 4 : 1;
+    for (int64_t k = 0; k < w->columns; k += WORD, x += WORD) {
+        uint64_t words[2];
+        const uint8_t *values[2];
+#pragma GCC unroll 2
+        for (int i = 0; i < many; i++) {
+            words[i] = mask_word(w, row + i, k);
+            values[i] = ISA(take)(&readers[i], words[i], kind);
+        }
+#pragma GCC unroll 16
+        for (int part = 0; part < WORD / LANES; part++) {
+            Floats weight[2];
+#pragma GCC unroll 2
+            for (int i = 0; i < many; i++) {
+                uint32_t mask = (uint32_t)(words[i] >> (part * LANES)) & ((1u << LANES) - 1);
+                weight[i] = ISA(expand)(values[i], mask, kind);
+                values[i] += __builtin_popcount(mask) * value_bytes(kind);
+            }
+#pragma GCC unroll 8
+            for (int r = 0; r < rows; r++) {
+                Floats columns = ISA(load_floats)(x + r * p->stride + part * LANES);
+#pragma GCC unroll 2
+                for (int i = 0; i < many; i++) sums[i][r + part % ways] += weight[i] * columns;
+            }
+        }
+    }
+#pragma GCC unroll 2
+    for (int i = 0; i < many; i++) {
+        if (rows == 1) sums[i][0] = (sums[i][0] + sums[i][1]) + (sums[i][2] + sums[i][3]);
+#pragma GCC unroll 8 /* or the sums live in memory */
+        for (int r = 0; r < rows; r++) p->y[(start + r) * w->rows + row + i] = ISA(across)(sums[i][r]);
+    }
+}
+
+/* As many rows of the weight at a time as there are registers for. */
+TARGET INLINE void ISA(pruned_block)(const PrunedProduct *p, int64_t row, int64_t last, int64_t start, int rows, int kind) {
+    if (LANES == 16 && rows > 1)
+        for (; row + 2 <= last; row += 2) ISA(pruned_rows)(p, row, 2, start, rows, kind);
+    for (; row < last; row++) ISA(pruned_rows)(p, row, 1, start, rows, kind);
+}
+
+TARGET INLINE void ISA(pruned_of_kind)(const PrunedProduct *p, int64_t row, int64_t last, RowBlock block, int kind) {
+    if (TILE == 1 || block.rows == 1)
+        ISA(pruned_block)(p, row, last, block.start, 1, kind);
+    else if (block.rows == 4)
+        ISA(pruned_block)(p, row, last, block.start, 4, kind);
+    else
+        ISA(pruned_block)(p, row, last, block.start, 8, kind);
+}
+
+TARGET static void ISA(multiply_pruned)(const PrunedProduct *p, int64_t row, int64_t last, RowBlock block) {
+    switch (p->w->kind) {
+    case FLOAT32:
+        ISA(pruned_of_kind)(p, row, last, block, FLOAT32);
+        break;
+    case FLOAT16:
+        ISA(pruned_of_kind)(p, row, last, block, FLOAT16);
+        break;
+    default:
+        ISA(pruned_of_kind)(p, row, last, block, BFLOAT16);
+    }
+}
+
+TARGET static void ISA(unfold)(const Pruned *w, int64_t row, float *out) {
+    int size = value_bytes(w->kind);
+    ISA(Reader) reader = ISA(reader)(w, row, w->kind);
+    for (int64_t k = 0; k < w->columns; k += WORD) {
+        uint64_t word = mask_word(w, row, k);
+        const uint8_t *values = ISA(take)(&reader, word, w->kind);
+        for (int64_t column = k; column < smaller(k + WORD, w->columns); column += LANES) {
+            uint32_t mask = (uint32_t)(word >> (column - k)) & ((1u << LANES) - 1);
+            Floats weight = ISA(expand)(values, mask, w->kind);
+            memcpy(out + column, &weight, (size_t)smaller(LANES, w->columns - column) * sizeof(float));
+            values += __builtin_popcount(mask) * size;
+        }
     }
 }
 

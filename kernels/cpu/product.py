@@ -1,14 +1,17 @@
 """Products by the compiled kernels: one per instruction set, all of one layout family."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..kernel import Kernel, Need, Product, Serves
+from ..arranged import Arranged, flat
+from ..kernel import FLOAT_DTYPES, Kernel, Need, Serves
 from ..weight import Weight
 from . import library
 from .layout import Panels, pack, unpack
+from .pruned import CpuPruned
 
 # Best first; names are the C file's. The number of input rows from which exact products go through `torch.mm` on slabs of
 # dequantized weight: where the machine's own multiplication is the better one for matrices.
@@ -16,73 +19,38 @@ SETS = {"avx512-vnni": None, "avx2": None, "neon-dotprod": None, "portable": 8}
 SLAB = 256
 
 
-class CpuProduct(Product):
+class CpuProduct(Arranged[Panels]):
     """A weight in panels (see `layout.py`)."""
 
     def __init__(self, weight: Weight, need: Need, instructions: str) -> None:
-        super().__init__()
         lanes = library.instruction_set(instructions).lanes
-        panels = pack(weight, lanes)
-        self.instructions, self.activations, self.steps, self.lanes = instructions, need.activations, need.steps, lanes
-        self.rows, self.columns, self.group = panels.rows, panels.columns, panels.group
-        self.bits, self.center = panels.bits, panels.center
-        self.panels: Tensor
-        self.scales: Tensor
-        self.offsets: Tensor | None
-        self.table: Tensor | None
-        self.register_buffer("panels", panels.codes, persistent=False)
-        self.register_buffer("scales", panels.scales, persistent=False)
-        self.register_buffer("offsets", panels.offsets, persistent=False)
-        self.register_buffer("table", panels.table, persistent=False)
+        super().__init__(pack(weight, lanes))
+        self.lanes, self.how = lanes, (instructions, need.activations, need.steps)
+        self._call: library.Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
-        call = torch.ops.lmpress.cpu_linear if traced else multiply
-        return call(
-            x,
-            self.panels,
-            self.scales,
-            self.offsets,
-            self.table,
-            self.rows,
-            self.columns,
-            self.group,
-            self.bits,
-            self.center,
-            self.instructions,
-            self.activations,
-            self.steps,
-        )
+        if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+            return torch.ops.lmpress.cpu_linear(x, *flat(self.layout), *self.how)
+        if self._call is None:
+            self._call = library.Linear(self.layout, *self.how)
+        return multiply(x, self._call)
 
     def codes(self) -> Tensor:
-        return unpack(self.panels, self.lanes, self.rows, self.columns, self.group, self.bits)
+        panels = self.layout
+        return unpack(panels.packed, self.lanes, panels.rows, panels.columns, panels.group, panels.bits)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Addresses are not copied."""
+        return self.__dict__ | {"_call": None}
 
 
-def multiply(
-    x: Tensor,
-    codes: Tensor,
-    scales: Tensor,
-    offsets: Tensor | None,
-    table: Tensor | None,
-    rows: int,
-    columns: int,
-    group: int,
-    bits: int,
-    center: int,
-    instructions: str,
-    activations: str,
-    steps: float,
-) -> Tensor:
-    """`x W^T` for `x` `[m, columns]` of any float dtype and strides, the weight given as panels: `[m, rows]`."""
-    panels = Panels(codes, scales, offsets, table, rows, columns, group, bits, center)
-    chosen = library.instruction_set(instructions)
+def multiply(x: Tensor, call: library.Linear) -> Tensor:
+    """`x W^T` for `x` `[m, columns]` of any float dtype and strides: `[m, rows]`."""
     inputs = x.to(torch.float32).contiguous()
-    by_slabs = SETS[instructions]
-    if activations == "float" and by_slabs is not None and x.shape[0] >= by_slabs:
-        y = multiply_by_slabs(inputs, panels, chosen)
-    else:
-        y = library.linear(inputs, panels, chosen, activations, steps)
-    return y.to(x.dtype)
+    by_slabs = SETS[call.instructions.name]
+    if call.activations == "float" and by_slabs is not None and x.shape[0] >= by_slabs:
+        return multiply_by_slabs(inputs, call.panels, call.instructions).to(x.dtype)
+    return call(inputs).to(x.dtype)
 
 
 def multiply_by_slabs(x: Tensor, panels: Panels, instructions: library.InstructionSet) -> Tensor:
@@ -103,7 +71,7 @@ def multiply_transposed(x: Tensor, panels: Panels, instructions: library.Instruc
 
 def slabs(panels: Panels, instructions: library.InstructionSet) -> Iterator[tuple[slice, Tensor]]:
     """Rows of the weight as floats `[columns, rows]`, up to SLAB at a time, in memory that is used again."""
-    per_slab, count = SLAB // instructions.lanes, panels.codes.shape[0]
+    per_slab, count = SLAB // instructions.lanes, panels.packed.shape[0]
     slab = torch.empty(panels.columns, SLAB, dtype=torch.float32)
     for first in range(0, count, per_slab):
         library.dequantize(panels, instructions, first, min(per_slab, count - first), slab)
@@ -120,8 +88,11 @@ def kernel(instructions: str) -> Kernel:
             bits=frozenset(range(2, 9)),
             activations=frozenset({"float", "group", "token"}),
             devices=frozenset({"cpu"}),
+            values=FLOAT_DTYPES,
         ),
         prepare=lambda weight, need: CpuProduct(weight, need, instructions),
+        mixes=True,
+        pruned=lambda weight, need: CpuPruned(weight, need, instructions),
     )
 
 

@@ -1,4 +1,4 @@
-"""The modules that take a linear layer's place: their weights stay packed in memory."""
+"""The modules that take a linear layer's place: their weights stay packed in memory, and a kernel multiplies by them."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.scheme import QuantArgs
-from ...compress.tensor import MixedTensor, Served, SpQRTensor, TwoLevel, parts, settings
+from ...compress.tensor import MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
 from .. import apart, dispatch
-from ..kernel import STEPS, Activations, Need, Product
-from ..weight import Weight
-
-LEVEL_PARTS = ("codes", "scale", "zero")
+from ..kernel import STEPS, Activations, Need, Product, PrunedProduct
+from ..weight import Levels, PrunedWeight, Weight
 
 
 @dataclass(frozen=True)
@@ -35,34 +33,33 @@ class Serving:
         return "float" if self.exact else "group"
 
 
-class PackedLinear(nn.Module):
-    """`y = x W^T + bias` with `W` kept as codes.
+class ServedLinear(nn.Module):
+    """`y = x W^T + bias` by a kernel of the dispatch.
 
     product  the weight in the layout of the kernel that serves it
 
-    What the codes stand for are buffers in their stored dtypes, called as the fields of the tensor: `scale` and `zero` of a
-    grid, `absmax` of NF4. Raises `UsageError` where `serving` names a kernel that cannot serve.
+    Raises `UsageError` where `serving` names a kernel that cannot serve.
     """
 
-    def __init__(self, tensor: Served | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
+    def __init__(
+        self, tensor: Served | SpQRTensor | PrunedTensor, bias: nn.Parameter | None, serving: Serving | None = None
+    ) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
-        self.args: QuantArgs = tensor.args
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
         self._keep(tensor)
         self._arrange(tensor, serving or Serving())
 
     @property
-    def compressed(self) -> Served | SpQRTensor:
+    def compressed(self) -> Served | SpQRTensor | PrunedTensor:
         """What the module serves."""
-        stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
-        return self._kind(codes=self.product.codes(), **stored, **self._settings)
+        raise NotImplementedError
 
     @property
     def activations(self) -> Activations:
         """How inputs enter the product."""
-        return "token" if self._kind is MixedTensor else self.serving.activations
+        return self.serving.activations
 
     @property
     def steps(self) -> float:
@@ -78,33 +75,28 @@ class PackedLinear(nn.Module):
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        args = self.args
-        kind = "symmetric" if args.symmetric else "asymmetric"
-        grid = f"int{args.bits} {kind}" if args.kind == "grid" else args.kind
-        shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
-        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
+        return f"{self.in_features}, {self.out_features}, kernel={self.kernel}, activations={self.activations}"
 
-    def _keep(self, tensor: Served | SpQRTensor) -> None:
-        """Register what `compressed` needs besides the codes: buffers that no cast changes."""
-        assert not isinstance(tensor, SpQRTensor)
-        self._kind: type[Served] = type(tensor)
-        self._settings = settings(tensor)
-        self._stored = [name for name in parts(tensor) if name != "codes"]
-        for name in self._stored:
-            self.register_buffer(name, parts(tensor)[name], persistent=False)
+    def _keep(self, tensor: Any) -> None:
+        """Register what `compressed` needs besides the product: buffers that no cast changes."""
+        raise NotImplementedError
 
-    def _arrange(self, tensor: Served | SpQRTensor, serving: Serving) -> None:
+    def _arrange(self, tensor: Served | SpQRTensor | PrunedTensor, serving: Serving) -> None:
         self.serving = serving
-        weight = Weight.of(tensor)
+        weight = self._weight(tensor)
         need = Need.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = apart.prepare(chosen, weight, need)
         self.kernel = chosen.name
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedLinear":
+    def _weight(self, tensor: Any) -> Weight | PrunedWeight:
+        """What the kernels are given."""
+        raise NotImplementedError
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
         """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
         kept = dict(self.named_buffers(recurse=False))
-        before = next(iter(kept.values())).device
+        before = next(self.product.buffers()).device
         place = fn(torch.empty(0, dtype=self.serving.dtype, device=before))
         stays = place.device == before and place.dtype == self.serving.dtype
         stored = None if stays or place.is_meta else self.compressed
@@ -116,11 +108,76 @@ class PackedLinear(nn.Module):
         return self
 
 
+class PackedLinear(ServedLinear):
+    """`y = x W^T + bias` with `W` kept as codes.
+
+    What the codes stand for are buffers in their stored dtypes, called as the fields of the tensor: `scale` and `zero` of a
+    grid, `absmax` of NF4.
+    """
+
+    def __init__(self, tensor: Served | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
+        self.args: QuantArgs = tensor.args
+        super().__init__(tensor, bias, serving)
+
+    @property
+    def compressed(self) -> Served | SpQRTensor:
+        """What the module serves."""
+        stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
+        return self._kind(codes=self.product.codes(), **stored, **self._settings)
+
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product."""
+        return "token" if self._kind is MixedTensor else self.serving.activations
+
+    def extra_repr(self) -> str:
+        args = self.args
+        kind = "symmetric" if args.symmetric else "asymmetric"
+        grid = f"int{args.bits} {kind}" if args.kind == "grid" else args.kind
+        shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
+        return f"{shape}, kernel={self.kernel}, activations={self.activations}"
+
+    def _keep(self, tensor: Served | SpQRTensor) -> None:
+        assert not isinstance(tensor, SpQRTensor)
+        self._kind: type[Served] = type(tensor)
+        self._settings = settings(tensor)
+        self._stored = [name for name in parts(tensor) if name != "codes"]
+        for name in self._stored:
+            self.register_buffer(name, parts(tensor)[name], persistent=False)
+
+    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+        return Weight.of(tensor)
+
+
+class PrunedLinear(ServedLinear):
+    """`y = x W^T + bias` with only the weights that are left in memory, and a bit for each that says which these are."""
+
+    @property
+    def compressed(self) -> PrunedTensor:
+        """What the module serves."""
+        assert isinstance(self.product, PrunedProduct)
+        weight = self.product.weight
+        return PrunedTensor(weight.dequantize(weight.values.dtype), weight.kept(), self.args)
+
+    @property
+    def activations(self) -> Activations:
+        """Pruned weights are no codes, and their inputs are none either."""
+        return "float"
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, {self.args}, kernel={self.kernel}"
+
+    def _keep(self, tensor: PrunedTensor) -> None:
+        self.args = tensor.args
+
+    def _weight(self, tensor: PrunedTensor) -> PrunedWeight:
+        return PrunedWeight.of(tensor)
+
+
 class SpQRLinear(PackedLinear):
     """`y = x (W + S)^T + bias` with W kept as codes of two-level scales and real zeros, and S sparse.
 
-    scale_codes, scale_scale, scale_zero  the two levels of the scales (see `TwoLevel`); `zero_codes`, ... those of the zeros
-    product  codes, scales and zeros in float32, and the sparse rows, in the layout of the kernel
+    levels, grids  the scales and zeros (see `Levels`), which compiled kernels read as they are
     """
 
     @property
@@ -128,8 +185,9 @@ class SpQRLinear(PackedLinear):
         """What the module serves."""
         rows = self.product
         assert isinstance(rows, apart.WithResidual)
-        residual = (rows.starts.diff(), rows.indices.long(), rows.values.half())
-        return SpQRTensor(rows.codes(), self._level("scale"), self._level("zero"), *residual, self.args)
+        residual = (rows.starts.diff(), rows.indices.long(), rows.values)
+        levels = Levels(self.get_buffer("levels"), self.get_buffer("grids"))
+        return SpQRTensor(rows.codes(), *levels.two(self.out_features), *residual, self.args)
 
     @property
     def activations(self) -> Activations:
@@ -138,13 +196,13 @@ class SpQRLinear(PackedLinear):
 
     def _keep(self, tensor: Served | SpQRTensor) -> None:
         assert isinstance(tensor, SpQRTensor)
-        for which, level in (("scale", tensor.scale), ("zero", tensor.zero)):
-            for part in LEVEL_PARTS:
-                self.register_buffer(f"{which}_{part}", getattr(level, part), persistent=False)
+        levels = Levels.of(tensor)
+        self.register_buffer("levels", levels.codes, persistent=False)
+        self.register_buffer("grids", levels.grids, persistent=False)
 
-    def _level(self, which: str) -> TwoLevel:
-        codes, scale, zero = (self.get_buffer(f"{which}_{part}") for part in LEVEL_PARTS)
-        return TwoLevel(codes, scale, zero)
+    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+        """With the levels that are held here."""
+        return replace(super()._weight(tensor), levels=Levels(self.get_buffer("levels"), self.get_buffer("grids")))
 
 
 def serve(model: nn.Module, serving: Serving) -> None:
@@ -158,5 +216,5 @@ def kernels_of(model: nn.Module) -> dict[str, int]:
     return dict(Counter(f"{layer.kernel} {layer.activations}" for layer in _packed(model)))
 
 
-def _packed(model: nn.Module) -> list[PackedLinear]:
-    return [module for module in model.modules() if isinstance(module, PackedLinear)]
+def _packed(model: nn.Module) -> list[ServedLinear]:
+    return [module for module in model.modules() if isinstance(module, ServedLinear)]

@@ -1,11 +1,11 @@
-"""The module of weights that no kernel multiplies as they are stored: pruned ones, NF4 with blocks over row ends."""
+"""The module of weights that no kernel multiplies as they are stored: NF4 with blocks over row ends."""
 
 from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from ...compress.formats.storage import format_of
-from ...compress.tensor import Compressed, NF4Tensor, PrunedTensor
+from ...compress.tensor import Compressed, NF4Tensor
 
 DOT = "/"  # in the names of buffers, which hold no dots
 
@@ -16,7 +16,7 @@ class StoredLinear(nn.Module):
     Buffers are the tensors of the weight's format by their last names, with `/` for a dot.
     """
 
-    def __init__(self, tensor: PrunedTensor | NF4Tensor, bias: nn.Parameter | None) -> None:
+    def __init__(self, tensor: NF4Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args = tensor.args

@@ -5,7 +5,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from ..kernel import Activations, Kernel, Need, Product, Serves, Unavailable, WrongMachine
+from ..arranged import Arranged, flat
+from ..kernel import Activations, Kernel, Need, Serves, Unavailable, WrongMachine
 from ..weight import Weight
 from .layout import Tiles, pack, unpack
 
@@ -13,47 +14,24 @@ OLDEST = (8, 0)  # the first GPUs with bfloat16
 WIDEST_TABLE = 4  # bits of a codebook's codes
 
 
-class TritonProduct(Product):
+class TritonProduct(Arranged[Tiles]):
     """A weight in parts (see `layout.py`)."""
 
     def __init__(self, weight: Weight, need: Need) -> None:
-        super().__init__()
         _check(weight, need)
-        tiles = pack(weight, int8=need.activations != "float")
+        super().__init__(pack(weight, int8=need.activations != "float"))
         self.given_bits, self.steps = weight.bits, need.steps
         self.activations: Activations = need.activations
-        self.rows, self.columns, self.group = tiles.rows, tiles.columns, tiles.group
-        self.bits, self.width, self.real = tiles.bits, tiles.width, tiles.real
-        self.low: Tensor
-        self.high: Tensor | None
-        self.scales: Tensor
-        self.zeros: Tensor | None
-        self.table: Tensor | None
-        self.register_buffer("low", tiles.low, persistent=False)
-        self.register_buffer("high", tiles.high, persistent=False)
-        self.register_buffer("scales", tiles.scales, persistent=False)
-        self.register_buffer("zeros", tiles.zeros, persistent=False)
-        self.register_buffer("table", tiles.table, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         from . import launch, ops  # noqa: F401  (registers the operator)
 
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            tensors = (self.low, self.high, self.scales, self.zeros, self.table)
-            shape = (self.rows, self.columns, self.group, self.bits, self.width, self.real)
-            return torch.ops.lmpress.triton_linear(x, *tensors, *shape, self.activations, self.steps)
-        return launch.multiply(x, self.tiles, self.activations, self.steps)
-
-    @property
-    def tiles(self) -> Tiles:
-        """The weight as the kernels read it."""
-        return Tiles(
-            self.low, self.high, self.scales, self.zeros, self.table,
-            self.rows, self.columns, self.group, self.bits, self.width, self.real,
-        )  # fmt: skip
+            return torch.ops.lmpress.triton_linear(x, *flat(self.layout), self.activations, self.steps)
+        return launch.multiply(x, self.layout, self.activations, self.steps)
 
     def codes(self) -> Tensor:
-        return unpack(self.tiles, self.given_bits)
+        return unpack(self.layout, self.given_bits)
 
 
 def _check(weight: Weight, need: Need) -> None:

@@ -37,3 +37,18 @@ def test_half_precision_inputs_are_accumulated_in_float32() -> None:
     hessian.update(x, sequences=1)
     expected = 2 * x.double().T @ x.double()
     assert (hessian.matrix().double() - expected).norm() <= 1e-5 * expected.norm()
+
+
+def test_what_is_merged_can_be_taken_out_again() -> None:
+    first, second = (
+        torch.randn(n, 9, generator=torch.Generator().manual_seed(n), dtype=torch.float64) for n in (30, 20)
+    )
+    whole, part = Hessian(9, torch.float64), Hessian(9, torch.float64)
+    whole.update(first, sequences=3)
+    part.update(second, sequences=2)
+    whole.merge(part)
+    both = torch.cat([first, second])
+    assert (whole.tokens, whole.sequences) == (50, 5)
+    assert torch.allclose(whole.matrix(), 2 / 5 * both.T @ both)
+    assert torch.allclose(part.matrix(), 2 / 2 * second.T @ second)
+    assert torch.allclose(whole.without(part), 2 / 3 * first.T @ first)

@@ -262,3 +262,32 @@ def test_a_padding_mask_cannot_follow_tokens_to_experts(tmp_path: Path) -> None:
     runner.load(0)
     with pytest.raises(CompressError, match="routed tokens, which a padding mask cannot follow"):
         runner.collect(0, set(find_linears(runner.blocks[0])))
+
+
+def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The statistics are those of all rows, beside them those of the last of every few batches."""
+    saved(tmp_path / "model", "llama")
+    monkeypatch.setattr(module, "TOKENS_PER_BATCH", 1)
+    monkeypatch.setattr(module, "HELD_OUT", 3)
+    runner = opened(tmp_path / "model", rows(), tmp_path)
+    names = set(find_linears(runner.load(0)))
+    plain = runner.collect(0, names)
+    both = runner.collect(0, names, hold_out=True)
+    assert both.held.keys() == names
+    assert not plain.held
+    for name in names:
+        assert torch.allclose(both.hessians[name].matrix(), plain.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
+        assert both.held[name].hessian.sequences == 2
+    ids = rows().ids
+    runner = opened(tmp_path / "model", Rows(ids[[2, 5]], "test", 10), tmp_path / "two")
+    runner.load(0)
+    alone = runner.collect(0, names)
+    for name in names:
+        assert torch.allclose(both.held[name].hessian.matrix(), alone.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_batch_cannot_be_held_out(tmp_path: Path) -> None:
+    saved(tmp_path / "model", "llama")
+    runner = opened(tmp_path / "model", rows(), tmp_path)
+    names = set(find_linears(runner.load(0)))
+    assert not runner.collect(0, names, hold_out=True).held

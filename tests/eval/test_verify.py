@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from lmpress.compress.errors import UsageError
 from lmpress.compress.formats import shards
 from lmpress.eval import runtimes
 from lmpress.eval.render import verification
+from lmpress.recipes.schema import Recipe
 
 LAYER = "model.layers.1.mlp.up_proj"
 
@@ -74,7 +76,13 @@ def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, 
     lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
     found = lmpress.verify(tmp_path / "gguf", against=checkpoint, runtime=["gguf-transformers"])
     (finding,) = found.findings
-    assert found.ok and finding.steps == 0 and finding.logits < 1e-5 and finding.top1 == 1 and finding.block is None
+    assert (
+        found.ok
+        and finding.steps == 0
+        and finding.outputs.logits < 1e-5
+        and finding.outputs.top1 == 1
+        and finding.block is None
+    )
     assert finding.versions.keys() == {"transformers", "torch", "gguf"}
     done = CliRunner().invoke(app, ["verify", str(checkpoint), "--runtime", "transformers", "--json", "-"])
     assert done.exit_code == 0 and '"steps": 0.0' in done.output
@@ -91,8 +99,54 @@ def test_what_the_runtime_itself_says_is_reported(checkpoint: Path, tmp_path: Pa
 def test_wrong_requests_are_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="unknown runtime 'vllm'; runtimes: transformers"):
         lmpress.verify(checkpoint, runtime=["vllm"])
-    with pytest.raises(UsageError, match="is not quantized"):
-        lmpress.verify(checkpoint, against=checkpoint.parent / "model")
+    dense = checkpoint.parent / "model"
+    with pytest.raises(UsageError, match=r"neither .*model nor what it is held against is quantized.*compress eval"):
+        lmpress.verify(dense, against=dense)
+
+
+def test_the_dense_original_tells_how_far_the_checkpoint_is_from_it(checkpoint: Path, tmp_path: Path) -> None:
+    """What it says is exact is held against the checkpoint itself; the divergence is no part of the verdict."""
+    dense = checkpoint.parent / "model"
+    command = ["verify", str(checkpoint), "--against", str(dense), "--runtime", "lmpress"]
+    done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    told = json.loads((tmp_path / "found.json").read_text())
+    (finding,) = told["findings"]
+    assert told["against"] == str(checkpoint) and told["original"] == str(dense) and finding["ok"]
+    assert finding["steps"] == 0 and finding["outputs"]["kl"] < 1e-9
+    ids = torch.randint(0, 16, (2, 32), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        p, q = (lmpress.load(path)(ids).logits.double().log_softmax(-1) for path in (dense, checkpoint))
+    assert finding["original"]["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-3)
+    assert "not judged" in done.output
+
+
+def test_a_dense_original_says_nothing_of_a_format_that_lmpress_does_not_read(checkpoint: Path, tmp_path: Path) -> None:
+    lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
+    with pytest.raises(UsageError, match=r"model is dense: .*give --against the quantized checkpoint"):
+        lmpress.verify(tmp_path / "gguf", against=checkpoint.parent / "model", runtime=["gguf-transformers"])
+
+
+ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
+
+
+@pytest.mark.parametrize("weights", [ROWWISE, {"bits": 4, "group_size": 32}], ids=["W8A8", "W4A8"])
+def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path: Path, weights: dict[str, Any]) -> None:
+    """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is held against its own."""
+    inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
+    passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
+    lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
+    for finding in lmpress.verify(tmp_path / "q", runtime=["transformers", "lmpress"]).findings:
+        assert finding.ok and finding.steps == 0 and finding.outputs.logits < 1e-5, finding
+
+
+def test_the_runtimes_may_live_in_another_environment(checkpoint: Path, tmp_path: Path) -> None:
+    """`--python` starts them; an interpreter that cannot is told in its own words."""
+    broken = tmp_path / "python"
+    broken.write_text("#!/bin/sh\necho 'ImportError: no such thing' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    (finding,) = lmpress.verify(checkpoint, runtime=["lmpress"], python=broken).findings
+    assert not finding.ok and finding.error == "ImportError: no such thing"
 
 
 def test_the_served_weight_is_read_off_any_linear_module() -> None:
@@ -103,11 +157,10 @@ def test_the_served_weight_is_read_off_any_linear_module() -> None:
 
 
 def test_the_table_names_tensor_and_block() -> None:
-    from lmpress.eval.verify import Finding, Verification
+    from lmpress.eval.verify import Divergence, Finding, Verification
 
-    finding = Finding(
-        "r", {"p": "1"}, steps=2.0, worst_layer=LAYER, wrong_layers=(LAYER,), logits=1.0, kl=0.1, top1=0.5, block=1
-    )
+    off = Divergence(logits=1.0, kl=0.1, top1=0.5)
+    finding = Finding("r", {"p": "1"}, steps=2.0, worst_layer=LAYER, wrong_layers=(LAYER,), outputs=off, block=1)
     console = Console(width=200)
     with console.capture() as capture:
         console.print(verification(Verification("a", "b", (finding,))))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from lmpress.kernels import ops
+from lmpress.kernels.arranged import flat
 from lmpress.kernels.cpu import library
 from lmpress.kernels.cpu.layout import pack
 from lmpress.kernels.kernel import Unavailable
@@ -19,8 +20,7 @@ def arguments(x: torch.Tensor, symmetric: bool) -> tuple:
     codes = torch.randint(0, 16, (20, 64), generator=generator, dtype=torch.uint8)
     zero = None if symmetric else torch.randint(0, 16, (20, 2), generator=generator, dtype=torch.uint8)
     panels = pack(Weight(codes, torch.rand(20, 2, generator=generator), zero, 4, 32), chosen.lanes)
-    tensors = (panels.codes, panels.scales, panels.offsets, panels.table)
-    return x, *tensors, panels.rows, panels.columns, panels.group, panels.bits, panels.center, name, "float", 127.0
+    return x, *flat(panels), name, "float", 127.0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -128,7 +128,43 @@ def test_a_failing_stage_is_named_and_can_be_mended(tiny: Path, tmp_path: Path, 
     assert not (tmp_path / ".again.chain").exists()
 
 
+def test_python_takes_chains_as_the_command_does(tiny: Path, tmp_path: Path, text: str) -> None:
+    wanted = chain.build(content(text))
+    (tmp_path / "chain.yaml").write_text(chain.dump(wanted))
+    report = lmpress.run(tiny, recipe=wanted)
+    assert report.out == tmp_path / "tiny-distill-gptq-w4-fp16"
+    lmpress.run(tiny, tmp_path / "file", str(tmp_path / "chain.yaml"))
+    assert contents(tmp_path / "file") == contents(report.out)
+    with pytest.raises(UsageError, match="a chain has no target"):
+        lmpress.run(tiny, tmp_path / "no", str(tmp_path / "chain.yaml"), target=["vllm"])
+
+
+@pytest.mark.parametrize("last", ["gguf", "onnx", "fp16"])
+def test_the_result_is_evaluated_whatever_it_is_exported_to(tiny: Path, tmp_path: Path, text: str, last: str) -> None:
+    pytest.importorskip({"gguf": "gguf", "onnx": "onnx", "fp16": "torch"}[last])
+    wanted = content(text)
+    wanted["stages"][0]["distill"]["steps"] = 0
+    wanted["stages"][2] = {"export": {"format": last}}
+    (tmp_path / "chain.json").write_text(json.dumps(wanted))
+    words = ["run", str(tiny), "--recipe", str(tmp_path / "chain.json"), "-o", str(tmp_path / "out"), "--eval", text]
+    done = CliRunner().invoke(app, [*words, "--json", str(tmp_path / "found.json")])
+    assert done.exit_code == 0, done.output
+    found = json.loads((tmp_path / "found.json").read_text())
+    evaluated = "tiny-distill-gptq-w4" + ("-fp16" if last == "fp16" else "")
+    assert found["evaluated"] == evaluated and found["evaluation"]["perplexity"] > 1
+    assert "perplexity_base" in found["evaluation"] and f"evaluated: {evaluated}\n" in done.stderr
+
+
+def test_a_chain_that_ends_in_distillation_names_no_hidden_folder(tiny: Path, tmp_path: Path, text: str) -> None:
+    wanted = {"stages": content(text)["stages"][:1]}
+    lmpress.run(tiny, tmp_path / "out", chain.build(wanted))
+    for file in (tmp_path / "out").glob("*.json"):
+        assert ".chain" not in file.read_text() and ".distill" not in file.read_text(), file.name
+    assert json.loads((tmp_path / "out/report.json").read_text())["kept"] == [1]
+
+
 def test_the_shipped_chain() -> None:
     found = chain.read("smaller-w4")
     assert isinstance(found, chain.Chain) and chain.build(found.as_dict()) == found
-    assert found.stages[1] == schema.read("best-w4")
+    asked = found.stages[1]
+    assert isinstance(asked, schema.Recipe) and asked.passes[1:] == schema.read("best-w4").passes

@@ -95,7 +95,7 @@ def _pack_int8(name: str, tensor: MixedTensor | CompressedTensor) -> dict[str, T
         codes = torch.where(wider > scale, (tensor.dequantize() / wider).round().to(codes.dtype), codes)
         scale = wider
     return {
-        f"{name}.weight": codes.clamp(-127, 127).to(torch.int8),
+        f"{name}.weight": codes.to(torch.int8),
         f"{name}.SCB": (scale * 127).flatten(),
         f"{name}.weight_format": torch.zeros((), dtype=torch.uint8),
     }

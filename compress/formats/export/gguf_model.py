@@ -12,23 +12,27 @@ from torch import Tensor
 
 from ...errors import UsageError
 from ..checkpoint import Checkpoint
-from . import gguf as blocks
+from ..gguf import blocks
 from .gguf_tokenizer import add_tokenizer
 
 FILE = "model.gguf"
 # Model types that are written, and whether their query and key rows are permuted.
 PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
+LABELS = {"Q4_K": "Q4_K_S"}  # the file types whose names are not the block's
 DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Write `folder/model.gguf`. Returns what was rounded. Raises `UsageError` for models that GGUF readers would not run."""
-    gguf = _library()
+    """Write `folder/model.gguf` with the tokenizer that lies beside it. Returns what was rounded.
+
+    Raises `UsageError` for models that GGUF readers would not run.
+    """
+    gguf = library()
     config = checkpoint.model.config
     _check(config, checkpoint)
     writer = gguf.GGUFWriter(None, config.model_type)
     _add_config(writer, config, checkpoint)
-    notes = add_tokenizer(writer, checkpoint.source.path, config)
+    notes = add_tokenizer(writer, folder, config)
     names = _names(gguf, checkpoint)
     kinds: dict[str, blocks.Kind] = {
         name: blocks.kind(args, checkpoint.shape(name)[1]) for name, args in checkpoint.layers.items()
@@ -57,14 +61,15 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
         order = _row_order(name, tensor.shape[0], config)
         writer.write_tensor_data(_dense_bytes(tensor if order is None else tensor[order]).numpy())
     writer.close()
-    return notes + _notes(kinds)
+    return notes + _notes(kinds, checkpoint)
 
 
-def _library() -> Any:
+def library(doing: str = "writing") -> Any:
+    """The package gguf. Raises `UsageError` where it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError as error:
-        raise UsageError("writing GGUF needs the package gguf", "pip install 'lmpress[gguf]'") from error
+        raise UsageError(f"{doing} GGUF needs the package gguf", "pip install 'lmpress[gguf]'") from error
     return gguf
 
 
@@ -136,13 +141,14 @@ def _file_type(gguf: Any, kinds: list[blocks.Kind]) -> int:
     """The label of the commonest block."""
     if not kinds:
         return gguf.LlamaFileType.ALL_F32
-    return gguf.LlamaFileType[f"MOSTLY_{max(set(kinds), key=kinds.count)}"]
+    commonest = max(dict.fromkeys(kinds), key=kinds.count)
+    return gguf.LlamaFileType[f"MOSTLY_{LABELS.get(commonest, commonest)}"]
 
 
-def _notes(kinds: dict[str, blocks.Kind]) -> list[str]:
+def _notes(kinds: dict[str, blocks.Kind], checkpoint: Checkpoint) -> list[str]:
     rounded: dict[str, list[str]] = {}
     for name, kind in kinds.items():
-        words = blocks.rounding(kind)
+        words = blocks.rounding(kind, checkpoint.layers[name])
         if words:
             rounded.setdefault(f"{kind}: {words}", []).append(name)
     return [f"{words} ({len(names)} layers, such as {names[0]})" for words, names in rounded.items()]

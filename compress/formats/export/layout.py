@@ -82,11 +82,12 @@ def write_tensors(
     others: Specs,
     other: Callable[[str], Tensor],
     transposed: Callable[[str], bool],
+    renamed: Mapping[str, str],
 ) -> None:
     """Write the shards of a checkpoint into `folder`, one layer in memory at a time.
 
     `layers` are shapes and arguments by name and `layer` reads one; `others` and `other` are the same for the tensors that
-    are taken over. `transposed` says which layers the model stores as `[in, out]`.
+    are taken over. `transposed` says which layers the model stores as `[in, out]`, `renamed` which tensors go by another name.
     """
 
     def parts(name: str, tensor: Compressed) -> dict[str, Tensor]:
@@ -103,12 +104,12 @@ def write_tensors(
             specs |= (
                 specs_of(parts(name, blank(shape, args))) if planned.spec is None else planned.spec(name, args, *shape)
             )
-    with streamed(folder, specs) as put:
+    with streamed(folder, {renamed.get(name, name): spec for name, spec in specs.items()}) as put:
         for name in layers:
             for tensor_name, tensor in parts(name, layer(name)).items():
-                put(tensor_name, tensor)
+                put(renamed.get(tensor_name, tensor_name), tensor)
         for name in others:
-            put(name, cast(name, other(name), specs[name].torch_dtype))
+            put(renamed.get(name, name), cast(name, other(name), specs[name].torch_dtype))
 
 
 def _spec(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:

@@ -23,6 +23,7 @@ from ..checkpoint import Checkpoint
 from .gptq import zeros_of
 
 FILE, DATA = "model.onnx", "model.onnx.data"
+TABLE = "model.embed_tokens"
 OPSET = 18
 BITS = (2, 4, 8)
 
@@ -96,7 +97,7 @@ class Llama:
         """The graph."""
         config, helper, proto = self._config, self._onnx.helper, self._onnx.TensorProto
         self._constants()
-        hidden = self._add("Gather", self._parameter("model.embed_tokens.weight"), "input_ids")
+        hidden = self._add("Gather", self._parameter(f"{TABLE}.weight"), "input_ids", name=TABLE)
         for index in range(config.num_hidden_layers):
             hidden = self._block(f"model.layers.{index}", hidden, f"hidden.{index}")
         self._head(self._norm("model.norm", hidden))
@@ -171,7 +172,7 @@ class Llama:
         if "lm_head" in self._checkpoint.layers:
             self._linear("lm_head", x, output="logits")
             return
-        tied = "model.embed_tokens" if self._config.tie_word_embeddings else "lm_head"
+        tied = TABLE if self._config.tie_word_embeddings else "lm_head"
         weight = self._add("Transpose", self._parameter(f"{tied}.weight"), perm=[1, 0])
         self._add("MatMul", x, weight, output="logits")
 
@@ -186,10 +187,7 @@ class Llama:
         rows, columns = self._checkpoint.shape(name)
         args = self._checkpoint.layers.get(name)
         if args is None or not supports(args, columns):
-            if args is None:
-                weight = self._checkpoint.source.read(self._stored[f"{name}.weight"], check=True).float()
-            else:
-                weight = self._checkpoint.layer(name).dequantize()
+            weight = self._read(f"{name}.weight") if args is None else self._checkpoint.layer(name).dequantize()
             return self._add("MatMul", x, self._constant(f"{name}.weight", weight.T), output=output, name=name)
         tensor = self._checkpoint.layer(name)
         assert isinstance(tensor, CompressedTensor)
@@ -208,10 +206,16 @@ class Llama:
         return result
 
     def _parameter(self, name: str) -> str:
-        """A dense tensor of the checkpoint, in float32."""
+        """A tensor of the checkpoint, in float32."""
         if name not in self._initializers:
-            self._constant(name, self._checkpoint.source.read(self._stored[name], check=True).float())
+            layer = name.removesuffix(".weight")
+            packed = layer in self._checkpoint.layers
+            value = self._checkpoint.layer(layer).dequantize() if packed else self._read(name)
+            self._constant(name, value)
         return name
+
+    def _read(self, name: str) -> Tensor:
+        return self._checkpoint.source.read(self._stored[name], check=True).float()
 
     def _constant(self, name: str, value: Tensor) -> str:
         """An initializer; its values go to the data file, small ones stay in the graph (shapes must be seen there)."""

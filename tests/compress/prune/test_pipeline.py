@@ -11,7 +11,7 @@ from lmpress.calibrate.discovery import find_blocks, find_linears, weight_of
 from lmpress.compress import pipeline
 from lmpress.compress.api import default_out, pruning_recipe
 from lmpress.compress.errors import UsageError
-from lmpress.kernels.modules.stored import StoredLinear
+from lmpress.kernels.modules.linear import PrunedLinear
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_sizes_are_as_planned_and_the_result_loads(
         served = weights(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
         assert files == sum(f.stat().st_size for f in tiny.glob("*.safetensors"))
     else:
-        served = {n: m.compressed.dequantize() for n, m in model.named_modules() if isinstance(m, StoredLinear)}
+        served = {n: m.compressed.dequantize() for n, m in model.named_modules() if isinstance(m, PrunedLinear)}
         with pytest.raises((ValueError, ImportError)):  # rather than serve random weights
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(served) == 14

@@ -25,18 +25,36 @@ static double distance(const float *y, const float *expected, int64_t n) {
     return sqrt(error / size);
 }
 
-static int check(int set, int lanes, int bits, int with_offsets, int with_table, int64_t m, int64_t rows, int64_t columns,
+enum { PLAIN, OFFSETS, TABLE, LEVELS, KEPT };
+
+static uint16_t any_half(void) { return (uint16_t)(0x3000 | (draw() >> 16 & 0x83ff)); }
+
+static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t rows, int64_t columns,
                  int64_t group, int threads) {
+    int with_table = extra == TABLE;
     Weight w = {.rows = rows, .columns = columns, .group = group, .bits = bits, .center = with_table ? 0 : 1 << (bits - 1)};
     int64_t panels = ceil_div(rows, lanes), groups = groups_of(&w);
     int64_t bytes = panels * row_blocks(&w) * block_vectors(bits) * 4 * lanes;
     uint8_t *codes = malloc((size_t)bytes);
     for (int64_t i = 0; i < bytes; i++) codes[i] = (uint8_t)(draw() >> 16);
     float *scales = floats(panels * groups * lanes), *offsets = floats(panels * groups * lanes), *table = floats(16);
+    int64_t tiles = ceil_div(rows, TILE_ROWS) * groups;
+    uint8_t *levels = malloc((size_t)(tiles * TILE_ROWS));
+    uint16_t *grids = malloc((size_t)tiles * 4 * sizeof *grids);
+    for (int64_t i = 0; i < tiles * TILE_ROWS; i++) levels[i] = (uint8_t)(draw() >> 16);
+    for (int64_t i = 0; i < tiles * 4; i++) grids[i] = any_half();
     w.codes = codes;
-    w.scales = scales;
-    w.offsets = with_offsets ? offsets : NULL;
+    w.scales = extra == LEVELS ? NULL : scales;
+    w.offsets = extra == OFFSETS ? offsets : NULL;
     w.table = with_table ? table : NULL;
+    int32_t kept[] = {0, (int32_t)columns / 2, (int32_t)columns - 1};
+    uint16_t *apart = malloc((size_t)(panels * 3 * lanes) * sizeof *apart);
+    for (int64_t i = 0; i < panels * 3 * lanes; i++) apart[i] = any_half();
+    w.kept = kept;
+    w.apart = apart;
+    w.kept_count = extra == KEPT ? 3 : 0;
+    w.levels = extra == LEVELS ? levels : NULL;
+    w.grids = extra == LEVELS ? grids : NULL;
     float *x = floats(m * columns), *y = floats(m * rows), *expected = calloc((size_t)(m * rows), sizeof *expected);
     float *dense = floats(columns * rows);
     lmpress_dequantize(set, &w, threads, 0, panels, dense, rows);
@@ -58,41 +76,90 @@ static int check(int set, int lanes, int bits, int with_offsets, int with_table,
         }
     }
     free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
+    free(levels), free(grids), free(apart);
     return failed;
 }
 
-static int check_sparse(int64_t m, int64_t rows, int64_t width) {
+static int check_sparse(int64_t m, int64_t rows, int64_t width, int wide) {
     int64_t *starts = calloc((size_t)rows + 1, sizeof *starts);
     for (int64_t r = 0; r < rows; r++) starts[r + 1] = starts[r] + draw() % 7;
-    uint32_t *columns = malloc((size_t)starts[rows] * sizeof *columns);
-    for (int64_t i = 0; i < starts[rows]; i++) columns[i] = draw() % (uint32_t)width;
-    float *values = floats(starts[rows]), *x = floats(m * width), *y = floats(m * rows), *expected = floats(m * rows);
+    void *columns = malloc((size_t)(starts[rows] * (wide ? 4 : 2)));
+    uint16_t *values = malloc((size_t)starts[rows] * sizeof *values);
+    for (int64_t i = 0; i < starts[rows]; i++) {
+        uint32_t column = draw() % (uint32_t)width;
+        if (wide)
+            ((uint32_t *)columns)[i] = column;
+        else
+            ((uint16_t *)columns)[i] = (uint16_t)column;
+        values[i] = any_half();
+    }
+    float *x = floats(m * width), *y = floats(m * rows), *expected = floats(m * rows);
     for (int64_t i = 0; i < m * rows; i++) expected[i] = y[i];
     for (int64_t i = 0; i < m; i++)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t e = starts[r]; e < starts[r + 1]; e++)
-                expected[i * rows + r] += values[e] * x[i * width + columns[e]];
-    lmpress_add_sparse(2, starts, columns, values, rows, width, x, m, y);
+                expected[i * rows + r] +=
+                    from_half(values[e]) *
+                    x[i * width + (wide ? ((uint32_t *)columns)[e] : ((uint16_t *)columns)[e])];
+    lmpress_add_sparse(2, starts, columns, wide, values, rows, width, x, m, y);
     int failed = !(distance(y, expected, m * rows) <= 1e-5);
     if (failed) printf("sparse rows %d width %d: wrong\n", (int)rows, (int)width);
     free(starts), free(columns), free(values), free(x), free(y), free(expected);
     return failed;
 }
 
+static int check_pruned(int set, int64_t m, int64_t rows, int64_t columns, int kind, uint32_t density) {
+    int64_t bytes = ceil_div(columns, 8), *starts = calloc((size_t)rows + 1, sizeof *starts);
+    uint8_t *mask = calloc((size_t)(rows * bytes), 1);
+    for (int64_t r = 0; r < rows; r++) {
+        starts[r + 1] = starts[r];
+        for (int64_t k = 0; k < columns; k++)
+            if (draw() >> 16 < density) mask[r * bytes + k / 8] |= (uint8_t)(1 << (k % 8)), starts[r + 1]++;
+    }
+    uint8_t *values = malloc((size_t)(starts[rows] * value_bytes(kind)));
+    for (int64_t i = 0; i < starts[rows]; i++) {
+        float value = uniform();
+        uint16_t half = kind == FLOAT16 ? (uint16_t)(0x3c00 | (draw() >> 16 & 0x83ff)) : (uint16_t)(bits_of(value) >> 16);
+        memcpy(values + i * value_bytes(kind), kind == FLOAT32 ? (void *)&value : (void *)&half, (size_t)value_bytes(kind));
+    }
+    Pruned w = {mask, values, starts, rows, columns, kind};
+    float *x = floats(m * columns), *y = floats(m * rows), *expected = floats(m * rows), *dense = floats(rows * columns);
+    lmpress_unfold(set, &w, 1, 0, rows, dense);
+    for (int64_t i = 0; i < m; i++)
+        for (int64_t r = 0; r < rows; r++) {
+            double sum = 0;
+            for (int64_t k = 0; k < columns; k++) {
+                int stored = mask[r * bytes + k / 8] >> (k % 8) & 1;
+                sum += (double)x[i * columns + k] * (stored ? dense[r * columns + k] : 0);
+            }
+            expected[i * rows + r] = (float)sum;
+        }
+    lmpress_pruned_linear(set, &w, 2, x, m, y);
+    int failed = !(distance(y, expected, m * rows) <= 1e-5);
+    if (failed) printf("set %d pruned m %d rows %d columns %d kind %d: wrong\n", set, (int)m, (int)rows, (int)columns, kind);
+    free(starts), free(mask), free(values), free(x), free(y), free(expected), free(dense);
+    return failed;
+}
+
 int main(void) {
     static const int64_t shapes[][3] = {{20, 24, 8}, {35, 172, 43}, {16, 256, 128}, {50, 344, 344}, {7, 100, 32}, {33, 600, 300}};
     static const int64_t batches[] = {1, 13, 67};
-    int failed = check_sparse(1, 130, 64) | check_sparse(3, 5, 1000) | check_sparse(17, 70, 33), lanes;
+    int failed = check_sparse(1, 130, 64, 0) | check_sparse(3, 5, 1000, 1) | check_sparse(17, 70, 33, 0), lanes;
+    failed |= check_sparse(1, 40, 70000, 1);
     const char *name;
     for (int set = 0; (name = lmpress_set(set, &lanes)); set++) {
         if (!lanes) continue;
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
                 for (int bits = 2; bits <= 8; bits = bits < 4 ? bits + 1 : bits + 4)
-                    for (int extra = 0; extra < (bits == 4 ? 3 : 2); extra++)
-                        failed |= check(set, lanes, bits, extra == 1, extra == 2, batches[b], shapes[s][0], shapes[s][1],
+                    for (int extra = PLAIN; extra <= KEPT; extra++)
+                        if (bits == 4 || extra != TABLE) failed |= check(set, lanes, bits, extra, batches[b], shapes[s][0], shapes[s][1],
                                         shapes[s][2], 1);
-        failed |= check(set, lanes, 4, 1, 0, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
+        for (int kind = FLOAT32; kind <= BFLOAT16; kind++)
+            for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
+                failed |= check_pruned(set, batches[b], 33, 64, kind, 0x8000) | check_pruned(set, batches[b], 5, 203, kind, 0x10000) |
+                          check_pruned(set, batches[b], 50, 7, kind, 0x2000);
+        failed |= check(set, lanes, 4, OFFSETS, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
         printf("%s: %s\n", name, failed ? "FAILED" : "ok");
     }
     return failed;

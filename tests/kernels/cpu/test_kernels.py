@@ -240,6 +240,7 @@ def test_sparse_residual(kernel, batch: int, share: float) -> None:
     base = random_weight(90, 160, 3, 16, False, 10)
     generator = torch.Generator().manual_seed(10)
     residual = torch.randn(90, 160, generator=generator) * (torch.rand(90, 160, generator=generator) < share)
+    residual = residual.half().float()
     zero = torch.rand(90, 10, generator=generator) * 7
     weight = Weight(base.codes, base.scale, zero, 3, 16, residual=SparseRows.of(residual))
     x = torch.randn(batch, 160, generator=generator)

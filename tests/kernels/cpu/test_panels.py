@@ -15,7 +15,7 @@ def weight(rows: int, columns: int, bits: int, group: int) -> Weight:
 def test_the_drawing_in_the_c_file() -> None:
     """4 bits: lane r, byte j of a block's vector holds the columns 4q + j of row r, quad q in the bits 4q .."""
     given = weight(8, 16, 4, 16)
-    vectors = pack(given, 4).codes.view(2, 2, 4, 4)  # panels, blocks, lanes, bytes
+    vectors = pack(given, 4).packed.view(2, 2, 4, 4)  # panels, blocks, lanes, bytes
     for row in range(8):
         for column in range(16):
             block, within = divmod(column, 8)
@@ -29,7 +29,7 @@ def test_the_drawing_in_the_c_file() -> None:
 def test_codes_come_back(lanes: int, bits: int, columns: int, group: int) -> None:
     given = weight(21, columns, bits, group)
     panels = pack(given, lanes)
-    assert torch.equal(unpack(panels.codes, lanes, 21, columns, group, panels.bits), given.codes)
+    assert torch.equal(unpack(panels.packed, lanes, 21, columns, group, panels.bits), given.codes)
 
 
 def test_scales_lie_by_lane_and_missing_rows_are_zero() -> None:

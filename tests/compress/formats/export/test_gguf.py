@@ -19,7 +19,7 @@ from transformers import (
 
 import lmpress
 from lmpress.compress.errors import UsageError
-from lmpress.compress.formats.export import gguf as blocks
+from lmpress.compress.formats.gguf import blocks
 from lmpress.compress.quantize.rtn import round_to_nearest
 from lmpress.compress.scheme import QuantArgs
 
@@ -50,7 +50,7 @@ def test_blocks_are_what_the_library_reads(bits: int, symmetric: bool, group: in
     assert packed.shape == (6, blocks.bytes_per_row(kind, 128))
     read = torch.from_numpy(dequantize(packed.numpy(), gguf.GGMLQuantizationType[kind]))
     if symmetric:
-        assert blocks.rounding(kind) is None and torch.equal(read, tensor.dequantize())
+        assert blocks.rounding(kind, args) is None and torch.equal(read, tensor.dequantize())
     else:  # d c + m with m = float16(-zero d), which differs from -zero d by half a unit in the last place
         minimum = (-tensor.zero.float() * tensor.scale.float()).repeat_interleave(128 // tensor.zero.shape[1], 1)
         expected = tensor.dequantize() + (minimum.half().float() - minimum)
@@ -63,7 +63,7 @@ def test_blocks_are_what_the_library_reads(bits: int, symmetric: bool, group: in
     ids=["small groups", "8 bits asymmetric", "float32 scales"],
 )
 def test_what_no_block_holds_is_float16_and_said(args: QuantArgs) -> None:
-    assert blocks.kind(args, 128) == "F16" and "rounded" in blocks.rounding("F16")
+    assert blocks.kind(args, 128) == "F16" and "rounded" in blocks.rounding("F16", args)
     tensor = round_to_nearest(torch.randn(4, 128, generator=torch.Generator().manual_seed(0)), args)
     read = blocks.pack("P", tensor).view(torch.float16).float()
     assert torch.equal(read, tensor.dequantize().half().float())

@@ -77,7 +77,7 @@ def test_onnxruntime_computes_the_same(tmp_path: Path, tied: bool) -> None:
     assert report.notes[0] == "whole sequences only: the graph has no cache of keys and values"
     assert "2 layers, such as model.layers.0.mlp.down_proj" in report.notes[1]
     (finding,) = lmpress.verify(tmp_path / "onnx", against=tmp_path / "q", runtime=["onnxruntime"]).findings
-    assert finding.ok and finding.steps < 1e-4 and finding.logits < 1e-4 and finding.block is None, finding
+    assert finding.ok and finding.steps < 1e-4 and finding.outputs.logits < 1e-4 and finding.block is None, finding
 
 
 def test_other_models_are_refused(tmp_path: Path, assets: Path) -> None:

@@ -1,0 +1,34 @@
+"""Low-rank adapters (LoRA, Hu et al. 2021) as what a student trains: few parameters, folded into the weights at the end."""
+
+from collections.abc import Callable
+
+import torch
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from ...calibrate.discovery import find_blocks, find_linears
+from ..errors import UsageError
+
+
+def attach(student: PreTrainedModel, rank: int, seed: int) -> Callable[[], object]:
+    """Freeze `student` and put an adapter of `rank` beside every linear layer of its blocks; adapters are all that trains.
+
+    The model computes what it did until the adapters are trained. Their products are scaled by 2. Returns what folds them
+    into the weights, whereupon the modules are the plain ones again. Raises `UsageError` where peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ModuleNotFoundError as error:
+        raise UsageError("adapters need the package peft", "pip install 'lmpress[lora]'") from error
+    prefix, blocks = find_blocks(student)
+    linears = {f"{prefix}.{name}": module for name, module in find_linears(blocks).items()}
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules=list(linears),
+        fan_in_fan_out=any(isinstance(module, Conv1D) for module in linears.values()),
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        adapted = get_peft_model(student, config)
+    return adapted.merge_and_unload  # pyright: ignore[reportCallIssue] delegated to the tuner

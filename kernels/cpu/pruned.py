@@ -1,0 +1,61 @@
+"""Products with pruned weights by the compiled kernels, from the layout that they have on disk."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..kernel import Need, PrunedProduct
+from ..weight import PrunedWeight
+from . import library
+
+# The number of input rows from which `torch.mm` on slabs of unfolded rows is the better product.
+SLABS_FROM = {"avx512-vnni": 128, "avx2": 24, "neon-dotprod": 24, "portable": 2}
+SLAB = 256
+
+
+class CpuPruned(PrunedProduct):
+    """A pruned weight as it is stored, and where its rows start."""
+
+    def __init__(self, weight: PrunedWeight, need: Need, instructions: str) -> None:
+        super().__init__(weight)
+        library.instruction_set(instructions)
+        self.instructions = instructions
+        self.starts: Tensor
+        self.register_buffer("starts", weight.starts(), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)
+        call = torch.ops.lmpress.cpu_pruned_linear if traced else multiply
+        return call(x, self.mask, self.values, self.starts, self.instructions)
+
+
+def multiply(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
+    """`x W^T` for `x` `[m, columns]` of any float dtype and strides: `[m, rows]`. See `PrunedWeight` for the others."""
+    chosen, inputs = library.instruction_set(instructions), x.to(torch.float32).contiguous()
+    if x.shape[0] < SLABS_FROM[instructions]:
+        return library.pruned_linear(inputs, (mask, values, starts), chosen).to(x.dtype)
+    y = torch.empty(x.shape[0], mask.shape[0], dtype=torch.float32)
+    for rows, slab in slabs((mask, values, starts), x.shape[1], chosen):
+        torch.mm(inputs, slab.T, out=y[:, rows])
+    return y.to(x.dtype)
+
+
+def multiply_transposed(
+    x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str
+) -> Tensor:
+    """`x W` for `x` `[m, rows]`: `[m, columns]`."""
+    inputs, y = x.to(torch.float32), torch.zeros(x.shape[0], columns, dtype=torch.float32)
+    for rows, slab in slabs((mask, values, starts), columns, library.instruction_set(instructions)):
+        y.addmm_(inputs[:, rows], slab)
+    return y.to(x.dtype)
+
+
+def slabs(weight: library.Pruned, columns: int, instructions: library.InstructionSet) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of the weight as floats `[rows, columns]`, up to SLAB at a time, in memory that is used again."""
+    count = weight[0].shape[0]
+    slab = torch.empty(min(SLAB, count), columns, dtype=torch.float32)
+    for first in range(0, count, SLAB):
+        stop = min(first + SLAB, count)
+        library.unfold(weight, instructions, first, slab[: stop - first])
+        yield slice(first, stop), slab[: stop - first]

@@ -1,6 +1,6 @@
 """What a transform before GPTQ is worth at 3 bits: `awq` and `rotate`, on every model.
 
-    python benchmarks/chains.py MODELS DATA [--only NAME ...] [--out benchmarks/results/chains]
+    PYTHONPATH=benchmarks python benchmarks/compared/chains.py MODELS DATA [--only NAME ...] [--out benchmarks/results/chains]
 
 MODELS and DATA as for `quality.py`. Weights of 3 bits in asymmetric groups of 32 with searched grids (`mse`), GPTQ otherwise as
 published. KL divergence to the fp32 model on held-out rows. Writes a table and the JSON behind it after every model.

@@ -1,9 +1,9 @@
-"""The matrix of `interop.py` as Markdown."""
+"""The matrix of `run.py` as Markdown."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from interop_cells import ENVIRONMENTS, WEIGHTS
+from cells import ENVIRONMENTS, WEIGHTS
 from lmpress.compress.formats.targets import TARGETS, faults
 from lmpress.compress.plan import LayerPlan
 
@@ -12,9 +12,9 @@ HEAD = """# Formats and runtimes
 The output of `make interop`: each cell is a checkpoint that the runtime loaded in a fresh process, in an environment of its own
 with the versions below, on a CPU. {models}
 
-    compress quantize MODEL -o CKPT --method rtn ...
-    compress export CKPT -o OUT --format FORMAT
-    compress verify OUT --against CKPT --runtime RUNTIME --python ENVIRONMENT/bin/python
+    compress quantize MODEL -o CKPT --method rtn --bits 4 --group-size 32
+    compress export CKPT -o OUT --format gptq
+    compress verify OUT --against CKPT --runtime transformers --python ENVIRONMENT/bin/python
 
 - **exact**: every weight that the runtime serves equals ours bit for bit; else how far the farthest one is off, in steps of its
   grid (half a step would be a wrong code). Behind it the largest difference of a logit on 128 random tokens, in standard

@@ -1,6 +1,6 @@
 """Which runtime serves which format: every cell is loaded and compared in that runtime, in an environment of its own.
 
-make interop        or        python benchmarks/interop.py [--only gptqmodel] [--docs docs/interop.md]
+make interop        or        python benchmarks/interop/run.py [--only gptqmodel] [--docs docs/interop.md]
 
 An environment per runtime is made below build/interop from the package index. It sees the packages of this one, so that only
 what the runtime adds is fetched. The sample model goes through every cell, stories260K (found below $COMPRESS_ASSETS) through
@@ -20,11 +20,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import lmpress
-from interop_cells import ENVIRONMENTS, WEIGHTS, Environment, Weights
-from interop_report import report
+from cells import ENVIRONMENTS, WEIGHTS, Environment, Weights
+from report import report
 
-SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
-RESULTS = Path(__file__).parent / "results" / "interop.json"
+SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
+RESULTS = Path(__file__).parents[1] / "results" / "interop.json"
 STORIES = "stories260K"
 CALIBRATION = {"samples": 16, "seq_len": 128}  # activations matter to no cell beyond having scales at all
 

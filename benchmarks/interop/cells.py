@@ -1,4 +1,4 @@
-"""The cells of `interop.py`, as data: ways to quantize, and which of them each runtime is asked to serve in which format."""
+"""The cells of `run.py`, as data: ways to quantize, and which of them each runtime is asked to serve in which format."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Tokens per second and memory of whole models: float32, our 4 bits, and llama.cpp's Q4_0 of the very same codes and scales.
 
-    python benchmarks/models/whole_models.py [--model FOLDER] [--work build/whole-models] [--llama PYTHON]
+    python benchmarks/whole_models.py [--model FOLDER] [--work build/whole-models] [--llama PYTHON]
                                       [--out benchmarks/results/whole-models.json]
 
 Without `--model` it is a random Llama of 1.1 B parameters, made on first use. It is rounded to 4 bits in groups of 32, exported

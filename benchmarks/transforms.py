@@ -1,6 +1,6 @@
 """What a transform before GPTQ is worth at 3 bits: `awq` and `rotate`, on every model.
 
-    PYTHONPATH=benchmarks python benchmarks/compared/chains.py MODELS DATA [--only NAME ...] [--out benchmarks/results/chains]
+    python benchmarks/transforms.py MODELS DATA [--only NAME ...] [--out benchmarks/results/transforms]
 
 MODELS and DATA as for `quality.py`. Weights of 3 bits in asymmetric groups of 32 with searched grids (`mse`), GPTQ otherwise as
 published. KL divergence to the fp32 model on held-out rows. Writes a table and the JSON behind it after every model.
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("models", type=Path)
     parser.add_argument("data", type=Path)
     parser.add_argument("--only", nargs="*", default=list(MODELS), choices=MODELS)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/chains"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/transforms"))
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)

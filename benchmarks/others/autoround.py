@@ -1,6 +1,6 @@
 """AutoRound and `--quality best` side by side: KL divergence to the fp32 model and time, on one model.
 
-    PYTHONPATH=benchmarks python benchmarks/compared/autoround.py MODEL CALIB HELDOUT [--grids 4s 4a 3a 2a]
+    python benchmarks/others/autoround.py MODEL CALIB HELDOUT [--grids 4s 4a 3a 2a]
 
 AutoRound 0.16.1 runs in an environment of its own below build/, made from the package index, with its defaults but for what
 is set equal: groups of 32, float16 scales, float32 arithmetic, the same 128 calibration rows of 256 tokens, one thread. Its

@@ -1,6 +1,6 @@
 """Which runtime serves which format: every cell is loaded and compared in that runtime, in an environment of its own.
 
-make interop        or        python benchmarks/interop/run.py [--only gptqmodel] [--docs docs/interop.md]
+make interop        or        python benchmarks/others/interop.py [--only gptqmodel] [--docs docs/interop.md]
 
 An environment per runtime is made below build/interop from the package index. It sees the packages of this one, so that only
 what the runtime adds is fetched. The sample model goes through every cell, stories260K (found below $COMPRESS_ASSETS) through

@@ -1,6 +1,6 @@
 """Peak memory of `compress quantize` on a random Llama of about 1 GB, above the bare import of torch and transformers.
 
-    python benchmarks/models/memory.py [--folder build/random-llama] [--method gptq] [--out benchmarks/results/memory.json]
+    python benchmarks/memory.py [--folder build/random-llama] [--method gptq] [--out benchmarks/results/memory.json]
 
 The model is made on first use. The process is the real command in a process of its own; its peak is the kernel's figure
 (`ru_maxrss`). The goal is a peak below 0.6 of the model's size on disk.
@@ -19,7 +19,7 @@ from transformers import AutoTokenizer, LlamaConfig
 
 from lmpress.compress.formats.shards import write
 
-SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
+SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
 CONFIG = LlamaConfig(
     vocab_size=32000,
     hidden_size=1536,

@@ -139,7 +139,7 @@ def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path:
     passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
     lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
     for finding in lmpress.verify(tmp_path / "q", runtime=["transformers", "lmpress"]).findings:
-        assert finding.ok and finding.steps < 1e-5, finding
+        assert finding.ok and finding.steps < 1e-4, finding  # 127 times the rounding of a reciprocal
         assert finding.outputs.logits < (1e-5 if finding.runtime == "transformers" else FLIPPED), finding
 
 

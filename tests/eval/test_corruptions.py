@@ -141,7 +141,7 @@ def test_one_corruption_of_an_export_is_found_and_named(model: Path, tmp_path: P
     if name not in PASSES:
         out = lmpress.export(tmp_path / "q", tmp_path / "out", format=name).out
     (sound,) = lmpress.verify(out, against=reference, runtime=[runtime]).findings
-    assert sound.ok and sound.steps < 1e-5, sound
+    assert sound.ok and sound.steps < 1e-4, sound
     place = find(out)
     whole = place.file.read_bytes()
     for corrupt in (nibble, scale, permutation):

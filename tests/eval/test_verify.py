@@ -123,9 +123,10 @@ def test_the_dense_original_tells_how_far_the_checkpoint_is_from_it(checkpoint: 
 
 
 def test_a_dense_original_says_nothing_of_a_format_that_lmpress_does_not_read(checkpoint: Path, tmp_path: Path) -> None:
-    lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
-    with pytest.raises(UsageError, match=r"model is dense: .*give --against the quantized checkpoint"):
-        lmpress.verify(tmp_path / "gguf", against=checkpoint.parent / "model", runtime=["gguf-transformers"])
+    pytest.importorskip("onnx")
+    lmpress.export(checkpoint, tmp_path / "onnx", format="onnx")
+    with pytest.raises(UsageError, match=r"give --against the quantized checkpoint"):
+        lmpress.verify(tmp_path / "onnx", against=checkpoint.parent / "model", runtime=["onnxruntime"])
 
 
 ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
@@ -138,7 +139,7 @@ def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path:
     passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
     lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
     for finding in lmpress.verify(tmp_path / "q", runtime=["transformers", "lmpress"]).findings:
-        assert finding.ok and finding.steps < 1e-5, finding
+        assert finding.ok and finding.steps < 1e-4, finding  # 127 times the rounding of a reciprocal
         assert finding.outputs.logits < (1e-5 if finding.runtime == "transformers" else FLIPPED), finding
 
 

@@ -1,4 +1,4 @@
-"""The cells of `run.py`, as data: ways to quantize, and which of them each runtime is asked to serve in which format."""
+"""The cells of `interop.py`, as data: ways to quantize, and which of them each runtime is asked to serve in which format."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -24,6 +24,14 @@ class Weights:
     def keep(self, model: str, kind: str) -> list[str]:
         """Layers that must stay dense: stories260K is 172 wide inside, which is no multiple of 32."""
         return ["*.mlp.*"] if model == "stories260K" and kind in ("gptq", "gptq_v2", "awq", "gguf") else []
+
+
+def k_quant(bits: int, symmetric: bool, group: int) -> Weights:
+    """GGUF's super-blocks of 256 columns."""
+    options = {"formula": "ggml", "scale_dtype": "super"}
+    args = QuantArgs(bits=bits, symmetric=symmetric, group_size=group, formula="ggml", scale_dtype="super")
+    made = {"method": "rtn", "bits": bits, "group_size": group, "symmetric": symmetric, "options": options}
+    return Weights(f"q{bits}_k", made, args, written_as="gguf-blocks")
 
 
 def grid(bits: int, group: int, symmetric: bool = True) -> Weights:
@@ -58,6 +66,8 @@ WEIGHTS: dict[str, Weights] = {
     "W4A8, dynamic per token": Weights(
         "w4a8", {"method": "smoothquant", "bits": 4, "group_size": 32}, QuantArgs(), inputs_per("token", dynamic=True)
     ),
+    "Q4_K": k_quant(4, False, 32),
+    "Q6_K": k_quant(6, True, 16),
     "NF4, double quantization": Weights("nf4", {"method": "nf4"}, NF4, None, "bitsandbytes"),
     "LLM.int8": Weights(
         "llm-int8", {"method": "llm-int8"}, signed_weights("channel"), None, "llm-int8", rounded_by_export=True
@@ -99,6 +109,8 @@ GGUF = {
         "5 bits, groups of 32",
         "5 bits asymmetric, groups of 32",
         "8 bits, groups of 32",
+        "Q4_K",
+        "Q6_K",
     )
 }
 ENVIRONMENTS: dict[str, Environment] = {

@@ -1,6 +1,7 @@
 """Which runtime serves which format: every cell is loaded and compared in that runtime, in an environment of its own.
 
-make interop        or        python benchmarks/others/interop.py [--only gptqmodel] [--docs docs/interop.md]
+    make interop
+    python benchmarks/others/interop.py [--only gptqmodel] [--docs docs/interop.md] [--readme README.md]
 
 An environment per runtime is made below build/interop from the package index. It sees the packages of this one, so that only
 what the runtime adds is fetched. The sample model goes through every cell, stories260K (found below $COMPRESS_ASSETS) through
@@ -21,11 +22,12 @@ from pathlib import Path
 
 import lmpress
 from cells import ENVIRONMENTS, WEIGHTS, Environment, Weights
-from report import report
+from report import report, summary
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
 RESULTS = Path(__file__).parents[1] / "results" / "interop.json"
 STORIES = "stories260K"
+BEGIN, END = "<!-- interop: written by make interop -->\n", "<!-- /interop -->\n"
 CALIBRATION = {"samples": 16, "seq_len": 128}  # activations matter to no cell beyond having scales at all
 
 
@@ -57,6 +59,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("build/interop"), help="folder for environments and exports")
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--docs", type=Path, help="write the matrix to this file too")
+    parser.add_argument("--readme", type=Path, help="write the worst cell of every format into this file too")
     options = parser.parse_args()
     started, chosen = time.monotonic(), options.only or list(ENVIRONMENTS)
     results = [Result(**each) for each in json.loads(options.results.read_text())] if options.results.exists() else []
@@ -75,6 +78,11 @@ def main() -> None:
     print(text)
     if options.docs:
         options.docs.write_text(text)
+    if options.readme:
+        before, _, rest = options.readme.read_text().partition(BEGIN)
+        options.readme.write_text(
+            before + BEGIN + summary([asdict(each) for each in results]) + END + rest.partition(END)[2]
+        )
 
 
 def models() -> list[Path]:

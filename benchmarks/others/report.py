@@ -1,4 +1,4 @@
-"""The matrix of `run.py` as Markdown."""
+"""What `interop.py` found, as Markdown: cell by cell, and the worst of every format for the README."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,6 +48,22 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(words, 1))
     below = numbered + "\n\n" + _not_run(results) + _versions(results, environments) + _detail(results)
     return head + "\n".join(lines) + "\n\n" + below
+
+
+def summary(results: Sequence[Mapping[str, Any]]) -> str:
+    """A line per format, a column per runtime: the worst of the cells that it serves, their number, and how many it refuses."""
+    environments = list(dict.fromkeys(each["environment"] for each in results))
+    lines = [f"| format | {' | '.join(environments)} |", "|---" * (len(environments) + 1) + "|"]
+    for kind in dict.fromkeys(each["format"] for each in results):
+        cells = []
+        for name in environments:
+            asked = [each for each in results if (each["format"], each["environment"]) == (kind, name)]
+            served = [each for each in asked if each["steps"] is not None]
+            parts = [f"{_cell(served, [])} ({len(served)})"] if served else []
+            parts += [f"{len(asked) - len(served)} refused"] if len(asked) > len(served) else []
+            cells.append("; ".join(parts))
+        lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def _not_run(results: Sequence[Mapping[str, Any]]) -> str:

@@ -2,8 +2,9 @@
 
     codes = clamp(round(start + offset * unit + zero - zero_0), 0, maxq)      Q = scale * (codes - zero)
 
-`start` is the weight that was quantized, in steps of the grid, drawn into the cell of the code that the quantizer chose for
-it. So `Q` begins as exactly what the quantizer left, and a code moves the sooner the nearer its weight lies to the border.
+`start` is the weight that it is given, in steps of the grid, drawn into the cell of the code that the quantizer chose for it.
+So `Q` begins as exactly what the quantizer left. Behind a quantizer the weight is what that left as well, and all codes begin
+in the middle of their cells; given the original weight, a code moves the sooner the nearer its weight lies to the border.
 
 Gradients pass straight through the rounding of scales and zeros. Codes may be rounded softly while they are trained: by a
 sigmoid of the place between two codes, whose `softness` sinks. The loss is then smooth and its gradient true, and what is

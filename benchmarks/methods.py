@@ -4,7 +4,8 @@
 
 STORIES is the folder of stories260K, CALIB and HELDOUT its texts; the other model is the bundled sample. Each line is what
 the command line of its first column does, with groups of 32 where a method has groups, 64 calibration rows of 256 tokens,
-seed 0, one thread; evaluated on 32 held-out rows. Writes a table and the JSON behind it after every line.
+seed 0, one thread; evaluated on 32 held-out rows. Writes a table and the JSON behind it after every line; lines that `--only`
+leaves out stay as they were.
 """
 
 import argparse
@@ -84,16 +85,20 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    rows: list[Row] = []
+    kept = options.out.with_suffix(".json")
+    rows = {
+        (row["model"], row["command"]): Row(**row) for row in (json.loads(kept.read_text()) if kept.exists() else [])
+    }
     for model, calib, heldout in (
         (options.stories, options.calib, options.heldout),
         (SAMPLE, "python-stdlib", "python-stdlib"),
     ):
         for command in options.only:
-            rows.append(measure(model, command, calib, heldout))
-            print(line(rows[-1]), end="", flush=True)
-            options.out.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
-            options.out.with_suffix(".md").write_text(table(rows))
+            row = rows[model.name, command] = measure(model, command, calib, heldout)
+            print(line(row), end="", flush=True)
+            ordered = sorted(rows.values(), key=lambda row: (row.model == SAMPLE.name, list(RUNS).index(row.command)))
+            kept.write_text(json.dumps([asdict(row) for row in ordered], indent=2) + "\n")
+            options.out.with_suffix(".md").write_text(table(ordered))
 
 
 def measure(model: Path, command: str, calib: str, heldout: str) -> Row:

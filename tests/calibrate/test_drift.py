@@ -208,3 +208,17 @@ def test_shares_outside_zero_to_one_are_refused() -> None:
         GPTQ(drift=1.5)
     assert GPTQ().needs == {"hessian"}
     assert GPTQ(drift=0.5).needs == {"hessian", "drift"}
+
+
+@pytest.mark.parametrize(
+    ("bits", "aimed", "expected"), [(3, None, True), (4, None, False), (4, True, True), (3, False, False)]
+)
+def test_grids_are_fitted_to_the_aim_where_they_are_coarse_or_asked_to(
+    bits: int, aimed: bool | None, expected: bool
+) -> None:
+    layer, config = Broken.make(), GPTQ(damping=0.0, aimed_grid=aimed)
+    prepared, args = layer.prepared(config), QuantArgs(bits=bits, group_size=4)
+    aim = prepared.aim(layer.drift, 1.0)
+    grid = swept(layer.weight, prepared, args, config, aim)[1]
+    wanted = Grid.fit(layer.best if expected else layer.weight, args)
+    assert torch.allclose(grid.scale, wanted.scale, atol=1e-9)

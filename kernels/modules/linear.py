@@ -1,5 +1,6 @@
 """The modules that take a linear layer's place: their weights stay packed in memory, and a kernel multiplies by them."""
 
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class Serving:
         return "float" if self.exact else "group"
 
 
-class ServedLinear(nn.Module):
+class ServedLinear(nn.Module, ABC):
     """`y = x W^T + bias` by a kernel of the dispatch.
 
     product  the weight in the layout of the kernel that serves it
@@ -52,9 +53,9 @@ class ServedLinear(nn.Module):
         self._arrange(tensor, serving or Serving())
 
     @property
+    @abstractmethod
     def compressed(self) -> Served | SpQRTensor | PrunedTensor:
         """What the module serves."""
-        raise NotImplementedError
 
     @property
     def activations(self) -> Activations:
@@ -77,9 +78,9 @@ class ServedLinear(nn.Module):
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, kernel={self.kernel}, activations={self.activations}"
 
+    @abstractmethod
     def _keep(self, tensor: Any) -> None:
         """Register what `compressed` needs besides the product: buffers that no cast changes."""
-        raise NotImplementedError
 
     def _arrange(self, tensor: Served | SpQRTensor | PrunedTensor, serving: Serving) -> None:
         self.serving = serving
@@ -89,9 +90,9 @@ class ServedLinear(nn.Module):
         self.product: Product = apart.prepare(chosen, weight, need)
         self.kernel = chosen.name
 
+    @abstractmethod
     def _weight(self, tensor: Any) -> Weight | PrunedWeight:
         """What the kernels are given."""
-        raise NotImplementedError
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
         """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""

@@ -104,12 +104,12 @@ def test_no_share_and_no_drift_have_no_aim() -> None:
     assert prepared.aim(None, 1.0) is None
 
 
-@pytest.mark.parametrize("order", ["natural", "act", "group"])
-@pytest.mark.parametrize("groups", ["static", "dynamic"])
+@pytest.mark.parametrize(
+    ("order", "groups"),
+    [("natural", "static"), ("natural", "dynamic"), ("act", "static"), ("group", "static"), ("group", "dynamic")],
+)
 def test_the_sweep_goes_for_the_aim(order: Order, groups: Literal["static", "dynamic"]) -> None:
     """Its errors are those of the least squares answer, and what is served comes nearer to the original's output."""
-    if order == "act" and groups == "dynamic":
-        pytest.skip("refused")
     layer, config = Broken.make(), GPTQ(order=order, groups=groups, damping=0.0)
     prepared = layer.prepared(config)
     aim = prepared.aim(layer.drift, 1.0)

@@ -48,6 +48,8 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen2": ("qwen2", {"num_key_value_heads": 2}),
     "qwen3": ("qwen3", GQA),
     "mistral": ("mistral", GQA),
+    "smollm3": ("smollm3", {"num_key_value_heads": 2, "no_rope_layers": [1, 0]}),
+    "seed_oss": ("seed_oss", GQA),
     "gemma2": ("gemma2", GQA),
     "gemma3": ("gemma3_text", GQA),
     "phi3": ("phi3", {"num_key_value_heads": 2}),

@@ -12,6 +12,7 @@ from ...calibrate.skeleton import Names, device_of, materialise
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.cache import serve_cache
 from ...kernels.cache.ranges import KEY_RANGES, attach, read_ranges
+from ...kernels.modules.block import answer_tokens
 from ...kernels.modules.linear import Serving
 from ...kernels.modules.replace import replace_linear
 from ..errors import CompressError, UsageError
@@ -99,4 +100,5 @@ def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedMod
     materialise(model, "", source, names, device)
     if head is None:
         model.tie_weights()
+    answer_tokens(model)
     return model

@@ -1,6 +1,7 @@
 """The compiled kernels as Python calls: structures, signatures, instruction sets."""
 
 import ctypes
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,19 @@ class _Pruned(ctypes.Structure):
     )
 
 
+class _Block(ctypes.Structure):
+    _fields_ = (
+        ("weights", ctypes.c_void_p * 7),
+        ("biases", ctypes.c_void_p * 7),
+        ("norms", ctypes.c_void_p * 4),
+        ("epsilons", ctypes.c_float * 4),
+        ("scaling", ctypes.c_float),
+        ("heads", ctypes.c_int64),
+        ("kv_heads", ctypes.c_int64),
+        ("head_size", ctypes.c_int64),
+    )
+
+
 class _Mode(ctypes.Structure):
     _fields_ = (("activations", ctypes.c_int32), ("threads", ctypes.c_int32), ("steps", ctypes.c_float))
 
@@ -84,6 +98,8 @@ def _load() -> ctypes.CDLL | Unavailable:
     calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)
     calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
     calls.lmpress_dequantize.restype = None
+    calls.lmpress_block_project.argtypes = (int32, *(pointer,) * 8)
+    calls.lmpress_block_answer.argtypes = (int32, *(pointer,) * 5, int64, pointer, int64, int64, pointer)
     calls.lmpress_pruned_linear.argtypes = (int32, pointer, int32, pointer, int64, pointer)
     calls.lmpress_unfold.argtypes = (int32, pointer, int32, int64, int64, pointer)
     calls.lmpress_unfold.restype = None
@@ -115,15 +131,67 @@ class Linear:
 
     def __init__(self, panels: Panels, instructions: str, activations: str, steps: float) -> None:
         self.panels, self.activations, self.instructions = panels, activations, instruction_set(instructions)
-        self._weight, self._mode = _structure(panels), _Mode(ACTIVATIONS[activations], 1, steps)
+        self.weight, self.mode = _structure(panels), _Mode(ACTIVATIONS[activations], 1, steps)
         self._run = library().lmpress_linear
 
     def __call__(self, x: Tensor) -> Tensor:
         """`x W^T` for contiguous float32 `x` `[m, columns]`: float32 `[m, rows]`."""
         y = torch.empty(x.shape[0], self.panels.rows, dtype=torch.float32)
-        self._mode.threads = torch.get_num_threads()
-        weight, mode = ctypes.byref(self._weight), ctypes.byref(self._mode)
+        self.mode.threads = torch.get_num_threads()
+        weight, mode = ctypes.byref(self.weight), ctypes.byref(self.mode)
         _check(self._run(self.instructions.index, weight, mode, x.data_ptr(), x.shape[0], y.data_ptr()), x)
+        return y
+
+
+class Block:
+    """A decoder block made ready for single tokens (drawn in the C file): where everything is.
+
+    linears  products by q, k, v, o, gate, up and down, which take activations the same way
+    biases   of these, or None
+    norms    weight float32 and epsilon: before attention, before the MLP, of query heads and of key heads, or None
+    scaling  of scores
+    """
+
+    def __init__(
+        self,
+        linears: Sequence[Linear],
+        biases: Sequence[Tensor | None],
+        norms: Sequence[tuple[Tensor, float] | None],
+        head_size: int,
+        scaling: float,
+    ) -> None:
+        self._kept = (*linears, *biases, *norms)  # what the structure points to
+        self._mode, self._index = linears[0].mode, linears[0].instructions.index
+        self._heads, self._kv_heads = (each.panels.rows // head_size for each in linears[:2])
+        self.head_size = head_size
+        block = _Block(scaling=scaling, heads=self._heads, kv_heads=self._kv_heads, head_size=head_size)
+        block.weights[:] = [ctypes.addressof(each.weight) for each in linears]
+        block.biases[:] = [None if each is None else each.data_ptr() for each in biases]
+        block.norms[:] = [None if each is None else each[0].data_ptr() for each in norms]
+        block.epsilons[:] = [0 if each is None else each[1] for each in norms]
+        self._block = block
+
+    def project(self, x: Tensor, cosines: Tensor, sines: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values float32 `[1, heads, 1, head_size]` of the token `x`, contiguous float32 `[1, 1, hidden]`.
+
+        cosines, sines  of its position, contiguous float32 `[..., head_size]`
+        """
+        shapes = ((1, heads, 1, self.head_size) for heads in (self._heads, self._kv_heads, self._kv_heads))
+        found = queries, keys, values = tuple(torch.empty(shape) for shape in shapes)
+        self._mode.threads = torch.get_num_threads()
+        given = (x.data_ptr(), cosines.data_ptr(), sines.data_ptr(), *(each.data_ptr() for each in found))
+        block, mode = ctypes.byref(self._block), ctypes.byref(self._mode)
+        _check(library().lmpress_block_project(self._index, block, mode, *given), x)
+        return queries, keys, values
+
+    def answer(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The block's output for `x`, whose `queries` meet `keys` and `values` float32 `[1, kv_heads, length, head_size]`."""
+        y = torch.empty_like(x)
+        keys, values = _rows_together(keys), _rows_together(values)
+        past = (keys.data_ptr(), keys.stride(1), values.data_ptr(), values.stride(1), keys.shape[2])
+        block, mode = ctypes.byref(self._block), ctypes.byref(self._mode)
+        given = (x.data_ptr(), queries.data_ptr(), *past, y.data_ptr())
+        _check(library().lmpress_block_answer(self._index, block, mode, *given), x)
         return y
 
 
@@ -157,6 +225,12 @@ def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Te
     sparse = (starts.data_ptr(), *entries, y.shape[1], x.shape[1])
     status = library().lmpress_add_sparse(torch.get_num_threads(), *sparse, x.data_ptr(), x.shape[0], y.data_ptr())
     _check(status, x)
+
+
+def _rows_together(heads: Tensor) -> Tensor:
+    """`heads` `[1, n, length, size]` in float32, every head's rows one after another."""
+    heads = heads.float()
+    return heads if heads.stride()[2:] == (heads.shape[3], 1) else heads.contiguous()
 
 
 def _check(status: int, x: Tensor) -> None:

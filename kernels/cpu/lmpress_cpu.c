@@ -86,6 +86,22 @@ typedef struct {
     float steps; /* an activation scale is absmax / steps */
 } Mode;
 
+enum { QUERY, KEY, VALUE, OUT, GATE, UP, DOWN, WEIGHTS };
+enum { NORM_ATTENTION, NORM_MLP, NORM_QUERY, NORM_KEY, NORMS };
+
+/*
+ * A decoder block: x += out(attention(norm(x))); x += down(silu(gate(norm(x))) * up(norm(x))), with norms by the root of the
+ * mean square, rotary positions, and queries in groups that share a head of keys and values.
+ */
+typedef struct {
+    const Weight *weights[WEIGHTS];
+    const float *biases[WEIGHTS]; /* NULL where there is none */
+    const float *norms[NORMS];    /* weights; those of query and key heads may be NULL */
+    float epsilons[NORMS];
+    float scaling;                /* of scores */
+    int64_t heads, kv_heads, head_size;
+} Block;
+
 /* ------------------------------------------------------------------------------------------------------------ geometry */
 
 INLINE int block_columns(int bits) { return bits == 3 ? 32 : 32 / bits; }
@@ -275,6 +291,16 @@ static uint64_t mask_word(const Pruned *w, int64_t row, int64_t column) {
     return word;
 }
 
+/* One query and the past of its sequence. */
+typedef struct {
+    const Block *block;
+    const float *queries;       /* [heads][head_size] */
+    const float *keys, *values; /* [kv_heads][length][head_size], each head `stride` after the one before */
+    int64_t length, key_stride, value_stride;
+    float *scores; /* [heads][length] */
+    float *y;      /* [heads][head_size] */
+} Attention;
+
 /* Codes are used once: computing on some while others are on their way takes asking for them in time. */
 INLINE void fetch_ahead(const uint8_t *codes, int bytes) {
     for (int at = 0; at < bytes; at += 64) __builtin_prefetch(codes + AHEAD + at);
@@ -360,16 +386,23 @@ typedef struct {
     void (*dequantize)(const Weight *, int64_t panel, float *out, int64_t stride);
     void (*multiply_pruned)(const PrunedProduct *, int64_t row, int64_t last, RowBlock);
     void (*unfold)(const Pruned *, int64_t row, float *out);
+    void (*norm)(const float *x, const float *weight, float epsilon, int64_t count, float *y);
+    void (*attend)(const Attention *, int64_t head);
+    void (*gate)(const float *gates, float *y, int64_t count);
 } InstructionSet;
 
 static const InstructionSet SETS[] = {
 #if defined(__x86_64__)
-    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512, multiply_pruned_avx512, unfold_avx512},
-    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2, multiply_pruned_avx2, unfold_avx2},
+    {"avx512-vnni", 16, 8, has_avx512, arrange_avx512, multiply_avx512, dequantize_avx512, multiply_pruned_avx512, unfold_avx512,
+     norm_avx512, attend_avx512, gate_avx512},
+    {"avx2", 8, 8, has_avx2, arrange_avx2, multiply_avx2, dequantize_avx2, multiply_pruned_avx2, unfold_avx2,
+     norm_avx2, attend_avx2, gate_avx2},
 #elif defined(__aarch64__)
-    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon, multiply_pruned_neon, unfold_neon},
+    {"neon-dotprod", 4, 8, has_dot_products, arrange_neon, multiply_neon, dequantize_neon, multiply_pruned_neon, unfold_neon,
+     norm_neon, attend_neon, gate_neon},
 #endif
-    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable, multiply_pruned_portable, unfold_portable},
+    {"portable", 4, 1, always, arrange_portable, multiply_portable, dequantize_portable, multiply_pruned_portable, unfold_portable,
+     norm_portable, attend_portable, gate_portable},
 };
 
 enum { SET_COUNT = sizeof SETS / sizeof *SETS };
@@ -383,9 +416,13 @@ const char *lmpress_set(int index, int *lanes) {
     return SETS[index].name;
 }
 
+enum { MOST_WEIGHTS = 3 }; /* that one input meets: queries, keys and values */
+
 typedef struct {
     const InstructionSet *set;
-    Product product;
+    Product products[MOST_WEIGHTS]; /* alike but for their weights and outputs */
+    int64_t panels[MOST_WEIGHTS];
+    int count;
 } Running;
 
 /* Kept columns go another way: in `rest` they are zero, so that they widen no scale. */
@@ -403,16 +440,17 @@ static void set_apart(Product *p) {
 static void arrange_share(void *context, int64_t index) {
     Running *run = context;
     RowBlock block = {0, 0};
-    for (int64_t i = 0; i <= index; i++) block = next_block(run->product.m, run->set->most, block);
-    run->set->arrange(&run->product, block);
+    for (int64_t i = 0; i <= index; i++) block = next_block(run->products[0].m, run->set->most, block);
+    run->set->arrange(&run->products[0], block);
 }
 
 static void multiply_share(void *context, int64_t panel) {
     const Running *run = context;
-    int64_t m = run->product.m;
-    int most = run->set->most;
+    int64_t m = run->products[0].m;
+    int most = run->set->most, i = 0;
+    for (; panel >= run->panels[i]; i++) panel -= run->panels[i];
     for (RowBlock b = next_block(m, most, (RowBlock){0, 0}); b.start < m; b = next_block(m, most, b))
-        run->set->multiply(&run->product, panel, b);
+        run->set->multiply(&run->products[i], panel, b);
 }
 
 static void *cut(char **arena, int64_t bytes) {
@@ -421,39 +459,60 @@ static void *cut(char **arena, int64_t bytes) {
     return piece;
 }
 
-/* y[m][rows] = x[m][columns] W^T. Returns 0, or -1 where there is no memory for the arranged activations. */
-int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x, int64_t m, float *y) {
-    const InstructionSet *set = &SETS[index];
+/* Whether activations are arranged for `a` as for `b`. */
+static int alike(const Weight *a, const Weight *b) {
+    return a->columns == b->columns && a->group == b->group && a->bits == b->bits && has_offsets(a) == has_offsets(b) &&
+           !a->kept_count && !b->kept_count;
+}
+
+/* y[i][m][rows] = x[m][columns] W[i]^T for up to MOST_WEIGHTS weights that are alike. Returns 0, or -1 without memory. */
+static int multiply_alike(const InstructionSet *set, const Weight *const *weights, int count, const Mode *mode, const float *x,
+                          int64_t m, float *const *y) {
+    const Weight *w = weights[0];
     int64_t groups = groups_of(w), padded = row_blocks(w) * block_columns(w->bits);
     int64_t rows = smaller(m, CHUNK), values = mode->activations == FLOATS ? 4 : 1;
-    int64_t panels = ceil_div(w->rows, set->lanes);
     int64_t apart = w->kept_count ? w->columns + w->kept_count : 0;
     char *memory = malloc((size_t)(rows * (padded * values + (3 * groups + apart) * 4) + 6 * 64 + 64));
     if (!memory) return -1;
     char *arena = memory + (-(uintptr_t)memory & 63);
-    Running run = {set, {w, mode, x, y, 0, groups, padded, NULL, NULL, NULL, NULL, NULL, NULL, NULL}};
-    Product *p = &run.product;
-    p->quads = cut(&arena, rows * padded * values);
-    p->floats = (float *)p->quads;
-    p->scales = cut(&arena, rows * groups * 4);
-    p->code_sums = cut(&arena, rows * groups * 4);
-    p->sums = cut(&arena, rows * groups * 4);
+    Product p = {w, mode, x, NULL, 0, groups, padded, NULL, NULL, NULL, NULL, NULL, NULL, NULL};
+    p.quads = cut(&arena, rows * padded * values);
+    p.floats = (float *)p.quads;
+    p.scales = cut(&arena, rows * groups * 4);
+    p.code_sums = cut(&arena, rows * groups * 4);
+    p.sums = cut(&arena, rows * groups * 4);
     if (apart) {
-        p->rest = cut(&arena, rows * w->columns * 4);
-        p->kept = cut(&arena, rows * w->kept_count * 4);
+        p.rest = cut(&arena, rows * w->columns * 4);
+        p.kept = cut(&arena, rows * w->kept_count * 4);
+    }
+    Running run = {.set = set, .count = count};
+    int64_t panels = 0, outputs = 0;
+    for (int i = 0; i < count; i++) {
+        outputs += weights[i]->rows;
+        panels += run.panels[i] = ceil_div(weights[i]->rows, set->lanes);
     }
     /* A product of a few microseconds is over before a second thread has woken. */
-    int threads = (double)w->rows * (double)w->columns * (double)m < 1 << 18 ? 1 : mode->threads;
-    for (int64_t done = 0; done < m; done += p->m, p->x += p->m * w->columns, p->y += p->m * w->rows) {
-        p->m = smaller(CHUNK, m - done);
-        if (apart) set_apart(p);
+    int threads = (double)outputs * (double)w->columns * (double)m < 1 << 18 ? 1 : mode->threads;
+    for (int64_t done = 0; done < m; done += p.m, p.x += p.m * w->columns) {
+        p.m = smaller(CHUNK, m - done);
+        if (apart) set_apart(&p);
+        for (int i = 0; i < count; i++) {
+            run.products[i] = p;
+            run.products[i].w = weights[i];
+            run.products[i].y = y[i] + done * weights[i]->rows;
+        }
         int64_t blocks = 0;
-        for (RowBlock b = next_block(p->m, set->most, (RowBlock){0, 0}); b.start < p->m; b = next_block(p->m, set->most, b)) blocks++;
+        for (RowBlock b = next_block(p.m, set->most, (RowBlock){0, 0}); b.start < p.m; b = next_block(p.m, set->most, b)) blocks++;
         parallel(threads, blocks, arrange_share, &run);
         parallel(threads, panels, multiply_share, &run);
     }
     free(memory);
     return 0;
+}
+
+/* y[m][rows] = x[m][columns] W^T. Returns 0, or -1 where there is no memory for the arranged activations. */
+int lmpress_linear(int index, const Weight *w, const Mode *mode, const float *x, int64_t m, float *y) {
+    return multiply_alike(&SETS[index], &w, 1, mode, x, m, &y);
 }
 
 typedef struct {
@@ -523,6 +582,82 @@ static void unfold_share(void *context, int64_t i) {
 void lmpress_unfold(int index, const Pruned *w, int threads, int64_t first, int64_t count, float *out) {
     Unfolding unfolding = {&SETS[index], w, first, out};
     parallel(threads, count, unfold_share, &unfolding);
+}
+
+/* y[i] = x W[first + i]^T + its bias for the row x: together where they are alike. */
+static int block_linears(const InstructionSet *set, const Block *b, const Mode *mode, int first, int count, const float *x,
+                         float *const *y) {
+    const Weight *const *w = b->weights + first;
+    int together = 1, failed = 0;
+    for (int i = 1; i < count; i++) together &= alike(w[0], w[i]);
+    if (together) failed = multiply_alike(set, w, count, mode, x, 1, y);
+    for (int i = 0; i < count && !together && !failed; i++) failed = multiply_alike(set, w + i, 1, mode, x, 1, y + i);
+    for (int i = 0; i < count && !failed; i++)
+        for (int64_t n = 0; b->biases[first + i] && n < w[i]->rows; n++) y[i][n] += b->biases[first + i][n];
+    return failed;
+}
+
+/* Heads, normed where they have a norm, at the position whose angles have these cosines and sines: pairs lie half a head apart. */
+static void place_heads(const InstructionSet *set, const Block *b, int norm, const float *cosines, const float *sines, int64_t heads,
+                        float *x) {
+    int64_t half = b->head_size / 2;
+    for (; heads > 0; heads--, x += b->head_size) {
+        if (b->norms[norm]) set->norm(x, b->norms[norm], b->epsilons[norm], b->head_size, x);
+        for (int64_t i = 0; i < half; i++) {
+            float low = x[i], high = x[half + i];
+            x[i] = low * cosines[i] - high * sines[i];
+            x[half + i] = high * cosines[half + i] + low * sines[half + i];
+        }
+    }
+}
+
+/* The first half of a block for one token x[columns]: its queries, keys and values, [heads][head_size] each. 0, or -1. */
+int lmpress_block_project(int index, const Block *b, const Mode *mode, const float *x, const float *cosines, const float *sines,
+                          float *queries, float *keys, float *values) {
+    const InstructionSet *set = &SETS[index];
+    int64_t columns = b->weights[QUERY]->columns;
+    float *normed = malloc((size_t)columns * sizeof(float));
+    if (!normed) return -1;
+    set->norm(x, b->norms[NORM_ATTENTION], b->epsilons[NORM_ATTENTION], columns, normed);
+    int failed = block_linears(set, b, mode, QUERY, 3, normed, (float *[]){queries, keys, values});
+    free(normed);
+    place_heads(set, b, NORM_QUERY, cosines, sines, b->heads, queries);
+    place_heads(set, b, NORM_KEY, cosines, sines, b->kv_heads, keys);
+    return failed;
+}
+
+typedef struct {
+    const InstructionSet *set;
+    Attention attention;
+} Attending;
+
+static void attend_share(void *context, int64_t head) {
+    const Attending *a = context;
+    a->set->attend(&a->attention, head);
+}
+
+/*
+ * The second half: y[columns] = the block's output for the token x, whose queries meet `length` keys and values: [kv_heads] of
+ * them, a stride apart, each [length][head_size]. Returns 0, or -1.
+ */
+int lmpress_block_answer(int index, const Block *b, const Mode *mode, const float *x, const float *queries, const float *keys,
+                         int64_t key_stride, const float *values, int64_t value_stride, int64_t length, float *y) {
+    const InstructionSet *set = &SETS[index];
+    int64_t columns = b->weights[QUERY]->columns, width = b->weights[GATE]->rows, attended = b->heads * b->head_size;
+    float *memory = malloc((size_t)(2 * columns + 2 * width + attended + b->heads * length) * sizeof(float));
+    if (!memory) return -1;
+    float *normed = memory, *change = normed + columns, *gates = change + columns, *inner = gates + width, *heads = inner + width;
+    Attending run = {set, {b, queries, keys, values, length, key_stride, value_stride, heads + attended, heads}};
+    parallel((double)attended * (double)length < 1 << 16 ? 1 : mode->threads, b->heads, attend_share, &run);
+    int failed = block_linears(set, b, mode, OUT, 1, heads, &change);
+    for (int64_t i = 0; i < columns; i++) y[i] = x[i] + change[i];
+    set->norm(y, b->norms[NORM_MLP], b->epsilons[NORM_MLP], columns, normed);
+    failed = failed || block_linears(set, b, mode, GATE, 2, normed, (float *[]){gates, inner});
+    set->gate(gates, inner, width);
+    failed = failed || block_linears(set, b, mode, DOWN, 1, inner, &change);
+    for (int64_t i = 0; i < columns; i++) y[i] += change[i];
+    free(memory);
+    return failed;
 }
 
 typedef float Four __attribute__((vector_size(16)));
@@ -1270,6 +1405,81 @@ TARGET static void ISA(unfold)(const Pruned *w, int64_t row, float *out) {
             values += __builtin_popcount(mask) * size;
         }
     }
+}
+
+/* ------------------------------------------------------------------------------------------- a block's other arithmetic */
+
+/* The lanes of `a` where `mask` is -1, those of `b` where it is 0. */
+TARGET INLINE Floats ISA(choose)(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+
+/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. */
+TARGET INLINE Floats ISA(exponential)(Floats x) {
+    x = ISA(choose)(x < -87.0f, ISA(all)(-87.0f), x); /* what is not a number stays none */
+    x = ISA(choose)(x > 88.0f, ISA(all)(88.0f), x);
+    Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
+    Floats sum = ISA(all)(1.0f / 5040);
+    const float inverse[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+#pragma GCC unroll 7
+    for (int i = 0; i < 7; i++) sum = sum * r + inverse[i];
+    return sum * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+
+TARGET INLINE float ISA(dot_floats)(const float *a, const float *b, int64_t count) {
+    Floats sums[4] = {{0}};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= count; i += 4 * LANES)
+#pragma GCC unroll 4
+        for (int way = 0; way < 4; way++)
+            sums[way] += ISA(load_floats)(a + i + way * LANES) * ISA(load_floats)(b + i + way * LANES);
+    for (; i + LANES <= count; i += LANES) sums[0] += ISA(load_floats)(a + i) * ISA(load_floats)(b + i);
+    float sum = ISA(across)((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    for (; i < count; i++) sum += a[i] * b[i];
+    return sum;
+}
+
+/* y = weight * x / sqrt(mean(x^2) + epsilon); y may be x. */
+TARGET static void ISA(norm)(const float *x, const float *weight, float epsilon, int64_t count, float *y) {
+    float scale = 1 / __builtin_sqrtf(ISA(dot_floats)(x, x, count) / (float)count + epsilon);
+    for (int64_t i = 0; i < count; i++) y[i] = weight[i] * (x[i] * scale);
+}
+
+/* y *= silu(gates), where silu(g) = g / (1 + e^-g). */
+TARGET static void ISA(gate)(const float *gates, float *y, int64_t count) {
+    for (int64_t i = 0; i < count; i += LANES) {
+        size_t bytes = (size_t)smaller(LANES, count - i) * sizeof(float);
+        Floats g = {0}, value = {0};
+        memcpy(&g, gates + i, bytes);
+        memcpy(&value, y + i, bytes);
+        value *= g / (1.0f + ISA(exponential)(-g));
+        memcpy(y + i, &value, bytes);
+    }
+}
+
+/* What one head of queries takes from the values: their mean under softmax(scaling * q k). */
+TARGET static void ISA(attend)(const Attention *a, int64_t head) {
+    const Block *b = a->block;
+    int64_t size = b->head_size, shared = head / (b->heads / b->kv_heads);
+    const float *query = a->queries + head * size, *keys = a->keys + shared * a->key_stride;
+    const float *values = a->values + shared * a->value_stride;
+    float *weights = a->scores + head * a->length, *y = a->y + head * size, most = -__builtin_inff();
+    for (int64_t t = 0; t < a->length; t++) {
+        weights[t] = b->scaling * ISA(dot_floats)(query, keys + t * size, size);
+        most = weights[t] > most ? weights[t] : most;
+    }
+    Floats total = {0};
+    for (int64_t t = 0; t < a->length; t += LANES) {
+        size_t bytes = (size_t)smaller(LANES, a->length - t) * sizeof(float);
+        Floats scores = ISA(all)(-__builtin_inff());
+        memcpy(&scores, weights + t, bytes);
+        Floats shares = ISA(exponential)(scores - most);
+        memcpy(weights + t, &shares, bytes);
+        total += shares;
+    }
+    float sum = ISA(across)(total);
+    memset(y, 0, (size_t)size * sizeof(float));
+    for (int64_t t = 0; t < a->length; t++)
+        for (int64_t i = 0; i < size; i++) y[i] += weights[t] * values[t * size + i];
+    for (int64_t i = 0; i < size; i++) y[i] /= sum;
 }
 
 #undef Ints

@@ -31,9 +31,14 @@ class CpuProduct(Arranged[Panels]):
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
             return torch.ops.lmpress.cpu_linear(x, *flat(self.layout), *self.how)
+        return multiply(x, self.call)
+
+    @property
+    def call(self) -> library.Linear:
+        """The product made ready, which is done once."""
         if self._call is None:
             self._call = library.Linear(self.layout, *self.how)
-        return multiply(x, self._call)
+        return self._call
 
     def codes(self) -> Tensor:
         panels = self.layout

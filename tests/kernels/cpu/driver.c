@@ -141,6 +141,99 @@ static int check_pruned(int set, int64_t m, int64_t rows, int64_t columns, int k
     return failed;
 }
 
+static Weight any_weight(int lanes, int64_t rows, int64_t columns, int64_t group) {
+    Weight w = {.rows = rows, .columns = columns, .group = group, .bits = 4, .center = 8};
+    int64_t panels = ceil_div(rows, lanes), bytes = panels * row_blocks(&w) * 4 * lanes, scales = panels * groups_of(&w) * lanes;
+    uint8_t *codes = malloc((size_t)bytes);
+    for (int64_t i = 0; i < bytes; i++) codes[i] = (uint8_t)(draw() >> 16);
+    float *values = floats(scales);
+    for (int64_t i = 0; i < scales; i++) values[i] /= 4 * sqrtf((float)columns);
+    w.codes = codes;
+    w.scales = values;
+    return w;
+}
+
+static void reference_linear(int set, const Block *b, int which, const float *x, float *y) {
+    const Weight *w = b->weights[which];
+    float *dense = floats(w->columns * w->rows);
+    lmpress_dequantize(set, w, 1, 0, ceil_div(w->rows, SETS[set].lanes), dense, w->rows);
+    for (int64_t n = 0; n < w->rows; n++) {
+        double sum = b->biases[which] ? b->biases[which][n] : 0;
+        for (int64_t k = 0; k < w->columns; k++) sum += (double)x[k] * dense[k * w->rows + n];
+        y[n] = (float)sum;
+    }
+    free(dense);
+}
+
+static void reference_norm(const float *x, const float *weight, float epsilon, int64_t n, float *y) {
+    double squares = 0;
+    for (int64_t i = 0; i < n; i++) squares += (double)x[i] * x[i];
+    for (int64_t i = 0; i < n; i++) y[i] = (float)(weight[i] * x[i] / sqrt(squares / (double)n + epsilon));
+}
+
+/* One token by a block, whose past is random, against the same in doubles. */
+static int check_block(int set, int lanes, int64_t hidden, int64_t heads, int64_t shared, int64_t size, int64_t width, int64_t length,
+                       int group) {
+    int64_t rows[] = {heads * size, shared * size, shared * size, hidden, width, width, hidden};
+    int64_t columns[] = {hidden, hidden, hidden, heads * size, hidden, hidden, width}, attended = heads * size;
+    Weight w[WEIGHTS];
+    Block b = {.scaling = 0.4f, .heads = heads, .kv_heads = shared, .head_size = size};
+    for (int i = 0; i < WEIGHTS; i++) {
+        w[i] = any_weight(lanes, rows[i], columns[i], i == VALUE && group > 8 ? columns[i] : group); /* alike, or not */
+        b.weights[i] = &w[i];
+        if (i % 2) b.biases[i] = floats(rows[i]);
+    }
+    for (int i = 0; i < NORMS; i++) b.norms[i] = floats(i < NORM_QUERY ? hidden : size), b.epsilons[i] = 1e-5f;
+    float *x = floats(hidden), *cosines = floats(size), *sines = floats(size), *queries = floats(attended);
+    float *k = floats(shared * size), *v = floats(shared * size), *y = floats(hidden), *normed = floats(hidden);
+    float *keys = floats(shared * length * size), *values = floats(shared * length * size), *inner = floats(width), *gates = floats(width);
+    float *found[] = {queries, k, v}, *expected = floats(attended), *scores = floats(length), *change = floats(hidden), *out = floats(hidden);
+    Mode mode = {FLOATS, 1, 127};
+    int failed = lmpress_block_project(set, &b, &mode, x, cosines, sines, queries, k, v);
+    reference_norm(x, b.norms[NORM_ATTENTION], 1e-5f, hidden, normed);
+    for (int i = QUERY; i <= VALUE; i++) {
+        reference_linear(set, &b, i, normed, expected);
+        for (float *h = expected; i != VALUE && h < expected + rows[i]; h += size) {
+            reference_norm(h, b.norms[i == QUERY ? NORM_QUERY : NORM_KEY], 1e-5f, size, h);
+            for (int64_t j = 0; j < size / 2; j++) {
+                float low = h[j], high = h[size / 2 + j];
+                h[j] = low * cosines[j] - high * sines[j], h[size / 2 + j] = high * cosines[size / 2 + j] + low * sines[size / 2 + j];
+            }
+        }
+        failed |= !(distance(found[i], expected, rows[i]) <= 1e-5);
+    }
+    failed |= lmpress_block_answer(set, &b, &mode, x, queries, keys, length * size, values, length * size, length, y);
+    for (int64_t h = 0; h < heads; h++) {
+        int64_t at = h / (heads / shared) * length * size;
+        double total = 0;
+        for (int64_t t = 0; t < length; t++) {
+            double score = 0;
+            for (int64_t j = 0; j < size; j++) score += (double)queries[h * size + j] * keys[at + t * size + j];
+            total += scores[t] = (float)exp(0.4 * score);
+        }
+        for (int64_t j = 0; j < size; j++) {
+            double sum = 0;
+            for (int64_t t = 0; t < length; t++) sum += scores[t] / total * values[at + t * size + j];
+            expected[h * size + j] = (float)sum;
+        }
+    }
+    reference_linear(set, &b, OUT, expected, change);
+    for (int64_t i = 0; i < hidden; i++) out[i] = x[i] + change[i];
+    reference_norm(out, b.norms[NORM_MLP], 1e-5f, hidden, normed);
+    reference_linear(set, &b, GATE, normed, gates);
+    reference_linear(set, &b, UP, normed, inner);
+    for (int64_t i = 0; i < width; i++) inner[i] *= gates[i] / (1 + expf(-gates[i]));
+    reference_linear(set, &b, DOWN, inner, change);
+    for (int64_t i = 0; i < hidden; i++) out[i] += change[i];
+    failed |= !(distance(y, out, hidden) <= 1e-5);
+    if (failed) printf("set %d block of %d heads of %d: wrong by %g\n", set, (int)heads, (int)size, distance(y, out, hidden));
+    for (int i = 0; i < WEIGHTS; i++) free((void *)w[i].codes), free((void *)w[i].scales), free((void *)b.biases[i]);
+    for (int i = 0; i < NORMS; i++) free((void *)b.norms[i]);
+    free(x), free(cosines), free(sines), free(queries), free(k), free(v), free(y), free(normed), free(keys), free(values);
+    free(inner), free(gates), free(expected), free(scores), free(change), free(out);
+    return failed;
+}
+
 int main(void) {
     static const int64_t shapes[][3] = {{20, 24, 8}, {35, 172, 43}, {16, 256, 128}, {50, 344, 344}, {7, 100, 32}, {33, 600, 300}};
     static const int64_t batches[] = {1, 13, 67};
@@ -159,6 +252,8 @@ int main(void) {
             for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
                 failed |= check_pruned(set, batches[b], 33, 64, kind, 0x8000) | check_pruned(set, batches[b], 5, 203, kind, 0x10000) |
                           check_pruned(set, batches[b], 50, 7, kind, 0x2000);
+        failed |= check_block(set, lanes, 32, 4, 2, 6, 50, 1, 8) | check_block(set, lanes, 48, 3, 3, 16, 33, 37, 16) |
+                  check_block(set, lanes, 64, 8, 1, 20, 7, 100, 8);
         failed |= check(set, lanes, 4, OFFSETS, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
         printf("%s: %s\n", name, failed ? "FAILED" : "ok");
     }

@@ -18,8 +18,8 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 @dataclass(frozen=True)
 class Panels:
-    """packed uint8 `[panels, bytes]`: the codes, scales and offsets float32 `[panels, groups, lanes]`, table float32 `[16]` or
-    None; in place of scales and offsets the codes of both and their grids, as `Levels` has them. kept int32 `[c]`: columns
+    """packed uint8 `[panels, bytes]`: the codes, scales and offsets `[panels, groups, lanes]`, float16 where that holds all of
+    them exactly, else float32; table float32 `[16]` or None; in place of scales and offsets the codes of both and their grids, as `Levels` has them. kept int32 `[c]`: columns
     whose codes do not count, apart float16 `[panels, c, lanes]`: their weights."""
 
     packed: Tensor
@@ -61,12 +61,15 @@ def pack(weight: Weight, lanes: int) -> Panels:
     center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
     codes = F.pad(_pad_groups(weight.codes, weight.group, bits), (0, 0, 0, -rows % lanes))
     levels = weight.levels
-    offsets = None if weight.zero is None or levels else _by_lane(weight.zero.float() - center, lanes)
+    scales = None if levels else weight.scale.float()
+    offsets = None if weight.zero is None or levels else weight.zero.float() - center
+    narrow = all(each is None or torch.equal(each.half().float(), each) for each in (scales, offsets))
+    dtype = torch.float16 if narrow else torch.float32
     table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
     return Panels(
         packed=_interleave(codes, bits, lanes),
-        scales=None if levels else _by_lane(weight.scale.float(), lanes),
-        offsets=offsets,
+        scales=None if scales is None else _by_lane(scales.to(dtype), lanes),
+        offsets=None if offsets is None else _by_lane(offsets.to(dtype), lanes),
         table=table,
         levels=levels and levels.codes,
         grids=levels and levels.grids,

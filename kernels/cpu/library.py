@@ -39,6 +39,7 @@ class _Weight(ctypes.Structure):
         ("group", ctypes.c_int64),
         ("bits", ctypes.c_int32),
         ("center", ctypes.c_int32),
+        ("halves", ctypes.c_int32),
     )
 
 
@@ -242,7 +243,9 @@ def _structure(panels: Panels) -> _Weight:
     tensors = [panels.packed, panels.scales, panels.offsets, panels.table, panels.levels, panels.grids]
     pointers = [None if each is None else each.data_ptr() for each in [*tensors, panels.kept, panels.apart]]
     kept_count = 0 if panels.kept is None else len(panels.kept)
-    return _Weight(*pointers, kept_count, panels.rows, panels.columns, panels.group, panels.bits, panels.center)
+    halves = panels.scales is not None and panels.scales.dtype == torch.float16
+    shape = (panels.rows, panels.columns, panels.group)
+    return _Weight(*pointers, kept_count, *shape, panels.bits, panels.center, halves)
 
 
 def _pruned_structure(pruned: Pruned, columns: int) -> _Pruned:

@@ -50,8 +50,8 @@
 
 typedef struct {
     const uint8_t *codes;  /* panels, as above */
-    const float *scales;   /* [panels][groups][LANES] */
-    const float *offsets;  /* likewise, or NULL where every zero point is the center */
+    const void *scales;    /* [panels][groups][LANES], float or float16 */
+    const void *offsets;   /* likewise, or NULL where every zero point is the center */
     const float *table;    /* 16 values that replace code - center (NF4), or NULL */
     const uint8_t *levels; /* in place of scales and offsets (SpQR): [tiles of 16 rows][groups][16], the code of a row's scale in
                               the low nibble, that of its zero in the high one; else NULL */
@@ -64,6 +64,7 @@ typedef struct {
     int64_t group;         /* columns per scale; the last group of a row may be shorter */
     int32_t bits;          /* 2, 3, 4 or 8: how a code is stored */
     int32_t center;        /* the code that means zero when there is no offset */
+    int32_t halves;        /* scales and offsets are float16 */
 } Weight;
 
 /* A weight of floats of which only some are stored. */
@@ -900,13 +901,32 @@ TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
 }
 #endif
 
+/* LANES float16 as floats. */
+TARGET INLINE Floats ISA(load_halves)(const uint16_t *from) {
+#if defined(__x86_64__) && LANES == 16
+    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif defined(__x86_64__) && LANES == 8
+    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#elif defined(DOT_PRODUCTS)
+    return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
+#else
+    Floats floats;
+    for (int r = 0; r < LANES; r++) floats[r] = from_half(from[r]);
+    return floats;
+#endif
+}
+
+TARGET INLINE Floats ISA(load_either)(const void *from, int64_t at, int halves) {
+    return halves ? ISA(load_halves)((const uint16_t *)from + at) : ISA(load_floats)((const float *)from + at);
+}
+
 /* The scales of a panel's rows in group `g`, and their offsets: zeros minus center. */
 TARGET INLINE Floats ISA(scale_of)(const Weight *w, int64_t panel, int64_t groups, int64_t g, Floats *offset) {
     int64_t at = panel * groups + g;
     *offset = (Floats){0};
     if (!w->levels) {
-        if (w->offsets) *offset = ISA(load_floats)(w->offsets + at * LANES);
-        return ISA(load_floats)(w->scales + at * LANES);
+        if (w->offsets) *offset = ISA(load_either)(w->offsets, at * LANES, w->halves);
+        return ISA(load_either)(w->scales, at * LANES, w->halves);
     }
     int64_t tile = panel * LANES / TILE_ROWS * groups + g;
     Words levels = ISA(from_bytes)(w->levels + tile * TILE_ROWS + panel * LANES % TILE_ROWS);
@@ -1116,19 +1136,6 @@ TARGET static void ISA(arrange)(Product *p, RowBlock block) {
             ISA(arrange_floats)(p, block, r);
         else
             ISA(arrange_int8)(p, block, r);
-}
-
-/* LANES float16 as floats. */
-TARGET INLINE Floats ISA(load_halves)(const uint16_t *from) {
-#if defined(__x86_64__) && LANES == 16
-    return (Floats)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
-#elif defined(__x86_64__) && LANES == 8
-    return (Floats)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
-#else
-    Floats floats;
-    for (int r = 0; r < LANES; r++) floats[r] = from_half(from[r]);
-    return floats;
-#endif
 }
 
 /* What the kept columns add to a panel. */

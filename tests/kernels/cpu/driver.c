@@ -25,7 +25,7 @@ static double distance(const float *y, const float *expected, int64_t n) {
     return sqrt(error / size);
 }
 
-enum { PLAIN, OFFSETS, TABLE, LEVELS, KEPT };
+enum { PLAIN, OFFSETS, TABLE, LEVELS, KEPT, HALVES };
 
 static uint16_t any_half(void) { return (uint16_t)(0x3000 | (draw() >> 16 & 0x83ff)); }
 
@@ -44,8 +44,11 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
     for (int64_t i = 0; i < tiles * TILE_ROWS; i++) levels[i] = (uint8_t)(draw() >> 16);
     for (int64_t i = 0; i < tiles * 4; i++) grids[i] = any_half();
     w.codes = codes;
-    w.scales = extra == LEVELS ? NULL : scales;
-    w.offsets = extra == OFFSETS ? offsets : NULL;
+    uint16_t *halves = malloc((size_t)(panels * groups * lanes) * sizeof *halves);
+    for (int64_t i = 0; i < panels * groups * lanes; i++) halves[i] = any_half();
+    w.halves = extra == HALVES;
+    w.scales = extra == LEVELS ? NULL : extra == HALVES ? (void *)halves : scales;
+    w.offsets = extra == OFFSETS ? (void *)offsets : extra == HALVES ? halves : NULL;
     w.table = with_table ? table : NULL;
     int32_t kept[] = {0, (int32_t)columns / 2, (int32_t)columns - 1};
     uint16_t *apart = malloc((size_t)(panels * 3 * lanes) * sizeof *apart);
@@ -76,7 +79,7 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
         }
     }
     free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
-    free(levels), free(grids), free(apart);
+    free(levels), free(grids), free(apart), free(halves);
     return failed;
 }
 
@@ -245,7 +248,7 @@ int main(void) {
         for (size_t s = 0; s < sizeof shapes / sizeof *shapes; s++)
             for (size_t b = 0; b < sizeof batches / sizeof *batches; b++)
                 for (int bits = 2; bits <= 8; bits = bits < 4 ? bits + 1 : bits + 4)
-                    for (int extra = PLAIN; extra <= KEPT; extra++)
+                    for (int extra = PLAIN; extra <= HALVES; extra++)
                         if (bits == 4 || extra != TABLE) failed |= check(set, lanes, bits, extra, batches[b], shapes[s][0], shapes[s][1],
                                         shapes[s][2], 1);
         for (int kind = FLOAT32; kind <= BFLOAT16; kind++)

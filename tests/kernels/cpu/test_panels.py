@@ -1,5 +1,7 @@
 """The panel layout: what lies where, and that nothing is lost."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -54,3 +56,16 @@ def test_codes_are_stored_in_the_least_memory(bits: int, columns: int, group: in
 )
 def test_groups_are_filled_up_to_blocks(columns: int, group: int, bits: int, padded: int) -> None:
     assert padded_columns(columns, group, bits) == padded
+
+
+@pytest.mark.parametrize("change", [0.0, 1e-9, 1e6], ids=["exact", "finer", "larger"])
+def test_scales_take_half_the_memory_where_no_bit_is_lost(change: float) -> None:
+    given = weight(5, 64, 4, 32)
+    scale = given.scale.half().float() + change
+    zero = torch.randint(0, 16, scale.shape).float()
+    panels = pack(replace(given, scale=scale, zero=zero), 4)
+    assert panels.scales is not None and panels.offsets is not None
+    assert panels.scales.dtype == panels.offsets.dtype == (torch.float32 if change else torch.float16)
+    for stored, expected in ((panels.scales, scale), (panels.offsets, zero - 8)):
+        rows = stored.float().transpose(1, 2).reshape(-1, 2)
+        assert torch.equal(rows[:5], expected)

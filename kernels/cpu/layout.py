@@ -18,9 +18,14 @@ PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 @dataclass(frozen=True)
 class Panels:
-    """packed uint8 `[panels, bytes]`: the codes, scales and offsets `[panels, groups, lanes]`, float16 where that holds all of
-    them exactly, else float32; table float32 `[16]` or None; in place of scales and offsets the codes of both and their grids, as `Levels` has them. kept int32 `[c]`: columns
-    whose codes do not count, apart float16 `[panels, c, lanes]`: their weights."""
+    """A weight as the compiled kernels read it.
+
+    packed           the codes, uint8 `[panels, bytes]`
+    scales, offsets  `[panels, groups, lanes]`, float16 where that holds all of them exactly, else float32
+    table            float32 `[16]` that codes stand for, or None
+    levels, grids    in place of scales and offsets: the codes of both and their grids, as `Levels` has them
+    kept, apart      columns whose codes do not count, int32 `[c]`, and their weights, float16 `[panels, c, lanes]`
+    """
 
     packed: Tensor
     scales: Tensor | None

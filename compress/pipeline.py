@@ -4,9 +4,6 @@ The output grows in a hidden sibling of the target, a file per block, and is ren
 goes on where it stopped: finished blocks are read back and only run forward.
 """
 
-import ctypes
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +26,7 @@ from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs
 from .formats import pack_quantized
 from .formats.targets import check as check_targets
+from .memory import freed_at_once, peak_bytes
 from .passes import Block, Linear, Surroundings
 from .plan import Plan, make_plan
 from .quantize.observers import told_inputs
@@ -40,7 +38,6 @@ from .tensor import Compressed, CompressedTensor, joined
 from .workspace import Workspace, check_target
 
 TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Tell = Callable[..., None]  # (phase, layer=None, **figures)
 
 
@@ -88,6 +85,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     return planned
 
 
+@freed_at_once()
 def run(
     model: str | Path,
     out: Path,
@@ -103,7 +101,6 @@ def run(
     Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
     """
     started = time.monotonic()
-    return_freed_memory()
     device_of(device)
     source = open_source(model)
     skeleton = build(source)
@@ -350,16 +347,3 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)
-
-
-def return_freed_memory() -> None:
-    """Have glibc give every freed matrix back at once: by itself it would keep those below 32 MB, and fragments of them."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_THRESHOLD, 2**20)
-
-
-def peak_bytes() -> int:
-    """The largest resident memory of this process so far."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -167,7 +167,8 @@ def speeds(found: Sequence[Speed]) -> Table:
     for title in ("model", "reads, tok/s", "writes, tok/s", "weights", "peak memory", "kernels"):
         result.add_column(title, justify="left" if title in ("model", "kernels") else "right")
     for each in found:
-        kernels = ", ".join(f"{count} {name}" for name, count in each.kernels.items())
+        blocks = {f"blocks {way}": count for way, count in each.blocks.items()}
+        kernels = ", ".join(f"{count} {name}" for name, count in (each.kernels | blocks).items())
         rates = (_rate(each.prefill, each.prefill_ratio), _rate(each.decode, each.decode_ratio))
         sizes = (f"{n / 1e6:,.1f} MB" for n in (each.weight_bytes, each.peak_bytes))
         result.add_row(Text(each.name), *rates, *sizes, Text(kernels or ABSENT))

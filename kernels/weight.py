@@ -136,6 +136,9 @@ class Weight:
         return dense
 
 
+MASKS_AT_ONCE = 1024  # rows
+
+
 @dataclass(frozen=True)
 class PrunedWeight:
     """A weight `[out, in]` of floats of which only some are stored; the others are zero.
@@ -165,7 +168,8 @@ class PrunedWeight:
 
     def starts(self) -> Tensor:
         """The number of the first value of each row, int64 `[out + 1]`."""
-        counts = self.kept().sum(1)
+        pieces = self.mask.split(MASKS_AT_ONCE)  # a sum of booleans makes integers of them first
+        counts = torch.cat([from_mask(piece, self.width).sum(1) for piece in pieces])
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -8,17 +8,20 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from ...calibrate.skeleton import Names, device_of, materialise
+from ...calibrate.skeleton import Names, device_of, materialise, read
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.cache import serve_cache
 from ...kernels.cache.ranges import KEY_RANGES, attach, read_ranges
 from ...kernels.modules.block import answer_tokens
+from ...kernels.modules.dense import can_hold, hold
 from ...kernels.modules.linear import Serving
 from ...kernels.modules.replace import replace_linear
 from ..errors import CompressError, UsageError
+from ..memory import give_back
 from ..scheme import CACHE_KEY, CacheScheme
 from .checkpoint import Checkpoint
 
+GIVE_BACK_EVERY = 8  # layers
 FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is
 
 
@@ -89,16 +92,32 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
     return model.to(device).eval()
 
 
+def _hold_dense(checkpoint: Checkpoint, names: Names, device: torch.device, dtype: torch.dtype) -> bool:
+    """Keep what is not quantized in the 16 bits that it is stored in, where kernels serve that; whether the head is tied."""
+    tied: dict[str, list[str]] = {}
+    for name, module in checkpoint.model.named_modules():
+        stored = None if name in checkpoint.layers else names.find(f"{name}.weight")
+        if stored is not None and can_hold(module, checkpoint.source.tensors[stored].spec.torch_dtype, device, dtype):
+            tied.setdefault(stored, []).append(name)
+    for stored, holders in tied.items():
+        like = checkpoint.model.get_submodule(holders[0]).get_parameter("weight")
+        hold(checkpoint.model, holders, read(checkpoint.source, stored, like, widen=False), dtype)
+    return any(len(holders) > 1 for holders in tied.values())
+
+
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
     model = checkpoint.model
     names, head = Names(model, source), checkpoint.tied_head
+    tied = _hold_dense(checkpoint, names, device_of(device), serving.dtype)
     if head is not None:
         replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)
-    for name in checkpoint.layers:
+    for index, name in enumerate(checkpoint.layers):
         replace_linear(model, name, checkpoint.layer(name), serving, device)
+        if index % GIVE_BACK_EVERY == 0:
+            give_back()
     materialise(model, "", source, names, device)
-    if head is None:
+    if head is None and not tied:
         model.tie_weights()
     answer_tokens(model)
     return model

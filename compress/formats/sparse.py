@@ -86,7 +86,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
 
 def by_mask(tensor: PrunedTensor) -> tuple[Tensor, Tensor]:
     """The bitmask uint8 `[out, ceil(in / 8)]` of what is stored, and that `[stored]`, as `bitmask` lays them out."""
-    return _join(tensor.kept.to(torch.uint8), 1), tensor.values[tensor.kept]
+    whole = bool(tensor.kept.all())  # then there is nothing to look for, which takes memory
+    return _join(tensor.kept.to(torch.uint8), 1), tensor.values.flatten() if whole else tensor.values[tensor.kept]
 
 
 def from_mask(mask: Tensor, columns: int) -> Tensor:

@@ -25,6 +25,7 @@ from ...calibrate.rows import context_length
 from ...compress.errors import CompressError, UsageError
 from ...compress.formats.load import load
 from ...compress.report.progress import Event, Observer, silent
+from ...kernels.modules.block import blocks_of
 from ...kernels.modules.linear import PackedLinear, SpQRLinear, kernels_of
 from .bench import clock
 
@@ -38,12 +39,14 @@ class Speed:
     """What one model reached: tokens per second, how many times as fast as the base that is, and bytes.
 
     kernels       how many layers each kernel serves (see `kernels_of`)
+    blocks        how many blocks answer single tokens in two calls, and how many do not (see `blocks_of`)
     weight_bytes  of all parameters and buffers
     peak_bytes    resident memory of a process that loads the model and answers, Python and torch included
     """
 
     name: str
     kernels: dict[str, int]
+    blocks: dict[str, int]
     prefill: float
     decode: float
     weight_bytes: int
@@ -89,6 +92,7 @@ def speed(
         Speed(
             name=name,
             kernels=kernels_of(each),
+            blocks=blocks_of(each),
             prefill=PROMPT / statistics.median(read for read, _ in seconds[name][1:]),
             decode=ANSWER / statistics.median(wrote for _, wrote in seconds[name][1:]),
             weight_bytes=_weight_bytes(each),

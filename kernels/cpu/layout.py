@@ -13,6 +13,7 @@ from torch import Tensor
 from ..weight import Weight
 
 # Stored bits: the planes of bits that make up a code, low ones first; a block holds 32 // (narrowest plane) columns.
+ROWS_AT_ONCE = 256  # of a weight: a multiple of all lanes, and what is made on the way stays in the cache
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
 
@@ -64,7 +65,6 @@ def pack(weight: Weight, lanes: int) -> Panels:
     rows, columns = weight.shape
     bits = stored_bits(weight.bits, columns, weight.group)
     center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
-    codes = F.pad(_pad_groups(weight.codes, weight.group, bits), (0, 0, 0, -rows % lanes))
     levels = weight.levels
     scales = None if levels else weight.scale.float()
     offsets = None if weight.zero is None or levels else weight.zero.float() - center
@@ -72,7 +72,7 @@ def pack(weight: Weight, lanes: int) -> Panels:
     dtype = torch.float16 if narrow else torch.float32
     table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
     return Panels(
-        packed=_interleave(codes, bits, lanes),
+        packed=torch.cat([_panels(each, weight.group, bits, lanes) for each in weight.codes.split(ROWS_AT_ONCE)]),
         scales=None if scales is None else _by_lane(scales.to(dtype), lanes),
         offsets=None if offsets is None else _by_lane(offsets.to(dtype), lanes),
         table=table,
@@ -101,6 +101,11 @@ def unpack(codes: Tensor, lanes: int, rows: int, columns: int, group: int, bits:
         vector, below = vector + block * plane // 32, below + plane
     flat = quads.permute(0, 3, 1, 2, 4).reshape(panels * lanes, -1)[:rows]
     return flat[:, _places(columns, group, bits)]
+
+
+def _panels(codes: Tensor, group: int, bits: int, lanes: int) -> Tensor:
+    """Codes uint8 `[rows, columns]` in panels `[panels, bytes]`, groups filled up with zeros and panels with rows of them."""
+    return _interleave(F.pad(_pad_groups(codes, group, bits), (0, 0, 0, -len(codes) % lanes)), bits, lanes)
 
 
 def _interleave(codes: Tensor, bits: int, lanes: int) -> Tensor:

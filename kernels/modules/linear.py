@@ -37,10 +37,13 @@ class Serving:
 class ServedLinear(nn.Module, ABC):
     """`y = x W^T + bias` by a kernel of the dispatch.
 
-    product  the weight in the layout of the kernel that serves it
+    product    the weight in the layout of the kernel that serves it
+    is_packed  whether `serve` chooses its kernel, and `kernels_of` counts it
 
     Raises `UsageError` where `serving` names a kernel that cannot serve.
     """
+
+    is_packed = True
 
     def __init__(
         self, tensor: Served | SpQRTensor | PrunedTensor, bias: nn.Parameter | None, serving: Serving | None = None
@@ -218,4 +221,4 @@ def kernels_of(model: nn.Module) -> dict[str, int]:
 
 
 def _packed(model: nn.Module) -> list[ServedLinear]:
-    return [module for module in model.modules() if isinstance(module, ServedLinear)]
+    return [module for module in model.modules() if isinstance(module, ServedLinear) and module.is_packed]

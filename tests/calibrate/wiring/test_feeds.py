@@ -20,6 +20,8 @@ WIRING = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "mistral": LLAMA,
+    "smollm3": LLAMA,
+    "seed_oss": LLAMA,
     "gemma2": GEMMA,
     "gemma3": GEMMA,
     "phi3": {

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from . import ops  # noqa: F401  (registers the operators)
 from .cpu import library
-from .kernel import Kernel, Need, Product, Unavailable
+from .kernel import CodedProduct, Kernel, Need, Product, Unavailable
 from .weight import PrunedWeight, SparseRows, Weight
 
 
@@ -26,10 +26,10 @@ def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Produc
     return product
 
 
-class WithColumns(Product):
+class WithColumns(CodedProduct):
     """`y = x' W^T + x[:, columns] outliers^T`, where x' is x with these columns set to zero: they widen no int8 scale."""
 
-    def __init__(self, inner: Product, columns: Tensor, outliers: Tensor) -> None:
+    def __init__(self, inner: CodedProduct, columns: Tensor, outliers: Tensor) -> None:
         super().__init__()
         self.inner = inner
         self.columns: Tensor
@@ -46,13 +46,13 @@ class WithColumns(Product):
         return self.inner.codes()
 
 
-class WithThreshold(Product):
+class WithThreshold(CodedProduct):
     """Input columns that reach the threshold, but for those kept apart, leave the int8 product and widen none of its scales.
 
     They are found anew at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
     """
 
-    def __init__(self, inner: Product, weight: Weight) -> None:
+    def __init__(self, inner: CodedProduct, weight: Weight) -> None:
         super().__init__()
         self.inner, self.threshold, self.center = inner, weight.threshold, 2 ** (weight.bits - 1)
         self.scale: Tensor
@@ -76,10 +76,10 @@ class WithThreshold(Product):
         return self.inner.codes()
 
 
-class WithResidual(Product):
+class WithResidual(CodedProduct):
     """`y = x W^T + x S^T` with S sparse, in compressed rows."""
 
-    def __init__(self, inner: Product, residual: SparseRows, width: int) -> None:
+    def __init__(self, inner: CodedProduct, residual: SparseRows, width: int) -> None:
         super().__init__()
         self.inner = inner
         self.starts: Tensor

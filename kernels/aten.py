@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import Kernel, Need, Product, Serves
+from .kernel import CodedProduct, Kernel, Need, Serves
 from .reference import ReferenceProduct
 from .weight import Weight
 
@@ -15,7 +15,7 @@ MOST_ROWS = 32  # above, dequantizing costs less than its scalar tail
 ROWS_PER_TILE = 16
 
 
-class AtenInt4(Product):
+class AtenInt4(CodedProduct):
     """`aten::_weight_int4pack_mm_for_cpu`: `w = (code - 8) * scale + shift`, scale and shift in bfloat16."""
 
     def __init__(self, weight: Weight, need: Need) -> None:

@@ -106,8 +106,12 @@ class Product(nn.Module):
         """y `[m, out]`"""
         raise NotImplementedError
 
+
+class CodedProduct(Product):
+    """The product of a weight of codes, which it can give back: nobody has to keep them twice."""
+
     def codes(self) -> Tensor:
-        """The codes uint8 `[out, in]` that were given, so that nobody has to keep them twice."""
+        """The codes uint8 `[out, in]` that were given."""
         raise NotImplementedError
 
 
@@ -139,7 +143,7 @@ class Kernel:
 
     name: str
     serves: Serves
-    prepare: Callable[[Weight, Need], Product]
+    prepare: Callable[[Weight, Need], CodedProduct]
     tolerance: float = 1e-5
     pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
     mixes: bool = False

@@ -12,7 +12,7 @@ from ..compress.prune.args import PruneArgs
 from ..compress.scheme import float_name
 from ..compress.tensor import PrunedTensor
 from .apart import prepare
-from .kernel import Kernel, Need, Product, PrunedProduct
+from .kernel import CodedProduct, Kernel, Need, Product, PrunedProduct
 from .reference import quantized
 from .weight import PrunedWeight, Weight
 
@@ -38,7 +38,7 @@ def failure(kernel: Kernel, need: Need) -> str | None:
 def _holds(product: Product, weight: Weight | PrunedWeight) -> bool:
     """Whether what was given can be had back."""
     if isinstance(weight, Weight):
-        return torch.equal(product.codes(), weight.codes)
+        return isinstance(product, CodedProduct) and torch.equal(product.codes(), weight.codes)
     kept = product.weight if isinstance(product, PrunedProduct) else None
     return kept is not None and torch.equal(kept.mask, weight.mask) and torch.equal(kept.values, weight.values)
 

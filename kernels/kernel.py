@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.errors import CompressError
-from .weight import PrunedWeight, Weight
+from .weight import PrunedWeight, SparseRows, Weight
 
 Activations = Literal["float", "group", "token"]
+Part = Literal["levels", "columns", "residual"]
+PARTS: tuple[Part, ...] = ("levels", "columns", "residual")
 
 STEPS = 127.0
 FLOAT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -30,7 +32,8 @@ class Need:
 
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
     codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
-    row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`.
+    row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
+    of `Weight` that this one has beside its codes, scales and zeros.
     """
 
     bits: int
@@ -42,6 +45,7 @@ class Need:
     dtype: torch.dtype = torch.float32
     steps: float = STEPS
     values: torch.dtype | None = None
+    parts: frozenset[Part] = frozenset()
 
     @classmethod
     def of(
@@ -55,7 +59,9 @@ class Need:
         if isinstance(weight, PrunedWeight):
             return cls.pruned(weight.values.dtype, weight.values.device.type, dtype)
         device, codebook = weight.codes.device.type, weight.codebook is not None
-        return cls(weight.bits, weight.group, weight.zero is None, codebook, activations, device, dtype, steps)
+        parts: frozenset[Part] = frozenset(part for part in PARTS if getattr(weight, part) is not None)
+        symmetric = weight.zero is None
+        return cls(weight.bits, weight.group, symmetric, codebook, activations, device, dtype, steps, parts=parts)
 
     @classmethod
     def pruned(cls, values: torch.dtype, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Need":
@@ -137,8 +143,9 @@ class Kernel:
     """A named way to multiply by a quantized weight.
 
     `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
-    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too. `tolerance` is the
-    largest relative error against float64 (with the activations quantized as the need says) that its self-test accepts.
+    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
+    product of a residual to float32 sums, perhaps in place. `tolerance` is the largest relative error against float64 (with the
+    activations quantized as the need says) that its self-test accepts.
     """
 
     name: str
@@ -147,3 +154,4 @@ class Kernel:
     tolerance: float = 1e-5
     pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
     mixes: bool = False
+    added: Callable[[SparseRows, Tensor, Tensor], Tensor] = SparseRows.added

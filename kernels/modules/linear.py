@@ -203,7 +203,7 @@ class SpQRLinear(PackedLinear):
 
     def _keep(self, tensor: Served | SpQRTensor) -> None:
         assert isinstance(tensor, SpQRTensor)
-        levels = Levels.of(tensor)
+        levels = Levels.of(tensor.scale, tensor.zero)
         self.register_buffer("levels", levels.codes, persistent=False)
         self.register_buffer("grids", levels.grids, persistent=False)
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..arranged import Arranged, flat
 from ..kernel import Activations, Kernel, Need, Serves, Unavailable, WrongMachine
-from ..weight import Weight
+from ..weight import SparseRows, Weight
 from .layout import Tiles, pack, unpack
 
 OLDEST = (8, 0)  # the first GPUs with bfloat16
@@ -34,6 +34,15 @@ class TritonProduct(Arranged[Tiles]):
         return unpack(self.layout, self.given_bits)
 
 
+def added_sparse(residual: SparseRows, y: Tensor, x: Tensor) -> Tensor:
+    """`y + x S^T` for float32 `y` `[m, rows]` and `x` `[m, columns]` of any float dtype."""
+    from . import launch
+
+    if torch.compiler.is_compiling() or y.requires_grad:
+        return residual.added(y, x)
+    return launch.added_sparse(y, x, residual.starts, residual.columns, residual.values)
+
+
 def _check(weight: Weight, need: Need) -> None:
     """Raises `Unavailable` where Triton or a GPU that it compiles for is missing, and for what it has no kernel for."""
     if find_spec("triton") is None:
@@ -52,4 +61,5 @@ TRITON = Kernel(
         devices=frozenset({"cuda"}),
     ),
     prepare=TritonProduct,
+    added=added_sparse,
 )

@@ -12,6 +12,7 @@ from lmpress.kernels import dispatch, selftest
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Kernel, Need, Product, Serves, Unavailable
 from lmpress.kernels.reference import REFERENCE, ReferenceProduct
+from lmpress.kernels.weight import Weight
 
 NEED = Need(bits=4, group=32)
 
@@ -54,6 +55,28 @@ def test_a_kernel_that_fails_its_self_test_is_passed_over_and_named(product, cap
     assert [name for name, _ in choice.passed_over] == [product.__name__]
     assert "self-test failed" in str(choice)
     assert "torch-dequantize serves instead" in caplog.text
+
+
+class Misplaced(ReferenceProduct):
+    """Takes the two-level scales of a tile of rows from the tile before it."""
+
+    def __init__(self, weight: Weight, need: Need) -> None:
+        assert weight.levels is not None
+        scale, _ = replace(weight.levels, grids=weight.levels.grids.roll(1, 0)).two(weight.shape[0])
+        super().__init__(replace(weight, scale=scale.values(torch.float32)), need)
+
+
+@pytest.mark.parametrize("part", ["levels", "columns", "residual"])
+def test_every_part_of_a_weight_is_tested(part) -> None:
+    need = Need(8, 64, part != "levels", activations="token", parts=frozenset({part}))
+    right = Kernel("right", REFERENCE.serves, ReferenceProduct)
+    wrong = {
+        "levels": replace(right, prepare=Misplaced),
+        "columns": replace(right, mixes=True),  # it says that it multiplies them, and does not
+        "residual": replace(right, added=lambda residual, y, x: y),
+    }
+    assert selftest.failure(right, need) is None
+    assert "error" in (selftest.failure(wrong[part], need) or "")
 
 
 def test_a_forced_kernel_must_pass_too() -> None:
@@ -106,6 +129,10 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
     Need(8, 4096, activations="token", steps=127.5),
     Need(4, 64, codebook=True, dtype=torch.float16),
     Need(5, 43),
+    Need(8, 200, activations="token", parts=frozenset({"columns"})),
+    Need(8, 200, activations="token", dtype=torch.bfloat16, parts=frozenset({"columns"})),
+    Need(3, 16, symmetric=False, parts=frozenset({"levels", "residual"})),
+    Need(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=frozenset({"levels", "residual"})),
 ], ids=str)  # fmt: skip
 def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(need: Need) -> None:
     refusals = {kernel.name: dispatch.refusal(kernel, need) for kernel in dispatch.KERNELS}

@@ -13,6 +13,7 @@ from lmpress.compress.activations import decompose, fake_quantize
 from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.compress.tensor import CompressedTensor, MixedTensor
+from lmpress.eval.served import served
 from lmpress.kernels import dispatch
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.modules.low_rank import LowRankLinear
@@ -109,6 +110,17 @@ def test_greedy_answers_are_those_of_the_dequantized_weights(checkpoint: Path, a
         assert {name.split()[0] for name in kernels_of(model)} == {kernel.name}
         assert torch.equal(answer(model, assets), expected), kernel.name
     assert "torch-dequantize" in serving
+
+
+@pytest.mark.parametrize("checkpoint", FORMATS | ROUNDING, indirect=True)
+def test_what_inspect_names_is_what_is_loaded(checkpoint: Path) -> None:
+    """Without a look at the weights: no layer asks for what was not tested then."""
+    named = served(checkpoint)
+    tested = dispatch.refusal.cache_info().misses
+    chosen = kernels_of(lmpress.load(checkpoint))
+    assert dispatch.refusal.cache_info().misses == tested
+    for name, count in chosen.items():
+        assert count == sum(each.count for each in named if f"{each.kernel} {each.inputs}" == name)
 
 
 @pytest.mark.parametrize("checkpoint", ROUNDING, indirect=True)

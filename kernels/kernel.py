@@ -73,7 +73,7 @@ class Need:
 class Serves:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
-    `bits` are those of codes, `values` the dtypes of pruned weights: none for most.
+    `bits` are those of codes, `tables` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
     """
 
     bits: frozenset[int]
@@ -82,12 +82,15 @@ class Serves:
     dtypes: frozenset[torch.dtype] | None = FLOAT_DTYPES
     groups: frozenset[int] | None = None
     symmetric: frozenset[bool] = frozenset({True, False})
-    codebook: frozenset[bool] = frozenset({True, False})
+    tables: frozenset[int] = frozenset()
     values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: Need) -> str | None:
         """Why `need` is not met, or None where it is."""
-        stored = ("bits", need.bits, self.bits) if need.values is None else ("values", need.values, self.values)
+        if need.values is not None:
+            stored = ("values", need.values, self.values)
+        else:
+            stored = ("tables of bits", need.bits, self.tables) if need.codebook else ("bits", need.bits, self.bits)
         asked = [
             stored,
             ("activations", need.activations, self.activations),
@@ -95,7 +98,6 @@ class Serves:
             ("dtype", need.dtype, self.dtypes),
             ("group", need.group, self.groups),
             ("symmetric", need.symmetric, self.symmetric),
-            ("codebook", need.codebook, self.codebook),
         ]
         return next(
             (f"{what} {value} not served" for what, value, ok in asked if ok is not None and value not in ok), None

@@ -76,6 +76,7 @@ REFERENCE = Kernel(
     name="torch-dequantize",
     serves=Serves(
         bits=frozenset(range(2, 9)),
+        tables=frozenset(range(2, 9)),
         activations=frozenset({"float", "group", "token"}),
         dtypes=None,
         values=FLOAT_DTYPES,

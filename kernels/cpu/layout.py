@@ -14,6 +14,7 @@ from ..weight import Weight
 
 # Stored bits: the planes of bits that make up a code, low ones first; a block holds 32 // (narrowest plane) columns.
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+TABLE_BITS = 4  # of codes that are looked up, however much of their groups is padding
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def stored_bits(bits: int, columns: int, group: int) -> int:
 def pack(weight: Weight, lanes: int) -> Panels:
     """Arrange `weight` for `lanes` rows at a time."""
     rows, columns = weight.shape
-    bits = stored_bits(weight.bits, columns, weight.group)
+    bits = TABLE_BITS if weight.codebook is not None else stored_bits(weight.bits, columns, weight.group)
     center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
     codes = F.pad(_pad_groups(weight.codes, weight.group, bits), (0, 0, 0, -rows % lanes))
     levels = weight.levels
@@ -70,7 +71,7 @@ def pack(weight: Weight, lanes: int) -> Panels:
     offsets = None if weight.zero is None or levels else weight.zero.float() - center
     narrow = all(each is None or torch.equal(each.half().float(), each) for each in (scales, offsets))
     dtype = torch.float16 if narrow else torch.float32
-    table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
+    table = None if weight.codebook is None else weight.codebook.float()
     return Panels(
         packed=_interleave(codes, bits, lanes),
         scales=None if scales is None else _by_lane(scales.to(dtype), lanes),

@@ -10,7 +10,7 @@ from ..arranged import Arranged, flat
 from ..kernel import FLOAT_DTYPES, Kernel, Need, Serves
 from ..weight import SparseRows, Weight
 from . import library
-from .layout import Panels, pack, unpack
+from .layout import TABLE_BITS, Panels, pack, unpack
 from .pruned import CpuPruned
 
 # Best first; names are the C file's. The number of input rows from which exact products go through `torch.mm` on slabs of
@@ -100,6 +100,7 @@ def kernel(instructions: str) -> Kernel:
         name=f"c-{instructions}",
         serves=Serves(
             bits=frozenset(range(2, 9)),
+            tables=frozenset({TABLE_BITS}),
             activations=frozenset({"float", "group", "token"}),
             devices=frozenset({"cpu"}),
             values=FLOAT_DTYPES,

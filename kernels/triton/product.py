@@ -11,7 +11,6 @@ from ..weight import SparseRows, Weight
 from .layout import Tiles, pack, unpack
 
 OLDEST = (8, 0)  # the first GPUs with bfloat16
-WIDEST_TABLE = 4  # bits of a codebook's codes
 
 
 class TritonProduct(Arranged[Tiles]):
@@ -47,8 +46,8 @@ def _check(weight: Weight, need: Need) -> None:
     """Raises `Unavailable` where Triton or a GPU that it compiles for is missing, and for what it has no kernel for."""
     if find_spec("triton") is None:
         raise Unavailable("triton is not installed: pip install triton")
-    if weight.codebook is not None and (weight.bits > WIDEST_TABLE or need.activations != "float"):
-        raise WrongMachine(f"codebooks of {weight.bits} bits and {need.activations} inputs are not served")
+    if weight.codebook is not None and need.activations != "float":
+        raise WrongMachine(f"codebooks and {need.activations} inputs are not served")
     if weight.codes.is_cuda and torch.cuda.get_device_capability(weight.codes.device) < OLDEST:
         raise WrongMachine("this GPU is older than compute capability 8.0")
 
@@ -57,6 +56,7 @@ TRITON = Kernel(
     name="triton",
     serves=Serves(
         bits=frozenset(range(2, 9)),
+        tables=frozenset({2, 3, 4}),
         activations=frozenset({"float", "group", "token"}),
         devices=frozenset({"cuda"}),
     ),

@@ -9,6 +9,7 @@ import torch
 
 from lmpress.compress.errors import UsageError
 from lmpress.kernels import dispatch, selftest
+from lmpress.kernels.aten import INT4
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Kernel, Need, Product, Serves, Unavailable
 from lmpress.kernels.reference import REFERENCE, ReferenceProduct
@@ -101,7 +102,7 @@ def test_why_nothing_better_runs_is_said_once(caplog: pytest.LogCaptureFixture) 
         ({"bits": 3}, "bits 3"),
         ({"group": 64}, "group 64"),
         ({"symmetric": False}, "symmetric False"),
-        ({"codebook": True}, "codebook True"),
+        ({"codebook": True}, "tables of bits 4"),
         ({"activations": "token"}, "activations token"),
         ({"device": "cuda"}, "device cuda"),
         ({"dtype": torch.bfloat16}, "dtype torch.bfloat16"),
@@ -115,7 +116,6 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
         dtypes=frozenset({torch.float32}),
         groups=frozenset({32}),
         symmetric=frozenset({True}),
-        codebook=frozenset({False}),
     )
     assert serves.refusal(NEED) is None
     assert serves.refusal(replace(NEED, **change)) == f"{reason} not served"
@@ -176,6 +176,17 @@ def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, t
     finally:
         monkeypatch.undo()
         forget_what_was_found()
+
+
+@pytest.mark.parametrize("width", [64, 172])
+def test_without_a_compiler_rows_need_not_be_whole_groups(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (37, width), generator=generator, dtype=torch.uint8)
+    weight = Weight(codes, torch.rand(37, -(-width // 32), generator=generator) + 0.1, None, 4, 32)
+    x, need = torch.randn(3, width, generator=generator), Need.of(weight, "group")
+    product = INT4.prepare(weight, need)
+    assert selftest.relative_error(product(x), weight, x, need) < INT4.tolerance
+    assert torch.equal(product.codes(), codes)
 
 
 def test_the_self_test_sees_saturation_at_the_ends_only() -> None:

@@ -24,12 +24,20 @@ PRUNED_WIDTH = 203  # no multiple of anything
 FEW_COLUMNS, MOST_COLUMNS = 512, 1024  # wide enough for every way in which a kernel cuts a long group
 LARGEST = 4.0  # a row's sum of weights, nearly: its products fit float16
 KEPT, LOUD = 3, 50  # columns in 16 bits, and how much louder their inputs are
+SCALES = (torch.float32, torch.float16)  # layouts part ways there
 SHARE = 0.05  # of the weights that have an entry of the residual
 
 
 def failure(kernel: Kernel, need: Need) -> str | None:
     """Why `kernel` may not serve `need` on this machine, or None where it passed. Raises `Unavailable` if it cannot run."""
-    weight, x = extremes(need)
+    one_layout = need.values is not None or "levels" in need.parts
+    for dtype in SCALES[:1] if one_layout else SCALES:
+        if failed := _failure(kernel, need, *extremes(need, dtype)):
+            return failed
+    return None
+
+
+def _failure(kernel: Kernel, need: Need, weight: Weight | PrunedWeight, x: Tensor) -> str | None:
     product = prepare(kernel, weight, need)
     allowed = max(kernel.tolerance, 4 * torch.finfo(need.dtype).eps)
     for inputs in (x, x[-1:]):  # many rows and one: kernels part ways there
@@ -69,18 +77,18 @@ def in_float64(weight: Weight | PrunedWeight, x: Tensor, need: Need) -> Tensor:
     return y if weight.residual is None else weight.residual.added(y, x)
 
 
-def extremes(need: Need) -> tuple[Weight | PrunedWeight, Tensor]:
-    """A weight with rows of extreme codes, or none and all of whose values are stored, and inputs with rows of extreme
-    values, the rest random."""
+def extremes(need: Need, dtype: torch.dtype = torch.float32) -> tuple[Weight | PrunedWeight, Tensor]:
+    """A weight with scales of `dtype` and rows of extreme codes, or none and all of whose values are stored, and inputs with
+    rows of extreme values, the rest random."""
     generator = torch.Generator().manual_seed(0)
     if need.values is not None:
         weight, group = _pruned(need.values, generator), PRUNED_WIDTH
     else:
-        weight, group = _coded(need, generator), min(need.group, MOST_COLUMNS)
+        weight, group = _coded(need, dtype, generator), min(need.group, MOST_COLUMNS)
     return weight.to(need.device), _inputs(weight, group, generator).to(need.device, need.dtype)
 
 
-def _coded(need: Need, generator: torch.Generator) -> Weight:
+def _coded(need: Need, dtype: torch.dtype, generator: torch.Generator) -> Weight:
     group = min(need.group, MOST_COLUMNS)
     width = 3 * group if group <= FEW_COLUMNS else group
     codes = torch.randint(0, 2**need.bits, (ROWS, width), generator=generator, dtype=torch.uint8)
@@ -90,7 +98,9 @@ def _coded(need: Need, generator: torch.Generator) -> Weight:
     scale = (torch.rand(ROWS, -(-width // need.group), generator=generator) + 0.5) * size / 2**need.bits
     zero = torch.randint(0, 2**need.bits, scale.shape, generator=generator)
     codebook = torch.linspace(-1, 1, 2**need.bits) ** 3 if need.codebook else None
-    weight = Weight(codes, scale, None if need.symmetric or need.codebook else zero, need.bits, need.group, codebook)
+    weight = Weight(
+        codes, scale.to(dtype), None if need.symmetric or need.codebook else zero, need.bits, need.group, codebook
+    )
     if "levels" in need.parts:
         two = TwoLevel.fit(scale), TwoLevel.fit(zero.float())
         scale, zero = (each.values(torch.float32) for each in two)

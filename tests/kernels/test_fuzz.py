@@ -76,7 +76,7 @@ def coded(draw: random.Random, generator: torch.Generator) -> tuple[Weight, Tens
     groups = -(-width // group)
     codes = torch.randint(0, 2**bits, (width, rows), generator=generator, dtype=torch.uint8).T
     scale = (torch.rand(rows, 1, generator=generator) + 0.1).expand(rows, groups) * (torch.rand(groups) + 0.5)
-    scale, zero, levels, table = scale / 2**bits, None, None, None
+    scale, zero, levels, table = scale.to(draw.choice([torch.float32, torch.float16])) / 2**bits, None, None, None
     if zeros == "integer":
         zero = torch.randint(0, 2**bits, (groups, rows), generator=generator, dtype=torch.uint8).T
     elif zeros in ("real", "levels"):
@@ -84,7 +84,7 @@ def coded(draw: random.Random, generator: torch.Generator) -> tuple[Weight, Tens
     elif zeros == "table":
         table = torch.randn(2**bits, generator=generator)
     if zeros == "levels":
-        two = TwoLevel.fit(scale), TwoLevel.fit(zero)
+        two = TwoLevel.fit(scale.float()), TwoLevel.fit(zero)
         scale, zero, levels = two[0].values(torch.float32), two[1].values(torch.float32), Levels.of(*two)
     column_group = torch.arange(width) // group
     center = 2 ** (bits - 1) if zero is None else zero.double()[:, column_group]

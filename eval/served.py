@@ -1,7 +1,7 @@
 """Which kernel serves each layer of a packed checkpoint on this machine, before any weight is loaded."""
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,9 +11,13 @@ from ..compress.formats.checkpoint import Checkpoint
 from ..compress.prune.args import PruneArgs
 from ..compress.scheme import QuantArgs
 from ..kernels import dispatch
-from ..kernels.kernel import STEPS, Need
+from ..kernels.kernel import STEPS, Need, Part
 from ..kernels.modules.quantized_inputs import entering
 
+PARTS_OF: dict[str, frozenset[Part]] = {
+    "two-level": frozenset({"levels", "residual"}),
+    "columns": frozenset({"columns"}),
+}
 UNFOLDED = "unfolded for every product"
 
 
@@ -65,13 +69,24 @@ def _need(
     """None for blocks of NF4 that reach over row ends."""
     if isinstance(args, PruneArgs):
         return Need.pruned(getattr(torch, str(args.dtype)), torch.device(device).type, dtype)
-    codebook = args.kind == "nf4"
+    kind = replace(args, rank=0).kind
+    codebook = kind == "nf4"
     if codebook and width % (args.group_size or 1):
         return None
     activations, steps = entering(inputs) if inputs else ("float" if exact else "group", STEPS)
     where = torch.device(device).type
     group = (args.group_size or width) if codebook else args.columns_per_scale(width)
-    return Need(args.bits, group, args.symmetric, codebook, activations, where, dtype, steps)
+    return Need(
+        args.bits,
+        group,
+        args.symmetric,
+        codebook,
+        activations,
+        where,
+        dtype,
+        steps,
+        parts=PARTS_OF.get(kind, frozenset()),
+    )
 
 
 def _choose(layer: str, need: Need | None, count: int, kernel: str | None) -> Served:

@@ -1,13 +1,12 @@
 """What goes around any kernel: 16-bit columns and the threshold of the inputs (LLM.int8), and sparse residuals (SpQR)."""
 
-from importlib.util import find_spec
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from . import ops  # noqa: F401  (registers the operators)
-from .cpu import library
-from .kernel import Kernel, Need, Product, Unavailable
+from .kernel import CodedProduct, Kernel, Need, Product
 from .weight import PrunedWeight, SparseRows, Weight
 
 
@@ -22,14 +21,14 @@ def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Produc
     if weight.threshold:
         product = WithThreshold(product, weight)
     if weight.residual is not None:
-        product = WithResidual(product, weight.residual, weight.shape[1])
+        product = WithResidual(product, weight.residual, weight.shape[1], kernel.added)
     return product
 
 
-class WithColumns(Product):
+class WithColumns(CodedProduct):
     """`y = x' W^T + x[:, columns] outliers^T`, where x' is x with these columns set to zero: they widen no int8 scale."""
 
-    def __init__(self, inner: Product, columns: Tensor, outliers: Tensor) -> None:
+    def __init__(self, inner: CodedProduct, columns: Tensor, outliers: Tensor) -> None:
         super().__init__()
         self.inner = inner
         self.columns: Tensor
@@ -46,13 +45,13 @@ class WithColumns(Product):
         return self.inner.codes()
 
 
-class WithThreshold(Product):
+class WithThreshold(CodedProduct):
     """Input columns that reach the threshold, but for those kept apart, leave the int8 product and widen none of its scales.
 
     They are found anew at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
     """
 
-    def __init__(self, inner: Product, weight: Weight) -> None:
+    def __init__(self, inner: CodedProduct, weight: Weight) -> None:
         super().__init__()
         self.inner, self.threshold, self.center = inner, weight.threshold, 2 ** (weight.bits - 1)
         self.scale: Tensor
@@ -76,46 +75,30 @@ class WithThreshold(Product):
         return self.inner.codes()
 
 
-class WithResidual(Product):
-    """`y = x W^T + x S^T` with S sparse, in compressed rows."""
+class WithResidual(CodedProduct):
+    """`y = x W^T + x S^T` with S sparse, in compressed rows, whose product is `added`."""
 
-    def __init__(self, inner: Product, residual: SparseRows, width: int) -> None:
+    def __init__(
+        self,
+        inner: CodedProduct,
+        residual: SparseRows,
+        width: int,
+        added: Callable[[SparseRows, Tensor, Tensor], Tensor] = SparseRows.added,
+    ) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.added = inner, added
         self.starts: Tensor
         self.indices: Tensor
         self.values: Tensor
         self.register_buffer("starts", residual.starts, persistent=False)
-        on_cpu, narrow = residual.values.device.type == "cpu", width <= torch.iinfo(torch.uint16).max
-        indices = residual.columns.to(torch.uint16) if on_cpu and narrow else residual.columns
+        narrow = residual.values.device.type == "cpu" and width <= torch.iinfo(torch.uint16).max
+        indices = residual.columns.to(torch.uint16) if narrow else residual.columns
         self.register_buffer("indices", indices, persistent=False)
         self.register_buffer("values", residual.values, persistent=False)
-        self.compiled = on_cpu and _has_library()
-        self.on_gpu = residual.values.is_cuda and find_spec("triton") is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.inner(x).float()
-        traced = torch.compiler.is_compiling() or y.requires_grad
-        if self.on_gpu and not traced:
-            from .triton.launch import added_sparse
-
-            y = added_sparse(y, x, self.starts, self.indices, self.values)
-        elif not self.compiled:
-            entries = x.float()[:, self.indices.long()] * self.values
-            y = y.index_add(1, SparseRows(self.starts, self.indices, self.values).rows, entries)
-        elif traced:
-            y = torch.ops.lmpress.cpu_add_sparse(y, x.float(), self.starts, self.indices, self.values)
-        else:
-            library.add_sparse(y, x.float().contiguous(), self.starts, self.indices, self.values)
-        return y.to(x.dtype)
+        residual = SparseRows(self.starts, self.indices, self.values)
+        return self.added(residual, self.inner(x).float(), x).to(x.dtype)
 
     def codes(self) -> Tensor:
         return self.inner.codes()
-
-
-def _has_library() -> bool:
-    try:
-        library.library()
-    except Unavailable:
-        return False
-    return True

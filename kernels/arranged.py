@@ -9,12 +9,12 @@ from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
-from .kernel import Product
+from .kernel import CodedProduct
 
 Layout = TypeVar("Layout")
 
 
-class Arranged(Product, Generic[Layout]):
+class Arranged(CodedProduct, Generic[Layout]):
     """The product of a weight whose layout's tensors are buffers of their own names."""
 
     def __init__(self, layout: Layout) -> None:

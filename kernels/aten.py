@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernel import Kernel, Need, Product, Serves
+from .kernel import CodedProduct, Kernel, Need, Serves
 from .reference import ReferenceProduct
 from .weight import Weight
 
@@ -15,18 +15,18 @@ MOST_ROWS = 32  # above, dequantizing costs less than its scalar tail
 ROWS_PER_TILE = 16
 
 
-class AtenInt4(Product):
+class AtenInt4(CodedProduct):
     """`aten::_weight_int4pack_mm_for_cpu`: `w = (code - 8) * scale + shift`, scale and shift in bfloat16."""
 
     def __init__(self, weight: Weight, need: Need) -> None:
         super().__init__()
-        rows = weight.shape[0]
-        self.rows, self.group = rows, need.group
+        rows, columns = weight.shape
+        self.rows, self.group, self.filling = rows, need.group, -columns % need.group
         self.tiles: Tensor
         self.scales: Tensor
         self.many = ReferenceProduct(weight, need)
         missing = -rows % ROWS_PER_TILE
-        codes = F.pad(weight.codes.int(), (0, 0, 0, missing))
+        codes = F.pad(weight.codes.int(), (0, self.filling, 0, missing))
         zero = torch.full_like(weight.scale, 8) if weight.zero is None else weight.zero.to(weight.scale.dtype)
         pairs = torch.stack([weight.scale, (8 - zero) * weight.scale], dim=-1)
         pairs = F.pad(pairs, (0, 0, 0, 0, 0, missing)).transpose(0, 1)
@@ -36,7 +36,7 @@ class AtenInt4(Product):
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[0] > MOST_ROWS:
             return self.many(x)
-        inputs = x.to(torch.bfloat16).contiguous()
+        inputs = F.pad(x.to(torch.bfloat16), (0, self.filling)).contiguous()
         y = torch.ops.aten._weight_int4pack_mm_for_cpu(inputs, self.tiles, self.group, self.scales)
         return y[:, : self.rows].to(x.dtype)
 
@@ -51,7 +51,6 @@ INT4 = Kernel(
         activations=frozenset({"group"}),
         devices=frozenset({"cpu"}),
         groups=frozenset({32, 64, 128, 256}),
-        codebook=frozenset({False}),
     ),
     prepare=AtenInt4,
     tolerance=2e-2,

@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from ..compress.errors import CompressError
-from .weight import PrunedWeight, Weight
+from .weight import PrunedWeight, SparseRows, Weight
 
 Activations = Literal["float", "group", "token"]
+Part = Literal["levels", "columns", "residual"]
+PARTS: tuple[Part, ...] = ("levels", "columns", "residual")
 
 STEPS = 127.0
 FLOAT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
@@ -30,7 +32,8 @@ class Need:
 
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
     codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
-    row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`.
+    row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
+    of `Weight` that this one has beside its codes, scales and zeros.
     """
 
     bits: int
@@ -42,6 +45,7 @@ class Need:
     dtype: torch.dtype = torch.float32
     steps: float = STEPS
     values: torch.dtype | None = None
+    parts: frozenset[Part] = frozenset()
 
     @classmethod
     def of(
@@ -55,7 +59,9 @@ class Need:
         if isinstance(weight, PrunedWeight):
             return cls.pruned(weight.values.dtype, weight.values.device.type, dtype)
         device, codebook = weight.codes.device.type, weight.codebook is not None
-        return cls(weight.bits, weight.group, weight.zero is None, codebook, activations, device, dtype, steps)
+        parts: frozenset[Part] = frozenset(part for part in PARTS if getattr(weight, part) is not None)
+        symmetric = weight.zero is None
+        return cls(weight.bits, weight.group, symmetric, codebook, activations, device, dtype, steps, parts=parts)
 
     @classmethod
     def pruned(cls, values: torch.dtype, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Need":
@@ -67,7 +73,7 @@ class Need:
 class Serves:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
-    `bits` are those of codes, `values` the dtypes of pruned weights: none for most.
+    `bits` are those of codes, `tables` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
     """
 
     bits: frozenset[int]
@@ -76,12 +82,15 @@ class Serves:
     dtypes: frozenset[torch.dtype] | None = FLOAT_DTYPES
     groups: frozenset[int] | None = None
     symmetric: frozenset[bool] = frozenset({True, False})
-    codebook: frozenset[bool] = frozenset({True, False})
+    tables: frozenset[int] = frozenset()
     values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: Need) -> str | None:
         """Why `need` is not met, or None where it is."""
-        stored = ("bits", need.bits, self.bits) if need.values is None else ("values", need.values, self.values)
+        if need.values is not None:
+            stored = ("values", need.values, self.values)
+        else:
+            stored = ("tables of bits", need.bits, self.tables) if need.codebook else ("bits", need.bits, self.bits)
         asked = [
             stored,
             ("activations", need.activations, self.activations),
@@ -89,7 +98,6 @@ class Serves:
             ("dtype", need.dtype, self.dtypes),
             ("group", need.group, self.groups),
             ("symmetric", need.symmetric, self.symmetric),
-            ("codebook", need.codebook, self.codebook),
         ]
         return next(
             (f"{what} {value} not served" for what, value, ok in asked if ok is not None and value not in ok), None
@@ -106,8 +114,12 @@ class Product(nn.Module):
         """y `[m, out]`"""
         raise NotImplementedError
 
+
+class CodedProduct(Product):
+    """The product of a weight of codes, which it can give back: nobody has to keep them twice."""
+
     def codes(self) -> Tensor:
-        """The codes uint8 `[out, in]` that were given, so that nobody has to keep them twice."""
+        """The codes uint8 `[out, in]` that were given."""
         raise NotImplementedError
 
 
@@ -133,13 +145,15 @@ class Kernel:
     """A named way to multiply by a quantized weight.
 
     `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
-    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too. `tolerance` is the
-    largest relative error against float64 (with the activations quantized as the need says) that its self-test accepts.
+    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
+    product of a residual to float32 sums, perhaps in place. `tolerance` is the largest relative error against float64 (with the
+    activations quantized as the need says) that its self-test accepts.
     """
 
     name: str
     serves: Serves
-    prepare: Callable[[Weight, Need], Product]
+    prepare: Callable[[Weight, Need], CodedProduct]
     tolerance: float = 1e-5
     pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
     mixes: bool = False
+    added: Callable[[SparseRows, Tensor, Tensor], Tensor] = SparseRows.added

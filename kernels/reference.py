@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..compress.formats.bitstream import pack_rows, unpack_rows
-from .kernel import FLOAT_DTYPES, Kernel, Need, Product, PrunedProduct, Serves
+from .kernel import FLOAT_DTYPES, CodedProduct, Kernel, Need, PrunedProduct, Serves
 from .weight import PrunedWeight, Weight
 
 SLAB = 256  # rows of the weight that are dequantized at a time: no call holds a whole matrix
@@ -26,7 +26,7 @@ def quantized(x: Tensor, need: Need) -> Tensor:
     return ((spans / scale).round_().clamp_(-128, 127) * scale).flatten(1)[:, : x.shape[1]].to(x.dtype)
 
 
-class ReferenceProduct(Product):
+class ReferenceProduct(CodedProduct):
     """Codes as a bit stream along each row, as checkpoints keep them; a slab of rows at a time becomes floats."""
 
     def __init__(self, weight: Weight, need: Need) -> None:
@@ -76,6 +76,7 @@ REFERENCE = Kernel(
     name="torch-dequantize",
     serves=Serves(
         bits=frozenset(range(2, 9)),
+        tables=frozenset(range(2, 9)),
         activations=frozenset({"float", "group", "token"}),
         dtypes=None,
         values=FLOAT_DTYPES,

@@ -1,6 +1,6 @@
 """What a kernel is given: one layer's quantized weight, in no kernel's layout."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +9,7 @@ from torch import Tensor
 from ..compress.formats.sparse import by_mask, from_mask
 from ..compress.quantize.codebook import nf4_values
 from ..compress.tensor import TILE, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor, TwoLevel
+from ..compress.tensor.parts import moved
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,14 @@ class SparseRows:
         """The row of every entry, int64 `[entries]`."""
         return torch.repeat_interleave(self.starts.diff())
 
+    def to(self, device: torch.device | str) -> "SparseRows":
+        """The same on `device`."""
+        return moved(self, device)
+
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """`y + x S^T` for `x` `[m, columns]`, in the dtype of `y` `[m, rows]`, by torch alone."""
+        return y.index_add(1, self.rows, x.to(y.dtype)[:, self.columns.long()] * self.values)
+
 
 @dataclass(frozen=True)
 class Levels:
@@ -50,12 +59,16 @@ class Levels:
     grids: Tensor
 
     @classmethod
-    def of(cls, tensor: SpQRTensor) -> "Levels":
-        """Those of a compressed tensor."""
-        both = tensor.scale.codes | tensor.zero.codes << 4
+    def of(cls, scale: TwoLevel, zero: TwoLevel) -> "Levels":
+        """Both in one."""
+        both = scale.codes | zero.codes << 4
         tiles = F.pad(both, (0, 0, 0, -len(both) % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
-        grids = (tensor.scale.scale, tensor.scale.zero, tensor.zero.scale, tensor.zero.zero)
+        grids = (scale.scale, scale.zero, zero.scale, zero.zero)
         return cls(tiles.contiguous(), torch.stack(grids, -1).contiguous())
+
+    def to(self, device: torch.device | str) -> "Levels":
+        """The same on `device`."""
+        return moved(self, device)
 
     def two(self, rows: int) -> tuple[TwoLevel, TwoLevel]:
         """The scales and the zeros of so many rows."""
@@ -109,13 +122,19 @@ class Weight:
             grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
             starts[1:] = tensor.counts.cumsum(0)
             residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
-            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual, levels=Levels.of(tensor))
+            levels = Levels.of(tensor.scale, tensor.zero)
+            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual, levels=levels)
         return cls(codes, tensor.scale, tensor.zero, args.bits, group)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)"""
         return self.codes.shape[0], self.codes.shape[1]
+
+    def to(self, device: torch.device | str) -> "Weight":
+        """The same on `device`."""
+        residual, levels = self.residual and self.residual.to(device), self.levels and self.levels.to(device)
+        return replace(moved(self, device), residual=residual, levels=levels)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` computed in `dtype`: what every kernel is held against."""
@@ -161,6 +180,10 @@ class PrunedWeight:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)"""
         return self.mask.shape[0], self.width
+
+    def to(self, device: torch.device | str) -> "PrunedWeight":
+        """The same on `device`."""
+        return moved(self, device)
 
     def kept(self) -> Tensor:
         """What is stored: bool `[out, in]`."""

@@ -15,6 +15,7 @@ from ..weight import Weight
 # Stored bits: the planes of bits that make up a code, low ones first; a block holds 32 // (narrowest plane) columns.
 ROWS_AT_ONCE = 256  # of a weight: a multiple of all lanes, and what is made on the way stays in the cache
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+TABLE_BITS = 4  # of codes that are looked up, however much of their groups is padding
 
 
 @dataclass(frozen=True)
@@ -63,14 +64,14 @@ def stored_bits(bits: int, columns: int, group: int) -> int:
 def pack(weight: Weight, lanes: int) -> Panels:
     """Arrange `weight` for `lanes` rows at a time."""
     rows, columns = weight.shape
-    bits = stored_bits(weight.bits, columns, weight.group)
+    bits = TABLE_BITS if weight.codebook is not None else stored_bits(weight.bits, columns, weight.group)
     center = 0 if weight.codebook is not None else 2 ** (weight.bits - 1)
     levels = weight.levels
     scales = None if levels else weight.scale.float()
     offsets = None if weight.zero is None or levels else weight.zero.float() - center
     narrow = all(each is None or torch.equal(each.half().float(), each) for each in (scales, offsets))
     dtype = torch.float16 if narrow else torch.float32
-    table = None if weight.codebook is None else F.pad(weight.codebook.float(), (0, 16 - len(weight.codebook)))
+    table = None if weight.codebook is None else weight.codebook.float()
     return Panels(
         packed=torch.cat([_panels(each, weight.group, bits, lanes) for each in weight.codes.split(ROWS_AT_ONCE)]),
         scales=None if scales is None else _by_lane(scales.to(dtype), lanes),

@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ..arranged import Arranged, flat
 from ..kernel import FLOAT_DTYPES, Kernel, Need, Serves
-from ..weight import Weight
+from ..weight import SparseRows, Weight
 from . import library
-from .layout import Panels, pack, unpack
+from .layout import TABLE_BITS, Panels, pack, unpack
 from .pruned import CpuPruned
 
 # Best first; names are the C file's. The number of input rows from which exact products go through `torch.mm` on slabs of
@@ -85,18 +85,29 @@ def slabs(panels: Panels, instructions: library.InstructionSet) -> Iterator[tupl
         yield slice(start, stop), slab[:, : stop - start]
 
 
+def added_sparse(residual: SparseRows, y: Tensor, x: Tensor) -> Tensor:
+    """`y + x S^T` for float32 `y` `[m, rows]`, in place where nothing is traced, and `x` `[m, columns]` of any float dtype."""
+    inputs, sparse = x.float().contiguous(), (residual.starts, residual.columns, residual.values)
+    if torch.compiler.is_compiling() or y.requires_grad:
+        return torch.ops.lmpress.cpu_add_sparse(y, inputs, *sparse)
+    library.add_sparse(y, inputs, *sparse)
+    return y
+
+
 def kernel(instructions: str) -> Kernel:
     """The kernel of one instruction set."""
     return Kernel(
         name=f"c-{instructions}",
         serves=Serves(
             bits=frozenset(range(2, 9)),
+            tables=frozenset({TABLE_BITS}),
             activations=frozenset({"float", "group", "token"}),
             devices=frozenset({"cpu"}),
             values=FLOAT_DTYPES,
         ),
         prepare=lambda weight, need: CpuProduct(weight, need, instructions),
         mixes=True,
+        added=added_sparse,
         pruned=lambda weight, need: CpuPruned(weight, need, instructions),
     )
 

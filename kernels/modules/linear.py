@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...compress.scheme import QuantArgs
 from ...compress.tensor import MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
 from .. import apart, dispatch
-from ..kernel import STEPS, Activations, Need, Product, PrunedProduct
+from ..kernel import STEPS, Activations, CodedProduct, Need, Product, PrunedProduct
 from ..weight import Levels, PrunedWeight, Weight
 
 
@@ -127,7 +127,13 @@ class PackedLinear(ServedLinear):
     def compressed(self) -> Served | SpQRTensor:
         """What the module serves."""
         stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
-        return self._kind(codes=self.product.codes(), **stored, **self._settings)
+        return self._kind(codes=self.codes, **stored, **self._settings)
+
+    @property
+    def codes(self) -> Tensor:
+        """Those of the weight, uint8 `[out, in]`."""
+        assert isinstance(self.product, CodedProduct)
+        return self.product.codes()
 
     @property
     def activations(self) -> Activations:
@@ -191,7 +197,7 @@ class SpQRLinear(PackedLinear):
         assert isinstance(rows, apart.WithResidual)
         residual = (rows.starts.diff(), rows.indices.long(), rows.values)
         levels = Levels(self.get_buffer("levels"), self.get_buffer("grids"))
-        return SpQRTensor(rows.codes(), *levels.two(self.out_features), *residual, self.args)
+        return SpQRTensor(self.codes, *levels.two(self.out_features), *residual, self.args)
 
     @property
     def activations(self) -> Activations:
@@ -200,7 +206,7 @@ class SpQRLinear(PackedLinear):
 
     def _keep(self, tensor: Served | SpQRTensor) -> None:
         assert isinstance(tensor, SpQRTensor)
-        levels = Levels.of(tensor)
+        levels = Levels.of(tensor.scale, tensor.zero)
         self.register_buffer("levels", levels.codes, persistent=False)
         self.register_buffer("grids", levels.grids, persistent=False)
 

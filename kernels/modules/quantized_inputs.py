@@ -34,7 +34,7 @@ class IntegerLinear(PackedLinear):
         """What the module serves."""
         static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
         return CompressedTensor(
-            self.product.codes(), self.get_buffer("scale"), self._buffers["zero"], self.args, self.inputs, static
+            self.codes, self.get_buffer("scale"), self._buffers["zero"], self.args, self.inputs, static
         )
 
     @property

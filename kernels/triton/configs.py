@@ -1,10 +1,10 @@
-"""Which tile a product takes, by the number of its rows: a short table instead of a search at the first call.
+"""Which tile a product takes, by the number of its rows: a short table, and what a search may try beside it (`tune.py`).
 
 None of these has been timed on a GPU yet. They are what compiles without spills, with wide loads and with matrix instructions
 (`tests/kernels/triton/test_machine_code.py` holds them to that), and what is known of other kernels of this kind.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -42,6 +42,16 @@ def config(m: int, activations: Activations, bits: int, table: bool, capability:
     if activations != "float" and m > 64:
         return Config(128, 128 if as_stored else 64, 8, stages, programs=1)
     return Config(64, 16 if m <= 16 else 32 if m <= 32 else 64, 4, stages)
+
+
+def variants(usual: Config) -> list[Config]:
+    """The few tiles that are worth a try in place of `usual`, which comes first: wider and narrower, with and without a
+    pipeline; products of one row, which have none, with more and fewer programs."""
+    if usual.block_m == 1:
+        tried = [replace(usual, block_n=n, programs=p) for n in (16, 32, 64) for p in (4, 8)]
+    else:
+        tried = [replace(usual, block_n=n, stages=s) for n in (32, 64, 128) for s in (1, 3)]
+    return list(dict.fromkeys([usual, *tried]))
 
 
 def splits(tiles: int, slabs: int, programs: int) -> int:

@@ -9,13 +9,14 @@ from torch import Tensor
 
 from ..kernel import Activations
 from . import configs
-from .configs import Config, capability_of, config, processors_of, splits
+from .configs import Config, capability_of, config, processors_of, splits, variants
 from .device.dequantize import dequantize
 from .device.gemv import gemv
 from .device.linear import add_up, linear
 from .device.quantize import quantize
 from .device.sparse import add_sparse
 from .layout import Tiles
+from .tuned import Regime, tuned_on
 
 SLAB = 1024  # rows of the weight that are floats at a time
 DEQUANTIZE_ROWS = 32
@@ -87,6 +88,23 @@ def added_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: 
     return total
 
 
+def choices(x: Tensor, tiles: Tiles, activations: Activations) -> list[Config]:
+    """The tiles that a search may try for inputs like `x`, first the one that is taken without it."""
+    return variants(_usual(x, tiles, activations))
+
+
+def _chosen(x: Tensor, tiles: Tiles, activations: Activations, dtype: torch.dtype) -> Config:
+    """The tile that was found fastest on this GPU, or the usual one."""
+    regime = Regime.of(x.shape[0], tiles, activations, dtype)
+    return tuned_on(x).get(regime) or _usual(x, tiles, activations)
+
+
+def _usual(x: Tensor, tiles: Tiles, activations: Activations) -> Config:
+    if x.shape[0] == 1 and activations == "float":
+        return configs.GEMV
+    return config(x.shape[0], activations, tiles.bits, tiles.table is not None, capability_of(x))
+
+
 def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
     """Start `kernel` on a grid of programs: Triton's own call, which no type checker understands."""
     kernel[grid](*arguments, **constants)
@@ -105,7 +123,7 @@ def _multiply_tiles(
     m = x.shape[0]
     if not m:
         return x.new_empty(0, tiles.rows, dtype=dtype)
-    chosen = config(m, activations, tiles.bits, tiles.table is not None, capability_of(x))
+    chosen = _chosen(x, tiles, activations, dtype)
     split = _splits(x, tiles, chosen)
     y = _output(x, (m, tiles.rows), split, dtype)
     grid = (_ceil_div(tiles.rows, chosen.block_n), _ceil_div(m, chosen.block_m), split)
@@ -118,7 +136,7 @@ def _multiply_tiles(
 
 
 def _multiply_row(x: Tensor, tiles: Tiles) -> Tensor:
-    chosen = configs.GEMV
+    chosen = _chosen(x, tiles, "float", x.dtype)
     split = _splits(x, tiles, chosen)
     y = _output(x, (1, tiles.rows), split, x.dtype)
     grid = (_ceil_div(tiles.rows, chosen.block_n), split)

@@ -7,11 +7,10 @@ from torch import Tensor
 
 from ..arranged import Arranged, flat
 from ..kernel import Activations, Kernel, Need, Serves, Unavailable, WrongMachine
-from ..weight import Weight
+from ..weight import SparseRows, Weight
 from .layout import Tiles, pack, unpack
 
 OLDEST = (8, 0)  # the first GPUs with bfloat16
-WIDEST_TABLE = 4  # bits of a codebook's codes
 
 
 class TritonProduct(Arranged[Tiles]):
@@ -34,12 +33,21 @@ class TritonProduct(Arranged[Tiles]):
         return unpack(self.layout, self.given_bits)
 
 
+def added_sparse(residual: SparseRows, y: Tensor, x: Tensor) -> Tensor:
+    """`y + x S^T` for float32 `y` `[m, rows]` and `x` `[m, columns]` of any float dtype."""
+    from . import launch
+
+    if torch.compiler.is_compiling() or y.requires_grad:
+        return residual.added(y, x)
+    return launch.added_sparse(y, x, residual.starts, residual.columns, residual.values)
+
+
 def _check(weight: Weight, need: Need) -> None:
     """Raises `Unavailable` where Triton or a GPU that it compiles for is missing, and for what it has no kernel for."""
     if find_spec("triton") is None:
         raise Unavailable("triton is not installed: pip install triton")
-    if weight.codebook is not None and (weight.bits > WIDEST_TABLE or need.activations != "float"):
-        raise WrongMachine(f"codebooks of {weight.bits} bits and {need.activations} inputs are not served")
+    if weight.codebook is not None and need.activations != "float":
+        raise WrongMachine(f"codebooks and {need.activations} inputs are not served")
     if weight.codes.is_cuda and torch.cuda.get_device_capability(weight.codes.device) < OLDEST:
         raise WrongMachine("this GPU is older than compute capability 8.0")
 
@@ -48,8 +56,10 @@ TRITON = Kernel(
     name="triton",
     serves=Serves(
         bits=frozenset(range(2, 9)),
+        tables=frozenset({2, 3, 4}),
         activations=frozenset({"float", "group", "token"}),
         devices=frozenset({"cuda"}),
     ),
     prepare=TritonProduct,
+    added=added_sparse,
 )

@@ -9,9 +9,11 @@ import torch
 
 from lmpress.compress.errors import UsageError
 from lmpress.kernels import dispatch, selftest
+from lmpress.kernels.aten import INT4
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Kernel, Need, Product, Serves, Unavailable
 from lmpress.kernels.reference import REFERENCE, ReferenceProduct
+from lmpress.kernels.weight import Weight
 
 NEED = Need(bits=4, group=32)
 
@@ -56,6 +58,28 @@ def test_a_kernel_that_fails_its_self_test_is_passed_over_and_named(product, cap
     assert "torch-dequantize serves instead" in caplog.text
 
 
+class Misplaced(ReferenceProduct):
+    """Takes the two-level scales of a tile of rows from the tile before it."""
+
+    def __init__(self, weight: Weight, need: Need) -> None:
+        assert weight.levels is not None
+        scale, _ = replace(weight.levels, grids=weight.levels.grids.roll(1, 0)).two(weight.shape[0])
+        super().__init__(replace(weight, scale=scale.values(torch.float32)), need)
+
+
+@pytest.mark.parametrize("part", ["levels", "columns", "residual"])
+def test_every_part_of_a_weight_is_tested(part) -> None:
+    need = Need(8, 64, part != "levels", activations="token", parts=frozenset({part}))
+    right = Kernel("right", REFERENCE.serves, ReferenceProduct)
+    wrong = {
+        "levels": replace(right, prepare=Misplaced),
+        "columns": replace(right, mixes=True),  # it says that it multiplies them, and does not
+        "residual": replace(right, added=lambda residual, y, x: y),
+    }
+    assert selftest.failure(right, need) is None
+    assert "error" in (selftest.failure(wrong[part], need) or "")
+
+
 def test_a_forced_kernel_must_pass_too() -> None:
     broken = named("forced and wrong", Halved)
     with pytest.raises(UsageError, match="self-test failed"):
@@ -78,7 +102,7 @@ def test_why_nothing_better_runs_is_said_once(caplog: pytest.LogCaptureFixture) 
         ({"bits": 3}, "bits 3"),
         ({"group": 64}, "group 64"),
         ({"symmetric": False}, "symmetric False"),
-        ({"codebook": True}, "codebook True"),
+        ({"codebook": True}, "tables of bits 4"),
         ({"activations": "token"}, "activations token"),
         ({"device": "cuda"}, "device cuda"),
         ({"dtype": torch.bfloat16}, "dtype torch.bfloat16"),
@@ -92,7 +116,6 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
         dtypes=frozenset({torch.float32}),
         groups=frozenset({32}),
         symmetric=frozenset({True}),
-        codebook=frozenset({False}),
     )
     assert serves.refusal(NEED) is None
     assert serves.refusal(replace(NEED, **change)) == f"{reason} not served"
@@ -106,6 +129,10 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
     Need(8, 4096, activations="token", steps=127.5),
     Need(4, 64, codebook=True, dtype=torch.float16),
     Need(5, 43),
+    Need(8, 200, activations="token", parts=frozenset({"columns"})),
+    Need(8, 200, activations="token", dtype=torch.bfloat16, parts=frozenset({"columns"})),
+    Need(3, 16, symmetric=False, parts=frozenset({"levels", "residual"})),
+    Need(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=frozenset({"levels", "residual"})),
 ], ids=str)  # fmt: skip
 def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(need: Need) -> None:
     refusals = {kernel.name: dispatch.refusal(kernel, need) for kernel in dispatch.KERNELS}
@@ -149,6 +176,17 @@ def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, t
     finally:
         monkeypatch.undo()
         forget_what_was_found()
+
+
+@pytest.mark.parametrize("width", [64, 172])
+def test_without_a_compiler_rows_need_not_be_whole_groups(width: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, (37, width), generator=generator, dtype=torch.uint8)
+    weight = Weight(codes, torch.rand(37, -(-width // 32), generator=generator) + 0.1, None, 4, 32)
+    x, need = torch.randn(3, width, generator=generator), Need.of(weight, "group")
+    product = INT4.prepare(weight, need)
+    assert selftest.relative_error(product(x), weight, x, need) < INT4.tolerance
+    assert torch.equal(product.codes(), codes)
 
 
 def test_the_self_test_sees_saturation_at_the_ends_only() -> None:

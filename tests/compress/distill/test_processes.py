@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 import lmpress
@@ -13,6 +14,8 @@ from lmpress.compress.formats import shards
 WORDS = "--keep-layers 1 --choice spread --mlp-width 16 --samples 48 --seq-len 16 --steps 6 --checks 3 --threads 1"
 TERMS = "--set hidden=1 --set attention=1 --set accumulate=2"
 TOGETHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
+# `--multi_gpu` is what makes accelerate start several; whether they use GPUs is said by `--device`.
+BY_ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
 def distilled(model: Path, text: Path, out: Path, launcher: list[str], batch: int) -> subprocess.CompletedProcess[str]:
@@ -22,11 +25,12 @@ def distilled(model: Path, text: Path, out: Path, launcher: list[str], batch: in
     return subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
 
 
-def test_two_processes_teach_what_one_does(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", [TOGETHER, BY_ACCELERATE], ids=["torchrun", "accelerate"])
+def test_two_processes_teach_what_one_does(tiny: Path, tmp_path: Path, launcher: list[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefghhgfedcbaacegbdfh" * 60)
-    for name, launcher in (("one", []), ("two", TOGETHER)):
-        done = distilled(tiny, text, tmp_path / name, launcher, batch=8)
+    for name, by in (("one", []), ("two", launcher)):
+        done = distilled(tiny, text, tmp_path / name, by, batch=8)
         assert done.returncode == 0 and done.stderr.count("written to") == 1, done.stderr
     one, two = (shards.read(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
@@ -35,6 +39,6 @@ def test_two_processes_teach_what_one_does(tiny: Path, tmp_path: Path) -> None:
     courses = [json.loads((tmp_path / name / "report.json").read_text())["course"] for name in ("one", "two")]
     assert courses[0]["best_step"] == courses[1]["best_step"] > 0
     torch.testing.assert_close(*(torch.tensor(course["curve"]) for course in courses), rtol=1e-4, atol=1e-5)
-    refused = distilled(tiny, text, tmp_path / "three", TOGETHER, batch=6)
+    refused = distilled(tiny, text, tmp_path / "three", launcher, batch=6)
     assert refused.returncode and "2 processes cannot share 3 rows evenly" in refused.stderr
     assert not list(tmp_path.glob("*three*"))

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
 from lmpress.calibrate.rows import Rows
@@ -108,19 +108,8 @@ def saved(family: str, folder: Path, **shape: Any) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-    return model.eval()
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrower_stream(family: str, tmp_path: Path) -> None:
+def test_a_narrower_stream(family: str, tmp_path: Path, loaded, logits) -> None:
     folder = saved(family, tmp_path / "model")
     thin(folder, tmp_path / "refitted", 24, ROWS)
     thin(folder, tmp_path / "plain", 24, ROWS, refit=False)
@@ -128,8 +117,8 @@ def test_a_narrower_stream(family: str, tmp_path: Path) -> None:
     assert refitted.config.hidden_size == 24 and refitted.config.head_dim == 8
     assert refitted.config.tie_word_embeddings == original.config.tie_word_embeddings
     assert refitted.get_input_embeddings().weight.shape == (31, 24)
-    errors = [float((logits(model) - logits(original)).square().mean()) for model in (refitted, plain)]
-    assert errors[0] < errors[1] < float(logits(original).var())
+    errors = [float((logits(model, IDS) - logits(original, IDS)).square().mean()) for model in (refitted, plain)]
+    assert errors[0] < errors[1] < float(logits(original, IDS).var())
     prompt = IDS[:1, :5]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     with_cache = refitted.generate(prompt, use_cache=True, **options)
@@ -137,7 +126,7 @@ def test_a_narrower_stream(family: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
-def test_a_stream_in_a_subspace_loses_nothing(tied: bool, tmp_path: Path) -> None:
+def test_a_stream_in_a_subspace_loses_nothing(tied: bool, tmp_path: Path, loaded, logits) -> None:
     """Eight channels that are always zero: without them the model computes what it computed, whichever they are."""
     folder = saved("llama", tmp_path / "model", tie_word_embeddings=tied)
     model = loaded(folder)
@@ -152,13 +141,13 @@ def test_a_stream_in_a_subspace_loses_nothing(tied: bool, tmp_path: Path) -> Non
     kept = [c for c in range(32) if c not in silent]
     out = loaded(tmp_path / "out")
     assert torch.equal(out.get_input_embeddings().weight, model.get_input_embeddings().weight[:, kept])
-    torch.testing.assert_close(logits(out), logits(model), rtol=1e-3, atol=2e-2)
+    torch.testing.assert_close(logits(out, IDS), logits(model, IDS), rtol=1e-3, atol=2e-2)
 
 
-def test_nothing_changes_where_nothing_goes(tmp_path: Path) -> None:
+def test_nothing_changes_where_nothing_goes(tmp_path: Path, loaded, logits) -> None:
     folder = saved("llama", tmp_path / "model")
     thin(folder, tmp_path / "out", 32, ROWS)
-    torch.testing.assert_close(logits(loaded(tmp_path / "out")), logits(loaded(folder)), rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(logits(loaded(tmp_path / "out"), IDS), logits(loaded(folder), IDS), rtol=1e-3, atol=1e-3)
 
 
 def test_the_dtypes_and_files_are_the_checkpoints(tmp_path: Path) -> None:

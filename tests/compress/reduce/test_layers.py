@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmpress.calibrate.discovery import find_blocks
 from lmpress.compress.errors import UsageError
@@ -79,18 +79,12 @@ def saved(family: str, folder: Path) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-    return model.eval()
-
-
 def attributes(block: torch.nn.Module, name: str) -> list[object]:
     return [getattr(module, name) for module in block.modules() if hasattr(module, name)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_the_teachers_and_are_numbered_anew(family: str, tmp_path: Path) -> None:
+def test_layers_are_the_teachers_and_are_numbered_anew(family: str, tmp_path: Path, loaded) -> None:
     folder = saved(family, tmp_path / "teacher")
     keep_layers(folder, tmp_path / "student", KEPT)
     teacher, student = loaded(folder), loaded(tmp_path / "student")
@@ -108,7 +102,7 @@ def test_layers_are_the_teachers_and_are_numbered_anew(family: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_generation_is_the_same_with_and_without_cache(family: str, tmp_path: Path) -> None:
+def test_greedy_generation_is_the_same_with_and_without_cache(family: str, tmp_path: Path, loaded) -> None:
     keep_layers(saved(family, tmp_path / "teacher"), tmp_path / "student", KEPT)
     student = loaded(tmp_path / "student")
     prompt = torch.tensor([[1, 5, 9, 3, 7, 4]])
@@ -117,7 +111,7 @@ def test_greedy_generation_is_the_same_with_and_without_cache(family: str, tmp_p
     assert torch.equal(with_cache, student.generate(prompt, use_cache=False, **options))
 
 
-def test_the_function_is_that_of_the_remaining_layers(tmp_path: Path) -> None:
+def test_the_function_is_that_of_the_remaining_layers(tmp_path: Path, loaded) -> None:
     folder = saved("qwen3", tmp_path / "teacher")
     keep_layers(folder, tmp_path / "student", KEPT)
     teacher, student = loaded(folder), loaded(tmp_path / "student")

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmpress.calibrate.discovery import find_blocks, find_linears
 from lmpress.calibrate.rows import Rows
@@ -104,19 +104,8 @@ def saved(family: str, folder: Path) -> Path:
     return folder
 
 
-def loaded(folder: Path) -> PreTrainedModel:
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    assert not info["missing_keys"] and not info["mismatched_keys"] and not info["unexpected_keys"]
-    return model.eval()
-
-
-def logits(model: PreTrainedModel) -> Tensor:
-    with torch.no_grad():
-        return model(IDS, use_cache=False).logits
-
-
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrower_mlp(family: str, tmp_path: Path) -> None:
+def test_a_narrower_mlp(family: str, tmp_path: Path, loaded, logits) -> None:
     folder = saved(family, tmp_path / "model")
     for name, refit in (("refitted", True), ("plain", False)):
         narrow(folder, tmp_path / name, Width(mlp=32, refit=refit), Rows(IDS, "random", 31))
@@ -127,16 +116,16 @@ def test_a_narrower_mlp(family: str, tmp_path: Path) -> None:
         m.in_features for b in find_blocks(refitted)[1] for m in find_linears(b).values() if hasattr(m, "in_features")
     }
     assert 48 not in widths
-    errors = [float((logits(model) - logits(original)).square().mean()) for model in (refitted, plain)]
+    errors = [float((logits(model, IDS) - logits(original, IDS)).square().mean()) for model in (refitted, plain)]
     assert errors[0] < errors[1]
 
 
 @pytest.mark.parametrize("family", WITH_HEADS)
-def test_fewer_heads(family: str, tmp_path: Path) -> None:
+def test_fewer_heads(family: str, tmp_path: Path, loaded, logits) -> None:
     narrow(saved(family, tmp_path / "model"), tmp_path / "out", Width(mlp=40, kv_heads=1), Rows(IDS, "random", 31))
     model = loaded(tmp_path / "out")
     assert (model.config.num_attention_heads, model.config.num_key_value_heads, model.config.head_dim) == (2, 1, 8)
-    assert logits(model).isfinite().all()
+    assert logits(model, IDS).isfinite().all()
     prompt = IDS[:1, :5]
     options: dict[str, Any] = {"max_new_tokens": 8, "do_sample": False, "attention_mask": torch.ones_like(prompt)}
     assert torch.equal(
@@ -144,10 +133,10 @@ def test_fewer_heads(family: str, tmp_path: Path) -> None:
     )
 
 
-def test_nothing_changes_where_nothing_goes(tmp_path: Path) -> None:
+def test_nothing_changes_where_nothing_goes(tmp_path: Path, loaded, logits) -> None:
     folder = saved("llama", tmp_path / "model")
     narrow(folder, tmp_path / "out", Width(mlp=48, kv_heads=2), Rows(IDS, "random", 31))
-    assert torch.allclose(logits(loaded(tmp_path / "out")), logits(loaded(folder)), atol=1e-4)
+    assert torch.allclose(logits(loaded(tmp_path / "out"), IDS), logits(loaded(folder), IDS), atol=1e-4)
 
 
 @pytest.mark.parametrize(

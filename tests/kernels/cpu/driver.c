@@ -25,6 +25,8 @@ static double distance(const float *y, const float *expected, int64_t n) {
     return sqrt(error / size);
 }
 
+static const float SPECIAL[] = {NAN, INFINITY, -INFINITY, 3e38f, -3e38f, 1e-42f, -0.0f, 0};
+
 enum { PLAIN, OFFSETS, TABLE, LEVELS, KEPT, HALVES };
 
 static uint16_t any_half(void) { return (uint16_t)(0x3000 | (draw() >> 16 & 0x83ff)); }
@@ -55,10 +57,12 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
     for (int64_t i = 0; i < panels * 3 * lanes; i++) apart[i] = any_half();
     w.kept = kept;
     w.apart = apart;
-    w.kept_count = extra == KEPT ? 3 : 0;
+    w.kept_count = extra != KEPT ? 0 : columns < 3 ? 1 : 3;
     w.levels = extra == LEVELS ? levels : NULL;
     w.grids = extra == LEVELS ? grids : NULL;
     float *x = floats(m * columns), *y = floats(m * rows), *expected = calloc((size_t)(m * rows), sizeof *expected);
+    float *given = malloc((size_t)(m * columns) * sizeof *given);
+    memcpy(given, x, (size_t)(m * columns) * sizeof *given);
     float *dense = floats(columns * rows);
     lmpress_dequantize(set, &w, threads, 0, panels, dense, rows);
     for (int64_t i = 0; i < m; i++)
@@ -77,8 +81,12 @@ static int check(int set, int lanes, int bits, int extra, int64_t m, int64_t row
                    (int)columns, (int)group, activations, error);
             failed = 1;
         }
+        /* Numbers of any kind, whose sums are none: nothing may be read or written elsewhere for them. */
+        for (int64_t i = 0; i < m * columns; i += 1 + draw() % 3) x[i] = SPECIAL[draw() >> 16 & 7];
+        lmpress_linear(set, &w, &mode, x, m, y);
+        for (int64_t i = 0; i < m * columns; i++) x[i] = given[i];
     }
-    free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
+    free(given), free(codes), free(scales), free(offsets), free(table), free(x), free(y), free(expected), free(dense);
     free(levels), free(grids), free(apart), free(halves);
     return failed;
 }
@@ -239,6 +247,7 @@ static int check_block(int set, int lanes, int64_t hidden, int64_t heads, int64_
 
 int main(void) {
     static const int64_t shapes[][3] = {{20, 24, 8}, {35, 172, 43}, {16, 256, 128}, {50, 344, 344}, {7, 100, 32}, {33, 600, 300}};
+    static const int BITS[] = {2, 3, 4, 8};
     static const int64_t batches[] = {1, 13, 67};
     int failed = check_sparse(1, 130, 64, 0) | check_sparse(3, 5, 1000, 1) | check_sparse(17, 70, 33, 0), lanes;
     failed |= check_sparse(1, 40, 70000, 1);
@@ -257,6 +266,12 @@ int main(void) {
                           check_pruned(set, batches[b], 50, 7, kind, 0x2000);
         failed |= check_block(set, lanes, 32, 4, 2, 6, 50, 1, 8) | check_block(set, lanes, 48, 3, 3, 16, 33, 37, 16) |
                   check_block(set, lanes, 64, 8, 1, 20, 7, 100, 8);
+        for (int i = 0; i < 300; i++) { /* any shape: one column, groups wider than the layer or of a single column */
+            int bits = BITS[draw() >> 16 & 3], extra = (int)(draw() >> 16) % (HALVES + 1);
+            int64_t m = 1 + (draw() >> 16) % 20, rows = 1 + (draw() >> 16) % 40, columns = 1 + (draw() >> 16) % 90;
+            int64_t group = 1 + (draw() >> 16) % (i % 2 ? 8 : 120);
+            failed |= check(set, lanes, extra == TABLE ? 4 : bits, extra, m, rows, columns, group, 2);
+        }
         failed |= check(set, lanes, 4, OFFSETS, 13, 300, 1024, 128, 3); /* large enough to wake other threads */
         printf("%s: %s\n", name, failed ? "FAILED" : "ok");
     }

@@ -54,12 +54,6 @@ def random_weight(rows: int, columns: int, bits: int, group: int, zeros: str = "
     return Weight(codes, scale, zero, bits, group)
 
 
-def on(device: str, weight: Weight) -> Weight:
-    parts = {name: getattr(weight, name) for name in ("codes", "scale", "zero", "codebook")}
-    moved = {name: None if part is None else part.to(device) for name, part in parts.items()}
-    return Weight(**moved, bits=weight.bits, group=weight.group)
-
-
 def random_inputs(rows: int, columns: int, dtype: torch.dtype = torch.float32, seed: int = 1) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -78,7 +72,7 @@ def test_random_layers(seed: int, device: str) -> None:
     dtype = draw.choice([torch.float32, torch.float16])
     x = random_inputs(batch, columns, dtype)
     for activations, inputs in (("float", x.double()), ("group", as_int8(x, group)), ("token", as_int8(x, columns))):
-        product = TritonProduct(on(device, weight), Need.of(weight, activations, dtype))
+        product = TritonProduct(weight.to(device), Need.of(weight, activations, dtype))
         y = product(x.to(device))
         assert y.dtype == dtype
         assert error(y, inputs @ dense(weight).T) < (2e-6 if dtype == torch.float32 else 2e-3), (
@@ -96,6 +90,8 @@ def test_random_layers(seed: int, device: str) -> None:
     Need(3, 16, symmetric=False),
     Need(8, 512, activations="token", steps=127.5),
     Need(4, 64, codebook=True),
+    Need(8, 96, activations="token", parts=frozenset({"columns"})),
+    Need(3, 16, symmetric=False, dtype=torch.float16, parts=frozenset({"levels", "residual"})),
 ], ids=str)  # fmt: skip
 def test_the_self_test_accepts_them(need: Need) -> None:
     assert selftest.failure(TRITON, need) is None
@@ -111,7 +107,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
         torch.arange(512).remainder(values).to(torch.uint8).expand(len(zero), -1)
     )  # every code in every part of a slab
     product = TritonProduct(
-        on(device, Weight(codes, torch.ones(len(zero), 1), zero, bits, 512)), Need(bits, 512, dtype=dtype)
+        Weight(codes, torch.ones(len(zero), 1), zero, bits, 512).to(device), Need(bits, 512, dtype=dtype)
     )
     expected = codes.T.to(dtype) - zero.T.to(dtype)
     one_hot = torch.eye(512, dtype=dtype, device=device)
@@ -126,7 +122,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
 def test_codebooks(batch: int, device: str) -> None:
     weight = random_weight(20, 192, 4, 64)
     weight = Weight(weight.codes, weight.scale, None, 4, 64, codebook=NF4)
-    product = TritonProduct(on(device, weight), Need.of(weight))
+    product = TritonProduct(weight.to(device), Need.of(weight))
     assert (
         error(product(random_inputs(batch, 192).to(device)), random_inputs(batch, 192).double() @ dense(weight).T)
         < 1e-6
@@ -140,7 +136,7 @@ def test_many_rows_are_dequantized(zeros: str, group: int, device: str, monkeypa
     monkeypatch.setattr(launch, "SLAB", 32)
     weight = random_weight(70, 300, 3, group, zeros)
     x = random_inputs(5, 300)
-    assert error(TritonProduct(on(device, weight), Need.of(weight))(x.to(device)), x.double() @ dense(weight).T) < 1e-6
+    assert error(TritonProduct(weight.to(device), Need.of(weight))(x.to(device)), x.double() @ dense(weight).T) < 1e-6
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -148,7 +144,7 @@ def test_many_rows_are_dequantized(zeros: str, group: int, device: str, monkeypa
 def test_split_sums_are_the_same_bits_every_time(batch: int, activations, device: str, monkeypatch) -> None:
     monkeypatch.setattr(launch, "splits", lambda tiles, slabs, programs: 3)
     weight = random_weight(40, 1000, 4, 1000, "integer")
-    product = TritonProduct(on(device, weight), Need.of(weight, activations))
+    product = TritonProduct(weight.to(device), Need.of(weight, activations))
     x = random_inputs(batch, 1000)
     inputs = x.double() if activations == "float" else as_int8(x, 1000)
     first = product(x.to(device))
@@ -162,7 +158,7 @@ def test_many_rows_of_int8_inputs(bits: int, group: int, activations, device: st
     weight = random_weight(140, 192, bits, group, "integer")
     x = random_inputs(70, 192, torch.float16)
     inputs = as_int8(x, group if activations == "group" else 192)
-    y = TritonProduct(on(device, weight), Need.of(weight, activations, torch.float16))(x.to(device))
+    y = TritonProduct(weight.to(device), Need.of(weight, activations, torch.float16))(x.to(device))
     assert error(y, inputs @ dense(weight).T) < 1e-3
 
 
@@ -180,13 +176,13 @@ def test_int8_sums_are_exact_integers(device: str) -> None:
     x[:, 0] = 127  # the scale is one
     x[0, :] = 127
     weight.codes[0] = 255
-    y = TritonProduct(on(device, weight), Need.of(weight, "token"))(x.to(device))
+    y = TritonProduct(weight.to(device), Need.of(weight, "token"))(x.to(device))
     assert torch.equal(y.cpu(), (x.long() @ (weight.codes.long() - 128).T).float())
 
 
 def test_strides_no_rows_and_gradients(device: str) -> None:
     weight = random_weight(20, 96, 4, 32, "integer")
-    product = TritonProduct(on(device, weight), Need.of(weight))
+    product = TritonProduct(weight.to(device), Need.of(weight))
     x = random_inputs(96, 6).to(device)
     assert torch.equal(product(x.T), product(x.T.contiguous()))
     assert torch.equal(product(x.T[::2]), product(x.T)[::2])

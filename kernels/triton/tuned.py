@@ -1,0 +1,140 @@
+"""The tiles that were found fastest on this kind of GPU, kept in the user's cache from one process to the next.
+
+One JSON file per GPU, version of Triton and source of the kernels: what any of them finds says nothing about another.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..cpu.build import cache_folder, private_folder
+from ..kernel import Activations
+from .configs import Config
+from .layout import Tiles
+
+BUCKETS = (1, 16, 32, 64, 128, 512)  # numbers of input rows that share a tile: up to each, the last one for all above
+INTERPRETER = "interpreter"
+POWERS = ("block_n", "block_m", "warps")  # numbers of a tile that are powers of two
+SOURCES = ("configs.py", "launch.py", "layout.py", "device/*.py")
+
+
+@dataclass(frozen=True)
+class Regime:
+    """What the best tile of a product depends on, besides the GPU: `inputs` is one of BUCKETS."""
+
+    inputs: int
+    rows: int
+    columns: int
+    group: int
+    bits: int
+    zeros: bool
+    table: bool
+    activations: Activations
+    dtype: str
+
+    @classmethod
+    def of(cls, m: int, tiles: Tiles, activations: Activations, dtype: torch.dtype) -> "Regime":
+        """That of `m` rows of inputs of `dtype` and a weight in `tiles`."""
+        inputs = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
+        parts = (tiles.zeros is not None, tiles.table is not None)
+        shape = (tiles.rows, tiles.columns, tiles.group, tiles.bits)
+        if activations == "group" and tiles.scales.shape[0] == 1:
+            activations = "token"  # of one group it is the same product
+        return cls(inputs, *shape, *parts, activations, str(dtype).removeprefix("torch."))
+
+    def __str__(self) -> str:
+        """The name in the file."""
+        return " ".join(f"{name}={value}" for name, value in asdict(self).items())
+
+
+class Tuned:
+    """The tiles of one file, read when it is first asked; a file that is missing, damaged or foreign holds none."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._found: dict[str, Config] | None = None
+        self._trial: tuple[Regime, Config] | None = None
+
+    def get(self, regime: Regime) -> Config | None:
+        """The tile that was kept for `regime`."""
+        if self._trial is not None and self._trial[0] == regime:
+            return self._trial[1]
+        if self._found is None:
+            self._found = _read(self.path)
+        return self._found.get(str(regime)) if self._found else None
+
+    @contextmanager
+    def trying(self, regime: Regime, config: Config) -> Iterator[None]:
+        """Inside the `with`, `config` is the tile of `regime`; nothing is kept."""
+        self._trial = (regime, config)
+        try:
+            yield
+        finally:
+            self._trial = None
+
+    def keep(self, regime: Regime, config: Config) -> None:
+        """Write the tile down, beside those that other processes have found meanwhile; the file is replaced whole.
+
+        Raises `Unavailable` where there is no cache folder, or it is open to others.
+        """
+        folder = private_folder()
+        self._found = _read(self.path) | {str(regime): config}
+        content = json.dumps({name: asdict(each) for name, each in sorted(self._found.items())}, indent=1)
+        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{self.path.stem}.", suffix=".json")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+        Path(name).replace(self.path)
+
+
+def tuned_on(tensor: Tensor) -> Tuned:
+    """The tiles of the GPU that holds `tensor`."""
+    return _of_device(tensor.get_device() if tensor.is_cuda else None)
+
+
+@cache
+def tuned_for(gpu: str) -> Tuned:
+    """The tiles of the GPU of that name, for this version of Triton and of the kernels."""
+    parts = (gpu, version("triton"), _sources())
+    name = re.sub(r"\W+", "-", gpu).strip("-").lower()
+    return Tuned(cache_folder() / f"triton-{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.json")
+
+
+@cache
+def _of_device(index: int | None) -> Tuned:
+    return tuned_for(INTERPRETER if index is None else torch.cuda.get_device_name(index))
+
+
+def _sources() -> str:
+    """A hash of all from which the meaning of a tile follows."""
+    files = sorted(path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern))
+    return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
+
+
+def _read(path: Path) -> dict[str, Config]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return {name: _config(each) for name, each in content.items()}
+    except (OSError, ValueError, TypeError, AttributeError):
+        return {}
+
+
+def _config(given: Mapping[str, Any]) -> Config:
+    """Raises `ValueError` for numbers that no tile has, `TypeError` for what are no fields of one."""
+    config = Config(**given)
+    for field in fields(config):
+        value = getattr(config, field.name)
+        if type(value) is not int or not 0 < value <= 256 or (field.name in POWERS and value & (value - 1)):
+            raise ValueError(f"{field.name}={value!r}")
+    return config

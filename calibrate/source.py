@@ -31,7 +31,7 @@ COMPANIONS = (
     "tekken.json",
     "preprocessor_config.json",
     "LICENSE*",
-    "key_ranges.lmpress",  # of a packed cache (kernels/cache/ranges.py)
+    "cache_ranges.lmpress",  # of a packed cache (kernels/cache/stored.py)
 )
 
 

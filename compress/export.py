@@ -19,7 +19,7 @@ from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
-from .scheme import PruneArgs, QuantArgs, WeightArgs
+from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
 from .tensor import CompressedTensor
 from .workspace import appearing, check_target
 
@@ -84,17 +84,12 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
     chosen, notes = _without_zero_of_zero(wanted, checkpoint)
     if wanted.dtype not in (None, torch.float32):
         notes.append(f"weights are rounded to {wanted.name}")
-    config = {k: v for k, v in checkpoint.source.config.items() if k not in ("quantization_config", "torch_dtype")}
-    if chosen.dtype is not None:
-        config["dtype"] = str(chosen.dtype).removeprefix("torch.")
-    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
-    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    if quantization is not None and quantization["quant_method"] == "gptq":
-        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     others = checkpoint.others
+    if wanted is PACKED:
+        others |= {name: name for name in checkpoint.cache_scales}
+    elif checkpoint.cache_scales:
+        notes.append(f"the cache stays in full precision: {wanted.name} has no place for its scales")
+    _write_configs(chosen, checkpoint, folder)
     weights = [f"{name}.weight" for name in checkpoint.layers]
     write_tensors(
         folder,
@@ -107,6 +102,25 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         plain_names(checkpoint.model, [*weights, *others]) if chosen.dense else {},
     )
     return notes
+
+
+def _write_configs(chosen: LayerFormat, checkpoint: Checkpoint, folder: Path) -> None:
+    carried = dict(checkpoint.source.config)
+    before = carried.pop("quantization_config", {})
+    config = {key: value for key, value in carried.items() if key != "torch_dtype"}
+    if chosen.dtype is not None:
+        config["dtype"] = str(chosen.dtype).removeprefix("torch.")
+    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
+    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
+    if checkpoint.cache_scales and chosen is not PACKED:
+        config.pop(CACHE_KEY, None)
+    elif checkpoint.cache_scales and quantization is not None:
+        quantization["kv_cache_scheme"] = before["kv_cache_scheme"]
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if quantization is not None and quantization["quant_method"] == "gptq":
+        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _check(wanted: LayerFormat, checkpoint: Checkpoint) -> None:

@@ -17,9 +17,11 @@ from ..calibrate.experts import plain_names
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..kernels.cache.cache import check_cache
+from ..kernels.cache.stored import attentions, scale_specs
 from ..recipes.schema import Recipe
 from .errors import UsageError
 from .formats import pack_quantized, shards, sparse
+from .formats.int_quantized import IntQuantized
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
 from .prune.args import Storage
@@ -53,8 +55,9 @@ class Plan:
     `tables` are the embedding and the head where they are quantized; `heads` are the linear layers outside the blocks that
     stay dense, `untied` is the tied one that gets a weight of its own;
     `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
-    layers' inputs are quantized, `kv` how the cache is packed. `tensors` are the specs of all output tensors by
-    name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
+    layers' inputs are quantized, `kv` how the cache is packed, `attentions` which layers have its scales beside them, as
+    compressed-tensors does (none: they lie in a file of their own, if anywhere). `tensors` are the specs of all output
+    tensors by name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
     sizes of the weight files, `renamed` holds the tensors that go by another name in them, as dense experts do.
     """
 
@@ -70,6 +73,7 @@ class Plan:
     inputs: QuantArgs | None = None
     untied: str | None = None
     kv: CacheScheme | None = None
+    attentions: tuple[str, ...] = ()
     tables: tuple[LayerPlan, ...] = ()
     renamed: dict[str, str] = field(default_factory=dict)
 
@@ -141,6 +145,9 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     replaced = {names.find(f"{layer.name}.weight") for layer in (*layers, *tables) if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
+    kv = _kv(recipe, model)
+    scaled = _with_scales(kv, model, layers, inputs)
+    tensors |= scale_specs(scaled, kv) if kv is not None else {}
     untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
     if untied is not None:
         stored = names.find(f"{untied}.weight")
@@ -160,7 +167,8 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         bytes_after=shards.nbytes({renamed.get(name, name): spec for name, spec in tensors.items()}),
         inputs=inputs,
         untied=untied,
-        kv=_kv(recipe, model),
+        kv=kv,
+        attentions=scaled,
         tables=tables,
         renamed=renamed,
     )
@@ -181,6 +189,15 @@ def _kv(recipe: Recipe, model: PreTrainedModel) -> CacheScheme | None:
     if scheme is not None:
         check_cache(model.config)
     return scheme
+
+
+def _with_scales(
+    kv: CacheScheme | None, model: PreTrainedModel, layers: Sequence[LayerPlan], inputs: QuantArgs | None
+) -> tuple[str, ...]:
+    """The attention layers that get the scales of the cache beside them: where others would read them."""
+    used = {format_of(layer.args, inputs) for layer in layers if layer.args is not None}
+    readable = all(each is pack_quantized or isinstance(each, IntQuantized) for each in used)
+    return tuple(attentions(model)) if kv is not None and kv.is_shared and readable else ()
 
 
 def _untied(model: PreTrainedModel, names: Names) -> str | None:

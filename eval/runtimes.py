@@ -44,6 +44,7 @@ class Runtime:
              a step, so that no wrong code passes
     logits   largest difference of a logit, in standard deviations of the reference's logits
     top1     smallest share of equal most likely tokens
+    cache    whether keys and values are rounded to the scales that a checkpoint has of them, those of a prompt too
     reach    a dynamic symmetric scale of inputs is `absmax / (largest code + reach)`
     """
 
@@ -53,6 +54,7 @@ class Runtime:
     logits: float
     top1: float
     reach: float = 0.0
+    cache: bool = False
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, layers: list[str], folder: Path) -> None:
@@ -177,6 +179,7 @@ RUNTIMES: dict[str, Runtime] = {
         logits=2e-2,
         top1=0.95,
         reach=HALF,
+        cache=True,
     ),
     "bitsandbytes": Runtime(_bitsandbytes, ("transformers", "torch", "bitsandbytes"), steps=1e-3, logits=0.3, top1=0.9),
     "gguf-transformers": Runtime(_gguf, ("transformers", "torch", "gguf"), steps=0.3, logits=2e-2, top1=0.95),

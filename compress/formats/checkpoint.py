@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from ...calibrate.discovery import find_blocks, weight_of
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
+from ...kernels.cache.stored import is_scale
 from ..errors import CompressError, UsageError
 from ..scheme import QuantArgs, WeightArgs
 from ..tensor import Compressed, LowRankTensor
@@ -168,7 +169,7 @@ class Checkpoint:
 
     @property
     def others(self) -> dict[str, str]:
-        """The tensors that are no part of a quantized layer: the model's name of each -> the checkpoint's name.
+        """The tensors that are no part of a quantized layer or of the cache: the model's name of each -> the checkpoint's name.
 
         Where embeddings are tied, the head's second copy is left out.
         """
@@ -183,8 +184,13 @@ class Checkpoint:
         return {
             known.get(stored, stored): stored
             for stored in self.source.tensors
-            if stored not in parts and not (stored not in known and names.ties(stored))
+            if stored not in parts and not is_scale(stored) and not (stored not in known and names.ties(stored))
         }
+
+    @property
+    def cache_scales(self) -> list[str]:
+        """The tensors that are scales of a packed cache."""
+        return [stored for stored in self.source.tensors if is_scale(stored)]
 
     @property
     def blocks(self) -> tuple[str, int]:

@@ -130,8 +130,8 @@ def of_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> In
 def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> QuantArgs:
     """How the layers' inputs are quantized. Raises `ValueError` for kinds that lmpress does not serve."""
     kinds = [group["input_activations"] for group in config["config_groups"].values()]
-    if not kinds[0] or any(kind != kinds[0] for kind in kinds) or config.get("kv_cache_scheme"):
-        raise ValueError("its layers' inputs are not all quantized alike, or its cache is quantized too")
+    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
+        raise ValueError("its layers' inputs are not all quantized alike")
     if kinds[0]["type"] != "int":
         raise ValueError("only integer inputs are served")
     static = next((spec.torch_dtype for name, spec in stored.items() if name.endswith(".input_scale")), torch.float16)

@@ -122,8 +122,6 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
 
     Raises `ValueError` for groups that are no packed integer weights.
     """
-    if config.get("kv_cache_scheme"):
-        raise ValueError(f"only {NAME} weights of compressed-tensors without a quantized cache are read")
     groups = [group for group in config["config_groups"].values() if _is_packed(group, config.get("format"))]
     if not groups:
         raise ValueError(f"no group of its layers is {NAME}")

@@ -32,7 +32,7 @@ bench: $(INSTALLED)
 
 # Every export loaded in the runtime that it is for, each in an environment of its own; takes many minutes.
 interop: $(INSTALLED)
-	$(BIN)/python benchmarks/interop/run.py --docs docs/interop.md --readme README.md
+	$(BIN)/python benchmarks/others/interop.py --docs docs/interop.md --readme README.md
 
 clean:
 	rm -rf .venv .ruff_cache build dist *.egg-info

@@ -13,7 +13,7 @@ from ..calibrate.experts import plain_names
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
-from .formats.export import gguf_model, onnx
+from .formats.export import gguf_model, onnx, openvino
 from .formats.export.awq import AWQ
 from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
@@ -60,9 +60,9 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 
 
-WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
+WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin"}
 Writer = Callable[[Checkpoint, Path], list[str]]
-WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write}
+WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write, "openvino": openvino.write}
 
 
 def formats() -> list[str]:

@@ -96,7 +96,7 @@ TARGETS: dict[str, tuple[Container, ...]] = {
     "llamacpp": (GGUF,),
     "gguf-transformers": (GGUF,),
     "onnxruntime": (ONNX,),
-    "openvino": (ONNX,),
+    "openvino": (replace(ONNX, format="openvino"), ONNX),
     "mlx": (replace(AWQ, symmetric=(True,)),),
 }
 

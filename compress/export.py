@@ -2,14 +2,14 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..calibrate.experts import plain_names
+from ..calibrate.experts import plain_modules
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
@@ -89,8 +89,8 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         others |= {name: name for name in checkpoint.cache_scales}
     elif checkpoint.cache_scales:
         notes.append(f"the cache stays in full precision: {wanted.name} has no place for its scales")
-    _write_configs(chosen, checkpoint, folder)
-    weights = [f"{name}.weight" for name in checkpoint.layers]
+    called = plain_modules(checkpoint.model, {*checkpoint.layers, *(name.rpartition(".")[0] for name in others)})
+    _write_configs(chosen, checkpoint, called, folder)
     write_tensors(
         folder,
         chosen,
@@ -99,19 +99,19 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         {name: checkpoint.source.tensors[stored].spec for name, stored in others.items()},
         lambda name: checkpoint.source.read(others[name], check=True),
         checkpoint.is_conv1d,
-        plain_names(checkpoint.model, [*weights, *others]) if chosen.dense else {},
+        called,
     )
     return notes
 
 
-def _write_configs(chosen: LayerFormat, checkpoint: Checkpoint, folder: Path) -> None:
+def _write_configs(chosen: LayerFormat, checkpoint: Checkpoint, called: Mapping[str, str], folder: Path) -> None:
     carried = dict(checkpoint.source.config)
     before = carried.pop("quantization_config", {})
     config = {key: value for key, value in carried.items() if key != "torch_dtype"}
     if chosen.dtype is not None:
         config["dtype"] = str(chosen.dtype).removeprefix("torch.")
-    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
-    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
+    quantized = {called.get(n, n): args for n, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
+    quantization = chosen.config(quantized, [called.get(n, n) for n in checkpoint.dense]) if quantized else None
     if checkpoint.cache_scales and chosen is not PACKED:
         config.pop(CACHE_KEY, None)
     elif checkpoint.cache_scales and quantization is not None:

@@ -137,7 +137,10 @@ class Workspace:
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
-        quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        called = self.plan.called
+        dense = [called.get(name, name) for name in (*self.plan.dense, *self.plan.heads, *self.plan.routers)]
+        quantized = {called.get(name, name): args for name, args in self.plan.quantized.items()}
+        quantization = used.quantization_config(quantized, dense)
         if quantization and self.plan.tables:
             quantization["config_groups"] |= self._tables_group()
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})

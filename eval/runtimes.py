@@ -11,6 +11,7 @@ Layers that round their inputs are asked not to, where they can be.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -84,7 +85,19 @@ def _write_outputs(model: PreTrainedModel, ids: Tensor, folder: Path) -> None:
 @torch.inference_mode()
 def _write_weights(model: PreTrainedModel, layers: list[str], folder: Path, dtype: torch.dtype) -> None:
     for name in layers:
-        write_weight(folder, name, served_weight(model.get_submodule(name), dtype))
+        expert = _expert_weight(model, name)
+        write_weight(folder, name, served_weight(model.get_submodule(name), dtype) if expert is None else expert)
+
+
+def _expert_weight(model: PreTrainedModel, name: str) -> Tensor | None:
+    """The weight of an expert that the model keeps with all others of its layer in one parameter; None for other layers."""
+    match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name)
+    if match is None or isinstance(model.get_submodule(match[1]), nn.ModuleList):
+        return None
+    experts: Any = model.get_submodule(match[1])
+    if match[3] == "down":
+        return experts.down_proj[int(match[2])].float()
+    return experts.gate_up_proj[int(match[2])].float().chunk(2)[match[3] == "up"].contiguous()
 
 
 def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:

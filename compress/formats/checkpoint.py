@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.discovery import find_blocks, weight_of
+from ...calibrate.experts import own_names, routers
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.stored import is_scale
@@ -109,6 +110,10 @@ class Checkpoint:
         linears = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         ]
+        own = own_names(model, source.tensors)
+        modules = {stored.rpartition(".")[0]: name.rpartition(".")[0] for stored, name in own.items()}
+        found = {modules.get(name, name): args for name, args in found.items()}
+        source = replace(source, tensors={own.get(name, name): tensor for name, tensor in source.tensors.items()})
         foreign = next(iter(found.keys() - set(linears)), None)
         if foreign is not None:
             raise CompressError(f"{source.path} packs {foreign}, which is no layer of its config.json", UNRELATED)
@@ -164,8 +169,10 @@ class Checkpoint:
 
     @property
     def dense(self) -> list[str]:
-        """The linear layers that are not quantized, the head among them."""
-        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in self.layers]
+        """The linear layers that are not quantized, the head and routers among them."""
+        modules = {n: m for n, m in self.model.named_modules() if n not in self.layers}
+        spared = routers(self.model)
+        return [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D) or m in spared]
 
     @property
     def others(self) -> dict[str, str]:

@@ -153,7 +153,7 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     for name in [
         n.removesuffix(".weight") for n, spec in stored.items() if n.endswith(".weight") and spec.dtype == "I8"
     ]:
-        weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
+        weights = pack_quantized.weights_of(name, groups)
         if weights is None or weights["type"] != "int" or not weights["symmetric"]:
             raise ValueError(f"{name} belongs to no group of symmetric integers")
         scale = stored.get(f"{name}.weight_scale")

@@ -102,7 +102,7 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
 
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
-    model = checkpoint.model
+    model, source = checkpoint.model, checkpoint.source
     names, head = Names(model, source), checkpoint.tied_head
     if head is not None:
         replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ....calibrate.experts import renamed
+from ....calibrate.source import is_finite
 from ...errors import CompressError
 from ...scheme import QuantArgs, WeightArgs
 from ...tensor import Compressed, CompressedTensor
@@ -122,6 +123,6 @@ def _spec(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`. Raises `CompressError` where a value is too large for it."""
     result = tensor.to(dtype)
-    if result.is_floating_point() and result.device.type != "meta" and not bool(result.isfinite().all()):
+    if dtype.is_floating_point and dtype != tensor.dtype and not is_finite(result):
         raise CompressError(f"{name} holds values too large for {dtype}", "export to bf16 or fp32 instead")
     return result

@@ -27,9 +27,9 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
     openvino = _library()
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as between:
         notes = onnx.write(checkpoint, Path(between))
-        graph = openvino.Core().read_model(Path(between) / onnx.FILE)
-        openvino.save_model(graph, folder / FILE, compress_to_fp16=False)
-        del graph  # holds the files' memory maps
+        core = openvino.Core()
+        core.set_property({"ENABLE_MMAP": False})  # maps of the files would count beside the constants made of them
+        openvino.save_model(core.read_model(Path(between) / onnx.FILE), folder / FILE, compress_to_fp16=False)
     config = {key: value for key, value in checkpoint.source.config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     return [note.replace("MatMulNBits", "packed layer of OpenVINO") for note in notes]

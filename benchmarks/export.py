@@ -21,9 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from memory import BARE, MEASURE, make_model, peak_of
+from memory import BARE, CONFIG, MEASURE, make_model, peak_of
 
 import lmpress
+from lmpress.compress.export import WEIGHTS
 
 # Format of the export -> how the checkpoint that it is made of was quantized.
 GRIDS: dict[str, dict[str, Any]] = {
@@ -38,6 +39,7 @@ FORMATS = {
     "bitsandbytes": "w8-rows",
     "gguf": "w8",
     "onnx": "w8",
+    "openvino": "w8",
     "bf16": "w8",
     "fp32": "w8",
 }
@@ -53,7 +55,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
     options = parser.parse_args()
     if not options.folder.exists():
-        make_model(options.folder)
+        make_model(options.folder, CONFIG)
     bare = peak_of(sys.executable, "-c", BARE)
     records = []
     print("| format | from | checkpoint | export | above import | allowed | seconds | copy | ratio |")
@@ -125,7 +127,7 @@ def copy(folder: Path, target: Path) -> float:
 
 def weights(folder: Path) -> list[Path]:
     """The files that hold the weights."""
-    return [file for file in folder.iterdir() if file.suffix in (".safetensors", ".gguf", ".onnx", ".data")]
+    return [file for file in folder.iterdir() if file.suffix in WEIGHTS]
 
 
 def size(folder: Path) -> int:

@@ -5,7 +5,7 @@ for a packed weight. Here each expert becomes three linear layers; the layer aro
 """
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -70,20 +70,31 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def routers(block: nn.Module) -> set[nn.Module]:
-    """The linear layers beside experts that choose among them or weigh a shared one: too small and too delicate to touch."""
+    """The layers beside experts that choose among them or weigh a shared one: too small and too delicate to touch."""
     found: set[nn.Module] = set()
     for module in block.modules():
         experts = next((child for child in module.children() if isinstance(child, Experts)), None)
         if experts is not None:
-            found |= {c for c in module.children() if isinstance(c, nn.Linear) and c.out_features in (1, len(experts))}
+            weights = {child: getattr(child, "weight", None) for child in module.children()}
+            found |= {c for c, w in weights.items() if isinstance(w, Tensor) and len(w) in (1, len(experts))}
     return found
 
 
 def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """The model's name of each checkpoint tensor that goes by another one, by transformers' own conversion tables."""
+    return _stored_names(stored, *_conversions(model))
+
+
+def _conversions(model: PreTrainedModel) -> tuple[list[WeightRenaming], list[WeightConverter]]:
     transforms = get_model_conversion_mapping(model, add_legacy=False)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    return [t for t in transforms if isinstance(t, WeightRenaming)], [
+        t for t in transforms if isinstance(t, WeightConverter)
+    ]
+
+
+def _stored_names(
+    stored: Iterable[str], renamings: list[WeightRenaming], converters: list[WeightConverter]
+) -> dict[str, str]:
     names = {}
     for name in stored:
         renamed, pattern = rename_source_key(name, renamings, converters)
@@ -94,30 +105,58 @@ def stored_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str
     return names
 
 
-def plain_names(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
-    """What each weight of an expert among the model's `names` is called in a checkpoint that transformers reads, where that
-    differs: the inverse of `stored_names`."""
-    transforms = get_model_conversion_mapping(model, add_legacy=False)
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+def plain_modules(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
+    """What each of the model's `modules` in a mixture of experts is called in checkpoints that others read, where that differs,
+    such as `...block_sparse_moe.experts.0.w1`. The inverse of `own_names`."""
+    mixtures = tuple(
+        f"{name}." for name, module in model.named_modules() if any(isinstance(c, Experts) for c in module.children())
+    )
+    renamings, converters = _conversions(model)
     found = {}
-    for name in names:
-        match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", name)
-        if match is None:
-            continue
+    for module in modules:
+        weight = f"{module}.weight"
+        if module.startswith(mixtures):
+            candidates = _candidates(weight, renamings, converters)
+            plain = (c for c in candidates if _stored_names([c], renamings, converters).get(weight) == c)
+            found[module] = next(plain, weight).removesuffix(".weight")
+    return {module: called for module, called in found.items() if called != module}
+
+
+def renamed(name: str, modules: Mapping[str, str]) -> str:
+    """The tensor's `name` where its module is one of `modules`, which go by other names."""
+    module, _, part = name.rpartition(".")
+    return f"{modules[module]}.{part}" if module in modules else name
+
+
+def own_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+    """The model's name of each stored tensor of a layer in a mixture of experts that goes by another one, packed or not."""
+    renamings, converters = _conversions(model)
+    modules = {name: name.rpartition(".")[0] for name in stored}
+    weights = {f"{module}.weight" for module in modules.values()}
+    own = {plain: name for name, plain in _stored_names(weights, renamings, converters).items()}
+    return {
+        name: own[f"{module}.weight"].removesuffix("weight") + name.rpartition(".")[2]
+        for name, module in modules.items()
+        if own.get(f"{module}.weight", "").endswith(".weight")
+    }
+
+
+def _candidates(weight: str, renamings: list[WeightRenaming], converters: list[WeightConverter]) -> Iterator[str]:
+    """What the model's `weight` may have been called before transformers renamed and merged it; the likeliest first."""
+    names = [weight]
+    match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", weight)
+    if match is not None:
         parent, number, part = match.groups()
-        for candidate in _candidates(parent, number, part, converters):
-            if candidate != name and stored_names(model, [candidate]).get(name) == candidate:
-                found[name] = candidate
-    return found
-
-
-def _candidates(parent: str, number: str, part: str, converters: list[WeightConverter]) -> Iterator[str]:
-    for leaf, parts in PARTS.items():
-        for converter in converters:
-            merged = any(target.endswith(f".{leaf}") for target in converter.target_patterns)
-            if part in parts and merged and len(converter.source_patterns) == len(parts):
-                pattern = converter.source_patterns[parts.index(part)].replace("*", number)
-                yield f"{parent}.{pattern[pattern.index('experts.') :]}"
+        for leaf, parts in PARTS.items():
+            for converter in converters:
+                merged = any(target.endswith(f".{leaf}") for target in converter.target_patterns)
+                if part in parts and merged and len(converter.source_patterns) == len(parts):
+                    pattern = converter.source_patterns[parts.index(part)].replace("*", number)
+                    names.insert(0, f"{parent}.{pattern[pattern.index('experts.') :]}")
+    for renaming in renamings:
+        for before, after in zip(renaming.source_patterns, renaming.target_patterns, strict=False):
+            yield from (name.replace(after, before) for name in names if after in name)
+    yield from names
 
 
 def _expert_name(stored: str, fused: str, pattern: str, converters: list[WeightConverter]) -> str:

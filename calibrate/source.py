@@ -31,7 +31,7 @@ COMPANIONS = (
     "tekken.json",
     "preprocessor_config.json",
     "LICENSE*",
-    "key_ranges.lmpress",  # of a packed cache (kernels/cache/ranges.py)
+    "cache_ranges.lmpress",  # of a packed cache (kernels/cache/stored.py)
 )
 
 
@@ -65,7 +65,7 @@ class Source:
     def read(self, name: str, check: bool = False) -> Tensor:
         """The stored tensor `name`, in its own dtype; with `check`, `CompressError` names it where it holds NaN or Inf."""
         tensor = self.tensors[name].read()
-        if check and tensor.is_floating_point() and not _is_finite(tensor):
+        if check and tensor.is_floating_point() and not is_finite(tensor):
             raise CompressError(
                 f"{name} in {self.tensors[name].file} holds NaN or infinite values",
                 "the checkpoint is damaged: fetch it again",
@@ -80,9 +80,11 @@ class Source:
                     shutil.copyfile(file, folder / file.name)
 
 
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether all values are, looked at in pieces: the comparison's own memory would be that of the tensor."""
-    return all(bool(piece.isfinite().all()) for piece in tensor.flatten().split(PIECE))
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all values are: their extremes tell, which take a hundredth of the time and none of the memory of a mask."""
+    if tensor.dtype.itemsize == 1:  # has no extremes
+        return all(is_finite(piece.float()) for piece in tensor.flatten().split(PIECE))
+    return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def open_source(model: str | Path) -> Source:

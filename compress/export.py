@@ -2,24 +2,24 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..calibrate.experts import plain_names
+from ..calibrate.experts import plain_modules
 from .errors import UsageError
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
-from .formats.export import gguf_model, onnx
+from .formats.export import gguf_model, onnx, openvino
 from .formats.export.awq import AWQ
 from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
-from .scheme import PruneArgs, QuantArgs, WeightArgs
+from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
 from .tensor import CompressedTensor
 from .workspace import appearing, check_target
 
@@ -60,9 +60,9 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 
 
-WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data"}
+WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin"}
 Writer = Callable[[Checkpoint, Path], list[str]]
-WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write}
+WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write, "openvino": openvino.write}
 
 
 def formats() -> list[str]:
@@ -84,18 +84,13 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
     chosen, notes = _without_zero_of_zero(wanted, checkpoint)
     if wanted.dtype not in (None, torch.float32):
         notes.append(f"weights are rounded to {wanted.name}")
-    config = {k: v for k, v in checkpoint.source.config.items() if k not in ("quantization_config", "torch_dtype")}
-    if chosen.dtype is not None:
-        config["dtype"] = str(chosen.dtype).removeprefix("torch.")
-    quantized = {name: args for name, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
-    quantization = chosen.config(quantized, checkpoint.dense) if quantized else None
-    if quantization is not None:
-        config["quantization_config"] = quantization
-    if quantization is not None and quantization["quant_method"] == "gptq":
-        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     others = checkpoint.others
-    weights = [f"{name}.weight" for name in checkpoint.layers]
+    if wanted is PACKED:
+        others |= {name: name for name in checkpoint.cache_scales}
+    elif checkpoint.cache_scales:
+        notes.append(f"the cache stays in full precision: {wanted.name} has no place for its scales")
+    called = plain_modules(checkpoint.model, {*checkpoint.layers, *(name.rpartition(".")[0] for name in others)})
+    _write_configs(chosen, checkpoint, called, folder)
     write_tensors(
         folder,
         chosen,
@@ -104,9 +99,28 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         {name: checkpoint.source.tensors[stored].spec for name, stored in others.items()},
         lambda name: checkpoint.source.read(others[name], check=True),
         checkpoint.is_conv1d,
-        plain_names(checkpoint.model, [*weights, *others]) if chosen.dense else {},
+        called,
     )
     return notes
+
+
+def _write_configs(chosen: LayerFormat, checkpoint: Checkpoint, called: Mapping[str, str], folder: Path) -> None:
+    carried = dict(checkpoint.source.config)
+    before = carried.pop("quantization_config", {})
+    config = {key: value for key, value in carried.items() if key != "torch_dtype"}
+    if chosen.dtype is not None:
+        config["dtype"] = str(chosen.dtype).removeprefix("torch.")
+    quantized = {called.get(n, n): args for n, args in checkpoint.layers.items() if isinstance(args, QuantArgs)}
+    quantization = chosen.config(quantized, [called.get(n, n) for n in checkpoint.dense]) if quantized else None
+    if checkpoint.cache_scales and chosen is not PACKED:
+        config.pop(CACHE_KEY, None)
+    elif checkpoint.cache_scales and quantization is not None:
+        quantization["kv_cache_scheme"] = before["kv_cache_scheme"]
+    if quantization is not None:
+        config["quantization_config"] = quantization
+    if quantization is not None and quantization["quant_method"] == "gptq":
+        (folder / "quantize_config.json").write_text(json.dumps(quantization, indent=2) + "\n")  # older readers' place
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def _check(wanted: LayerFormat, checkpoint: Checkpoint) -> None:

@@ -21,7 +21,7 @@ from ..calibrate.runner import Runner
 from ..calibrate.skeleton import Names, build, device_of
 from ..calibrate.source import Source, open_source
 from ..calibrate.wiring.probe import Probe
-from ..kernels.cache.ranges import key_range
+from ..kernels.cache.ranges import calibrate
 from ..recipes.schema import PassSpec, Recipe
 from .activations import quantized_inputs
 from .formats import pack_quantized
@@ -81,7 +81,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     """
     source = open_source(model)
     planned = make_plan(source, build(source), recipe)
-    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs, planned.kv)
     return planned
 
 
@@ -106,7 +106,7 @@ def run(
     skeleton = build(source)
     planned = make_plan(source, skeleton, recipe)
     check_target(out, overwrite)
-    check_targets((*planned.layers, *planned.tables), targets, planned.inputs)
+    check_targets((*planned.layers, *planned.tables), targets, planned.inputs, planned.kv)
     observer(Event("plan", blocks=planned.blocks))
     rows = _rows(source, context_length(skeleton.config), recipe, observer) if _calibrated(recipe, planned) else None
     with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
@@ -132,7 +132,7 @@ def _needs(recipe: Recipe) -> frozenset[str]:
 
 
 def _calibrated(recipe: Recipe, planned: Plan) -> bool:
-    """Whether calibration rows are read: by a pass, or for static ranges of inputs or keys."""
+    """Whether calibration rows are read: by a pass, or for static ranges of inputs or of the cache."""
     static_inputs = planned.inputs is not None and not planned.inputs.dynamic
     return bool(_needs(recipe) - {"trial"}) or static_inputs or (planned.kv is not None and planned.kv.static)
 
@@ -218,7 +218,7 @@ def _compress(
     compressed = _with_inputs(block, runner, index)
     if planned.kv is not None and planned.kv.static:
         with quantized_inputs(module, {_local(n, name): tensor for n, tensor in compressed.items()}):
-            workspace.write_key_range(index, key_range(module, runner.samples(index), planned.kv.keys))
+            workspace.write_cache_ranges(index, calibrate(module, runner.samples(index), planned.kv))
     tell("write")
     workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
     return compressed

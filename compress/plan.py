@@ -13,13 +13,15 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.discovery import find_blocks, find_linears, weight_of
-from ..calibrate.experts import plain_names
+from ..calibrate.experts import plain_modules, renamed, routers
 from ..calibrate.skeleton import Names, outside
 from ..calibrate.source import Source
 from ..kernels.cache.cache import check_cache
+from ..kernels.cache.stored import attentions, scale_specs
 from ..recipes.schema import Recipe
 from .errors import UsageError
 from .formats import pack_quantized, shards, sparse
+from .formats.int_quantized import IntQuantized
 from .formats.shards import TensorSpec
 from .formats.storage import format_of
 from .prune.args import Storage
@@ -51,11 +53,12 @@ class Plan:
     """Every linear layer's fate and every tensor of the output.
 
     `tables` are the embedding and the head where they are quantized; `heads` are the linear layers outside the blocks that
-    stay dense, `untied` is the tied one that gets a weight of its own;
+    stay dense, `routers` those of mixtures of experts, `untied` is the tied one that gets a weight of its own;
     `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
-    layers' inputs are quantized, `kv` how the cache is packed. `tensors` are the specs of all output tensors by
-    name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
-    sizes of the weight files, `renamed` holds the tensors that go by another name in them, as dense experts do.
+    layers' inputs are quantized, `kv` how the cache is packed, `attentions` which layers have its scales beside them, as
+    compressed-tensors does (none: they lie in a file of their own, if anywhere). `tensors` are the specs of all output
+    tensors by name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
+    sizes of the weight files, `called` holds the modules that go by another name in them, as experts do.
     """
 
     layers: tuple[LayerPlan, ...]
@@ -70,8 +73,10 @@ class Plan:
     inputs: QuantArgs | None = None
     untied: str | None = None
     kv: CacheScheme | None = None
+    attentions: tuple[str, ...] = ()
     tables: tuple[LayerPlan, ...] = ()
-    renamed: dict[str, str] = field(default_factory=dict)
+    called: dict[str, str] = field(default_factory=dict)
+    routers: tuple[str, ...] = ()
 
     @property
     def quantized(self) -> dict[str, WeightArgs]:
@@ -82,6 +87,11 @@ class Plan:
     def dense(self) -> list[str]:
         """The linear layers of the blocks that stay as they are."""
         return [layer.name for layer in self.layers if layer.args is None]
+
+    @property
+    def renamed(self) -> dict[str, str]:
+        """The tensors that go by another name in the files."""
+        return {name: renamed(name, self.called) for name in self.tensors if name.rpartition(".")[0] in self.called}
 
     @property
     def notes(self) -> list[str]:
@@ -141,13 +151,18 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     replaced = {names.find(f"{layer.name}.weight") for layer in (*layers, *tables) if layer.args is not None}
     copied = _copied(source, model, names, replaced)
     tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
+    kv = _kv(recipe, model)
+    scaled = _with_scales(kv, model, layers, inputs)
+    tensors |= scale_specs(scaled, kv) if kv is not None else {}
     untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
     if untied is not None:
         stored = names.find(f"{untied}.weight")
         assert stored is not None
         tensors[f"{untied}.weight"] = source.tensors[stored].spec
     pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
-    renamed = plain_names(model, tensors) if pruned and all(args.storage == "dense" for args in pruned) else {}
+    plain = bool(pruned) and all(args.storage == "dense" for args in pruned)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    called = plain_modules(model, modules) if plain or _read_elsewhere(layers, inputs) else {}
     return Plan(
         layers=layers,
         heads=_heads(model, blocks, tables),
@@ -157,12 +172,14 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=len(blocks),
         prefix=prefix,
         bytes_before=source.nbytes,
-        bytes_after=shards.nbytes({renamed.get(name, name): spec for name, spec in tensors.items()}),
+        bytes_after=shards.nbytes({renamed(name, called): spec for name, spec in tensors.items()}),
         inputs=inputs,
         untied=untied,
-        kv=_kv(recipe, model),
+        kv=kv,
+        attentions=scaled,
         tables=tables,
-        renamed=renamed,
+        called=called,
+        routers=tuple(name for name, module in model.named_modules() if module in routers(blocks)),
     )
 
 
@@ -181,6 +198,19 @@ def _kv(recipe: Recipe, model: PreTrainedModel) -> CacheScheme | None:
     if scheme is not None:
         check_cache(model.config)
     return scheme
+
+
+def _with_scales(
+    kv: CacheScheme | None, model: PreTrainedModel, layers: Sequence[LayerPlan], inputs: QuantArgs | None
+) -> tuple[str, ...]:
+    """The attention layers that get the scales of the cache beside them: where others would read them."""
+    return tuple(attentions(model)) if kv is not None and kv.is_shared and _read_elsewhere(layers, inputs) else ()
+
+
+def _read_elsewhere(layers: Sequence[LayerPlan], inputs: QuantArgs | None) -> bool:
+    """Whether all layers are stored as compressed-tensors has them."""
+    used = {format_of(layer.args, inputs) for layer in layers if layer.args is not None}
+    return all(each is pack_quantized or isinstance(each, IntQuantized) for each in used)
 
 
 def _untied(model: PreTrainedModel, names: Names) -> str | None:

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ..calibrate.rows import Rows
 from ..calibrate.source import Source
-from ..kernels.cache.ranges import KEY_RANGES, read_ranges, write_ranges
+from ..kernels.cache.ranges import Ends
+from ..kernels.cache.stored import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
 from ..recipes.schema import Recipe, dump
 from .errors import StorageError, UsageError
 from .formats import pack_quantized, shards
@@ -92,9 +93,13 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         shards.write(self._part(OUTSIDE), tensors)
 
-    def write_key_range(self, index: int, ends: Tensor) -> None:
-        """Store the calibrated range `[channels, 2]` of the keys of block `index`: before the block, so that none lacks it."""
-        write_ranges(self._key_range(index), {0: ends})
+    def write_cache_ranges(self, index: int, ends: Ends) -> None:
+        """Store the calibrated ranges of the cache of block `index`: before the block, so that none lacks them."""
+        if self.plan.attentions and self.plan.kv is not None:
+            tensors = scales(self.plan.attentions[index], ends, self.plan.kv)
+            shards.write(self._part(f"cache-{index:05d}"), tensors)
+        else:
+            write_ranges(self._cache_ranges(index), [ends])
 
     def compressed(self, index: int) -> dict[str, Compressed]:
         """The compressed weights of the finished block `index` by layer name."""
@@ -122,9 +127,9 @@ class Workspace:
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
             shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
-            if self.plan.kv is not None and self.plan.kv.static:
-                ranges = {index: read_ranges(self._key_range(index))[0] for index in range(self.plan.blocks)}
-                write_ranges(complete / KEY_RANGES, ranges)
+            if self.plan.kv is not None and self.plan.kv.static and not self.plan.attentions:
+                ranges = [read_ranges(self._cache_ranges(index))[0] for index in range(self.plan.blocks)]
+                write_ranges(complete / CACHE_RANGES, ranges)
             self._write_documents(complete, figures)
             put_in_place(complete, self.out)
             shutil.rmtree(self.path)
@@ -132,7 +137,10 @@ class Workspace:
 
     def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
-        quantization = used.quantization_config(self.plan.quantized, [*self.plan.dense, *self.plan.heads])
+        called = self.plan.called
+        dense = [called.get(name, name) for name in (*self.plan.dense, *self.plan.heads, *self.plan.routers)]
+        quantized = {called.get(name, name): args for name, args in self.plan.quantized.items()}
+        quantization = used.quantization_config(quantized, dense)
         if quantization and self.plan.tables:
             quantization["config_groups"] |= self._tables_group()
         config = self.source.config | ({"quantization_config": quantization} if quantization else {})
@@ -140,6 +148,8 @@ class Workspace:
             config["tie_word_embeddings"] = False
         if self.plan.kv is not None:
             config[CACHE_KEY] = asdict(self.plan.kv)
+            if self.plan.attentions:
+                config["quantization_config"]["kv_cache_scheme"] = kv_cache_scheme(self.plan.kv)
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
@@ -158,8 +168,8 @@ class Workspace:
     def _part(self, name: str) -> Path:
         return self.path / PARTS / f"{name}.safetensors"
 
-    def _key_range(self, index: int) -> Path:
-        return self.path / PARTS / f"keys-{index:05d}"
+    def _cache_ranges(self, index: int) -> Path:
+        return self.path / PARTS / f"ranges-{index:05d}"
 
     def _figures_file(self, index: int) -> Path:
         return self.path / PARTS / f"block-{index:05d}.json"

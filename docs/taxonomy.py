@@ -117,7 +117,8 @@ def _inputs(args: QuantArgs) -> tuple[str, str, str]:
 
 
 def _cached(args: QuantArgs) -> tuple[str, str, str]:
-    return "`load(kv_bits=...)`, `kv` of any scheme", f"`{CACHE_KEY}` of config.json", PackedCache.__name__
+    elsewhere = "; `kv_cache_scheme` of compressed-tensors" if args.strategy == "tensor" and args.symmetric else ""
+    return "`load(kv_bits=...)`, `kv` of any scheme", f"`{CACHE_KEY}` of config.json{elsewhere}", PackedCache.__name__
 
 
 ROLES = ((WEIGHTS, _weights), (INPUTS, _inputs), (CACHED, _cached))

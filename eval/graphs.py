@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compress.formats.export.onnx import DATA, FILE
+from ..compress.formats.export.onnx import FILE
+from ..compress.formats.export.openvino import FILE as IR
 
 Inputs = dict[str, Tensor]
 Session = Callable[[Inputs], dict[str, Tensor]]  # tensors by name to the outputs that it was opened for
@@ -38,22 +39,39 @@ def onnxruntime_outputs(
 
 
 def openvino_outputs(checkpoint: Path, ids: Tensor, layers: list[str], keep: Callable[[str, Tensor], None]) -> Inputs:
-    """The same as OpenVINO computes them in float32."""
+    """The same as OpenVINO computes them in float32, from its own IR or by its ONNX front end."""
     import openvino  # pyright: ignore[reportMissingImports]  (verified in an environment of its own)
+    from openvino import opset13  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
     exact = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
+    graph = core.read_model(checkpoint / IR if (checkpoint / IR).exists() else checkpoint / FILE)
+    nodes = {node.get_friendly_name(): node for node in graph.get_ordered_ops()}
 
-    def open_session(model: Any, outputs: list[str]) -> Session:
-        compiled = core.compile_model(core.read_model(_inlined(model, checkpoint).SerializeToString()), "CPU", exact)
+    def outputs(model: Any, inputs: dict[str, Any], names: list[str]) -> Inputs:
+        found = core.compile_model(model, "CPU", exact)(inputs)
+        return {name: torch.from_numpy(found[name].copy()) for name in names}
 
-        def run(inputs: Inputs) -> dict[str, Tensor]:
-            found = compiled({name: values.numpy() for name, values in inputs.items()})
-            return {name: torch.from_numpy(found[name].copy()) for name in outputs}
-
-        return run
-
-    return _outputs(checkpoint, ids, layers, keep, open_session)
+    for name in layers:  # a graph of the layer alone, with the identity for inputs, or all rows of a table
+        node = nodes["logits" if name == "lm_head" else name]  # what gives an output goes by that name
+        table = node.get_type_name() == "Gather"
+        weight = node.input_value(0 if table else 1)
+        width = weight.get_shape()[0] if table or not node.get_attributes()["transpose_b"] else weight.get_shape()[1]
+        if table:
+            given = opset13.parameter([width], openvino.Type.i64)
+            product = opset13.gather(weight, given, opset13.constant(0))
+        else:
+            given = opset13.parameter([width, width], openvino.Type.f32)
+            product = opset13.matmul(given, weight, False, node.get_attributes()["transpose_b"])
+        product.output(0).set_names({"served"})
+        given.output(0).set_names({"given"})
+        fed = torch.arange(width) if table else torch.eye(width)
+        served = outputs(openvino.Model([product], [given]), {"given": fed.numpy()}, ["served"])["served"]
+        keep(name, served if table else served.T.contiguous())
+    hidden = [name for node in nodes.values() for each in node.outputs() for name in each.names]
+    hidden = sorted(name for name in hidden if name.startswith("hidden."))
+    graph.add_outputs(hidden)
+    return outputs(graph, {"input_ids": ids.numpy()}, ["logits", *hidden])
 
 
 def _outputs(
@@ -85,12 +103,3 @@ def _outputs(
     hidden = [output for node in model.graph.node for output in node.output if output.startswith("hidden.")]
     model.graph.output.extend(onnx.helper.make_tensor_value_info(name, floats, None) for name in hidden)
     return open_session(model, ["logits", *hidden])({"input_ids": ids})
-
-
-def _inlined(model: Any, checkpoint: Path) -> Any:
-    """The model with the values of the data file in it: OpenVINO finds none beside a graph that is no file."""
-    from onnx.external_data_helper import load_external_data_for_model
-
-    if (checkpoint / DATA).exists():
-        load_external_data_for_model(model, str(checkpoint))
-    return model

@@ -1,15 +1,15 @@
 """llama.cpp as a runtime of `verify`, by its library in the package llama-cpp-python.
 
 It quantizes the inputs of every product to 8 bits (Q8_0, Q8_K), so its logits are near the reference's and never equal. Its
-weights are what its own functions make of the blocks in the file, and equal bit for bit where a format is lossless. It shows no
-hidden states.
+weights are what its own functions make of the blocks in the file, and equal bit for bit where a format is lossless. What its
+graph computes after every block is seen by its callback for evaluation.
 """
 
 import ctypes
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from torch import Tensor
 from ..calibrate.source import Source, gguf_file, open_source
 from ..compress.errors import CompressError, UsageError
 from ..compress.formats.checkpoint import Checkpoint
+
+BLOCK_OUTPUT = "l_out-"  # its graphs' name of the hidden states after a block, before the number
 
 
 def library() -> Any:
@@ -30,26 +32,83 @@ def library() -> Any:
 def llamacpp_outputs(
     checkpoint: Path, ids: Tensor, layers: list[str], write: Callable[[str, Tensor], None]
 ) -> dict[str, Tensor]:
-    """The logits of `ids` `[rows, length]`; `write` is given the weight of each of the `layers`."""
+    """The logits of `ids` `[rows, length]` and the hidden states after every block; `write` is given the weight of each of the
+    `layers`."""
     opened, weights = Checkpoint.open(checkpoint), Weights(checkpoint)
     for name in layers:
         write(name, weights.read(name, opened.shape(name)))
-    return {"logits": logits(checkpoint, ids)}
+    with Session(checkpoint, ids.shape[1]) as session:
+        rows = [session.run(row) for row in ids.tolist()]
+    return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
 
 
-def logits(checkpoint: Path, ids: Tensor) -> Tensor:
-    """Of the tokens `ids` `[rows, length]`, float32 `[rows, length, vocabulary]`, with a cache in float32."""
-    llama_cpp, file = library(), gguf_file(checkpoint)
-    if file is None:
-        raise CompressError(f"{checkpoint} holds no GGUF file", "export it with --format gguf")
-    options = {"type_k": llama_cpp.GGML_TYPE_F32, "type_v": llama_cpp.GGML_TYPE_F32, "verbose": False}
-    model = llama_cpp.Llama(str(file), n_ctx=ids.shape[1], n_batch=ids.shape[1], logits_all=True, **options)
-    rows = []
-    for row in ids.tolist():
-        model.reset()
-        model.eval(row)
-        rows.append(torch.from_numpy(model.scores[: len(row)].copy()))
-    return torch.stack(rows)
+class Session:
+    """A context of llama.cpp over the file at `checkpoint` for rows of `length` tokens, with a cache in float32."""
+
+    def __init__(self, checkpoint: Path, length: int) -> None:
+        self._api, self._ggml, file = library(), tensors_library(), gguf_file(checkpoint)
+        if file is None:
+            raise CompressError(f"{checkpoint} holds no GGUF file", "export it with --format gguf")
+        self._length, self._seen = length, dict[str, Tensor]()
+        self._note = self._api.ggml_backend_sched_eval_callback(self._look)  # must outlive the context
+        self._quiet = self._api.llama_log_callback(lambda level, text, data: None)
+        self._api.llama_log_set(self._quiet, ctypes.c_void_p(0))
+        self._model = self._api.llama_model_load_from_file(str(file).encode(), self._api.llama_model_default_params())
+        parameters = self._api.llama_context_default_params()
+        parameters.n_ctx = parameters.n_batch = parameters.n_ubatch = length
+        parameters.type_k = parameters.type_v = self._api.GGML_TYPE_F32
+        parameters.cb_eval, parameters.no_perf = self._note, True
+        self._context = self._api.llama_init_from_model(self._model, parameters) if self._model else None
+        if not self._context:
+            raise CompressError(f"llama.cpp does not load {file}", "it logs why: llama-cli -m FILE")
+
+    def run(self, ids: list[int]) -> dict[str, Tensor]:
+        """`logits` `[length, vocabulary]` and `hidden.N` `[length, width]` of one row of tokens, float32."""
+        self._seen.clear()
+        self._api.llama_memory_clear(self._api.llama_get_memory(self._context), True)
+        batch = self._api.llama_batch_init(len(ids), 0, 1)
+        batch.n_tokens = len(ids)
+        for index, token in enumerate(ids):
+            batch.token[index], batch.pos[index], batch.logits[index] = token, index, True
+            batch.n_seq_id[index], batch.seq_id[index][0] = 1, 0
+        failed = self._api.llama_decode(self._context, batch)
+        self._api.llama_batch_free(batch)
+        if failed:
+            raise CompressError(f"llama.cpp fails on {len(ids)} tokens ({failed})")
+        size = self._api.llama_vocab_n_tokens(self._api.llama_model_get_vocab(self._model))
+        found = torch.empty(len(ids), size)
+        ctypes.memmove(found.data_ptr(), self._api.llama_get_logits(self._context), found.nbytes)
+        return {"logits": found, **self._seen}
+
+    def _look(self, tensor: int, asked: bool, data: object) -> bool:
+        """Called for every tensor of the graph: `asked` whether it is wanted, and again once it is computed."""
+        name = self._ggml.ggml_get_name(tensor).decode()
+        wanted = name.startswith(BLOCK_OUTPUT)
+        if wanted and not asked:
+            values = torch.empty(self._ggml.ggml_nelements(tensor))
+            self._ggml.ggml_backend_tensor_get(tensor, values.data_ptr(), 0, values.nbytes)
+            self._seen[f"hidden.{name.removeprefix(BLOCK_OUTPUT)}"] = values.view(self._length, -1)
+        return wanted or not asked
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._api.llama_free(self._context)
+        self._api.llama_model_free(self._model)
+
+
+def tensors_library() -> Any:
+    """ggml's functions of tensors, in the shared library beside llama.cpp's."""
+    ggml = ctypes.CDLL(str(next((Path(library().__file__).parent / "lib").glob("*ggml-base.*"))))
+    for name, result, arguments in (
+        ("ggml_get_name", ctypes.c_char_p, [ctypes.c_void_p]),
+        ("ggml_nelements", ctypes.c_int64, [ctypes.c_void_p]),
+        ("ggml_backend_tensor_get", None, [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_size_t]),
+    ):
+        function = getattr(ggml, name)  # kept by the library, as `ggml[name]` is not
+        function.restype, function.argtypes = result, arguments
+    return ggml
 
 
 class Weights:
@@ -57,8 +116,7 @@ class Weights:
 
     def __init__(self, checkpoint: Path) -> None:
         self._source: Source = open_source(checkpoint)
-        folder = Path(library().__file__).parent / "lib"
-        self._ggml = ctypes.CDLL(str(next(folder.glob("*ggml-base.*"))))
+        self._ggml = tensors_library()
         groups = self._source.config.get("quantization_config", {"config_groups": []})["config_groups"]
         self._blocks = {name: group["block"] for group in groups for name in group["targets"]}
 

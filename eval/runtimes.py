@@ -11,6 +11,7 @@ Layers that round their inputs are asked not to, where they can be.
 """
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -44,6 +45,7 @@ class Runtime:
              a step, so that no wrong code passes
     logits   largest difference of a logit, in standard deviations of the reference's logits
     top1     smallest share of equal most likely tokens
+    cache    whether keys and values are rounded to the scales that a checkpoint has of them, those of a prompt too
     reach    a dynamic symmetric scale of inputs is `absmax / (largest code + reach)`
     """
 
@@ -53,6 +55,7 @@ class Runtime:
     logits: float
     top1: float
     reach: float = 0.0
+    cache: bool = False
 
 
 def run_model(model: PreTrainedModel, ids: Tensor, layers: list[str], folder: Path) -> None:
@@ -82,7 +85,19 @@ def _write_outputs(model: PreTrainedModel, ids: Tensor, folder: Path) -> None:
 @torch.inference_mode()
 def _write_weights(model: PreTrainedModel, layers: list[str], folder: Path, dtype: torch.dtype) -> None:
     for name in layers:
-        write_weight(folder, name, served_weight(model.get_submodule(name), dtype))
+        expert = _expert_weight(model, name)
+        write_weight(folder, name, served_weight(model.get_submodule(name), dtype) if expert is None else expert)
+
+
+def _expert_weight(model: PreTrainedModel, name: str) -> Tensor | None:
+    """The weight of an expert that the model keeps with all others of its layer in one parameter; None for other layers."""
+    match = re.fullmatch(r"(.*\.experts)\.(\d+)\.(gate|up|down)_proj", name)
+    if match is None or isinstance(model.get_submodule(match[1]), nn.ModuleList):
+        return None
+    experts: Any = model.get_submodule(match[1])
+    if match[3] == "down":
+        return experts.down_proj[int(match[2])].float()
+    return experts.gate_up_proj[int(match[2])].float().chunk(2)[match[3] == "up"].contiguous()
 
 
 def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
@@ -177,6 +192,7 @@ RUNTIMES: dict[str, Runtime] = {
         logits=2e-2,
         top1=0.95,
         reach=HALF,
+        cache=True,
     ),
     "bitsandbytes": Runtime(_bitsandbytes, ("transformers", "torch", "bitsandbytes"), steps=1e-3, logits=0.3, top1=0.9),
     "gguf-transformers": Runtime(_gguf, ("transformers", "torch", "gguf"), steps=0.3, logits=2e-2, top1=0.95),

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ..calibrate.rows import context_length
+from ..calibrate.source import open_source
 from ..compress.activations import quantized_inputs
 from ..compress.errors import UsageError
 from ..compress.export import export
@@ -24,6 +25,8 @@ from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.load import load
 from ..compress.quantize.codebook import nf4_values
 from ..compress.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
+from ..kernels.cache.cache import serve_rounded
+from ..kernels.cache.stored import is_scale, stored_ranges, told_elsewhere
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -108,10 +111,10 @@ def verify(
     interpreter = str(python or sys.executable)
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
         original = None if dense is None else _run(load(dense.source.path), ids, Path(scratch))["logits"]
-        models = _Models(reference, ids, Path(scratch))
+        models = _Models(Path(checkpoint), reference, ids, Path(scratch))
         findings = []
         for name in runtime:
-            expected = models.outputs(runtimes.runtime(name).reach)
+            expected = models.outputs(runtimes.runtime(name))
             findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, interpreter))
     told = None if dense is None else str(dense.source.path)
     return Verification(str(checkpoint), str(reference.source.path), tuple(findings), told)
@@ -140,25 +143,35 @@ def _reference(checkpoint: str | Path, against: str | Path | None) -> tuple[Chec
 
 
 class _Models:
-    """The reference with its weights dequantized, run once for every way of rounding its inputs."""
+    """The reference with its weights dequantized, run once for every way of rounding its inputs and its cache."""
 
-    def __init__(self, reference: Checkpoint, ids: Tensor, scratch: Path) -> None:
-        self._reference, self._ids, self._scratch = reference, ids, scratch
-        self._found: dict[float, dict[str, Tensor]] = {}
+    def __init__(self, checkpoint: Path, reference: Checkpoint, ids: Tensor, scratch: Path) -> None:
+        self._checkpoint, self._reference, self._ids, self._scratch = checkpoint, reference, ids, scratch
+        self._found: dict[tuple[float, bool], dict[str, Tensor]] = {}
 
-    def outputs(self, reach: float) -> dict[str, Tensor]:
-        """Logits and hidden states, dynamic scales of inputs reaching so far (see `Runtime`)."""
+    def outputs(self, runtime: Runtime) -> dict[str, Tensor]:
+        """Logits and hidden states as they should be in the runtime."""
         rounds = self._reference.reader is not None and self._reference.reader.inputs is not None
-        key = reach if rounds else 0.0
+        caches = runtime.cache and _has_cache_scales(self._checkpoint, self._reference)
+        key = runtime.reach if rounds else 0.0, caches
         if key not in self._found:
             dense = self._scratch / "dense"
             if not dense.exists():
                 export(self._reference.source.path, dense, format="fp32")
             model = load(dense)
             layers = {name: self._reference.layer(name) for name in self._reference.layers} if rounds else {}
-            with quantized_inputs(model, layers, key):
+            if caches:
+                scheme = told_elsewhere(self._reference.source.config["quantization_config"])
+                assert scheme is not None
+                serve_rounded(model, scheme, stored_ranges(self._reference.source, model, scheme))
+            with quantized_inputs(model, layers, key[0]):
                 self._found[key] = _run(model, self._ids, self._scratch)
         return self._found[key]
+
+
+def _has_cache_scales(checkpoint: Path, reference: Checkpoint) -> bool:
+    """Whether the checkpoint has taken over the scales of the reference's cache, which not every format does."""
+    return bool(reference.cache_scales) and any(map(is_scale, open_source(checkpoint).tensors))
 
 
 def _run(model: PreTrainedModel, ids: Tensor, folder: Path) -> dict[str, Tensor]:
@@ -184,7 +197,8 @@ def _find(
     interpreter: str,
 ) -> Finding:
     limits = runtimes.runtime(name)
-    if reference.reader is not None and reference.reader.inputs is not None:
+    inputs = reference.reader is not None and reference.reader.inputs is not None
+    if inputs or (limits.cache and _has_cache_scales(checkpoint, reference)):
         limits = replace(limits, logits=max(limits.logits, FLIPPED), top1=min(limits.top1, 0.95))
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
         folder = Path(scratch)

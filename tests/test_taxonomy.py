@@ -35,7 +35,7 @@ def test_every_cell_is_taken_or_refused_with_its_reason(role: Role, strategy: st
     group = 32 if strategy == "group" else None
     formula = "signed" if role is INPUTS or role is CACHED else "gptq"
     args = QuantArgs(8, True, strategy, group, formula=formula, dynamic=dynamic)  # type: ignore[arg-type]
-    cache = (lambda a: CacheScheme(values=a)) if dynamic else (lambda a: CacheScheme(keys=a))  # values are never static
+    cache = (lambda a: CacheScheme(values=a)) if dynamic else (lambda a: CacheScheme(keys=a))
     make = {WEIGHTS.name: Scheme, INPUTS.name: lambda a: Scheme(inputs=a), CACHED.name: cache}
     reason = role.reason(strategy, dynamic)  # type: ignore[arg-type]
     if reason is None:

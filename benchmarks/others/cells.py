@@ -167,7 +167,9 @@ ENVIRONMENTS: dict[str, Environment] = {
         GGUF,
     ),
     "onnxruntime": Environment("onnx==1.23.2 onnxruntime==1.32.0 ml_dtypes protobuf flatbuffers", "onnxruntime", ONNX),
-    "openvino": Environment("onnx==1.23.2 openvino==2026.4.1 ml_dtypes protobuf", "openvino", ONNX),
+    "openvino": Environment(
+        "onnx==1.23.2 openvino==2026.4.1 ml_dtypes protobuf", "openvino", {**ONNX, "openvino": ONNX["onnx"]}
+    ),
     "mlx": Environment(
         "mlx==0.32.4 mlx-cpu==0.32.4 mlx-lm==0.32.2",
         "mlx",

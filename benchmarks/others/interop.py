@@ -72,6 +72,7 @@ def main() -> None:
                 result = cell(name, environment, python, model, kind, weights, options.out)
                 print(f"{int(time.monotonic() - started):5} s  {line(result)}", flush=True)
                 results.append(result)
+                results.sort(key=lambda each: list(ENVIRONMENTS).index(each.environment))
                 options.results.parent.mkdir(parents=True, exist_ok=True)
                 options.results.write_text(json.dumps([asdict(each) for each in results], indent=1) + "\n")
     text = report([asdict(each) for each in results])
@@ -117,10 +118,9 @@ def cell(name: str, environment: Environment, python: str, model: Path, kind: st
     described = (model.name, weights, kind, environment.runtime, name)
     exported = source
     if made.written_as != kind:
-        try:
-            exported = lmpress.export(source, out / "export" / f"{source.name}-{kind}", format=kind, overwrite=True).out
-        except lmpress.CompressError as error:
-            return Result(*described, "not written", str(error))
+        exported, refusal = export(source, out / "export" / f"{source.name}-{kind}", kind, python)
+        if refusal:
+            return Result(*described, "not written", refusal)
     against = exported if made.rounded_by_export else source
     (found,) = lmpress.verify(exported, against=against, runtime=[environment.runtime], python=python).findings
     if found.outputs is None:
@@ -129,6 +129,13 @@ def cell(name: str, environment: Environment, python: str, model: Path, kind: st
     verdict = "proven" if found.ok else "WRONG"
     told = "" if found.ok else f"from block {found.block} on, {len(found.wrong_layers)} layers"
     return Result(*described, verdict, told, found.steps, found.outputs.logits, found.outputs.kl, versions)
+
+
+def export(source: Path, out: Path, kind: str, python: str) -> tuple[Path, str]:
+    """The checkpoint in another format, written where the runtime's packages are, and why it is not."""
+    command = [python, "-m", "lmpress.cli", "export", str(source), "-o", str(out), "--format", kind, "--overwrite"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return out, done.stderr.strip().splitlines()[-1] if done.returncode else ""
 
 
 def quantized(model: Path, made: Weights, kind: str, out: Path) -> Path:

@@ -18,25 +18,30 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 `codes` `[rows, n]`, each below `2**bits`, into int32 `[rows, ceil(n * bits / 32)]`."""
     rows, n = codes.shape
     words = math.ceil(n * bits / 32)
-    whole = pad(codes, (0, -n % RUN)).flatten()  # flat: strides of a single row may be anything
+    whole = _filled(codes, -n % RUN).flatten()  # flat: strides of a single row may be anything
     for stage, (dtype, half) in enumerate(STAGES if bits < 8 else ()):
         filled = bits << stage
         low = (1 << filled) - 1
         pairs = whole.view(dtype)
         whole = (pairs >> (half - filled)).bitwise_and_(low << filled).bitwise_or_(pairs & low)
     stream = whole.view(torch.uint8).view(rows, -1, RUN)[..., :bits].flatten(1)
-    return pad(stream, (0, 4 * words - stream.shape[1])).flatten().view(torch.int32).view(rows, words)
+    return _filled(stream, 4 * words - stream.shape[1]).flatten().view(torch.int32).view(rows, words)
 
 
 def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of `pack_rows`: uint8 `[rows, n]`."""
     rows, runs = packed.shape[0], math.ceil(n / RUN)
     stream = packed.flatten().view(torch.uint8).view(rows, -1)
-    stream = pad(stream, (0, runs * bits - stream.shape[1])).reshape(rows, runs, bits)
-    whole = pad(stream, (0, RUN - bits)).flatten()
+    stream = _filled(stream, runs * bits - stream.shape[1]).reshape(rows, runs, bits)
+    whole = _filled(stream, RUN - bits).flatten()
     for stage, (dtype, half) in reversed(list(enumerate(STAGES if bits < 8 else ()))):
         filled = bits << stage
         low = (1 << filled) - 1
         pairs = whole.view(dtype)
         whole = (pairs << (half - filled)).bitwise_and_(low << half).bitwise_or_(pairs & low)
     return whole.view(torch.uint8).view(rows, -1)[:, :n].contiguous()
+
+
+def _filled(values: Tensor, count: int) -> Tensor:
+    """`values` with `count` zeros behind every row, or without as many; not a copy where there are none."""
+    return pad(values, (0, count)) if count else values

@@ -12,8 +12,10 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.discovery import find_blocks, weight_of
+from ...calibrate.experts import own_names, routers
 from ...calibrate.skeleton import Names, build
 from ...calibrate.source import Source, open_source
+from ...kernels.cache.stored import is_scale
 from ..errors import CompressError, UsageError
 from ..scheme import QuantArgs, WeightArgs
 from ..tensor import Compressed, LowRankTensor
@@ -108,6 +110,10 @@ class Checkpoint:
         linears = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         ]
+        own = own_names(model, source.tensors)
+        modules = {stored.rpartition(".")[0]: name.rpartition(".")[0] for stored, name in own.items()}
+        found = {modules.get(name, name): args for name, args in found.items()}
+        source = replace(source, tensors={own.get(name, name): tensor for name, tensor in source.tensors.items()})
         foreign = next(iter(found.keys() - set(linears)), None)
         if foreign is not None:
             raise CompressError(f"{source.path} packs {foreign}, which is no layer of its config.json", UNRELATED)
@@ -163,12 +169,14 @@ class Checkpoint:
 
     @property
     def dense(self) -> list[str]:
-        """The linear layers that are not quantized, the head among them."""
-        return [n for n, m in self.model.named_modules() if isinstance(m, nn.Linear | Conv1D) and n not in self.layers]
+        """The linear layers that are not quantized, the head and routers among them."""
+        modules = {n: m for n, m in self.model.named_modules() if n not in self.layers}
+        spared = routers(self.model)
+        return [n for n, m in modules.items() if isinstance(m, nn.Linear | Conv1D) or m in spared]
 
     @property
     def others(self) -> dict[str, str]:
-        """The tensors that are no part of a quantized layer: the model's name of each -> the checkpoint's name.
+        """The tensors that are no part of a quantized layer or of the cache: the model's name of each -> the checkpoint's name.
 
         Where embeddings are tied, the head's second copy is left out.
         """
@@ -183,8 +191,13 @@ class Checkpoint:
         return {
             known.get(stored, stored): stored
             for stored in self.source.tensors
-            if stored not in parts and not (stored not in known and names.ties(stored))
+            if stored not in parts and not is_scale(stored) and not (stored not in known and names.ties(stored))
         }
+
+    @property
+    def cache_scales(self) -> list[str]:
+        """The tensors that are scales of a packed cache."""
+        return [stored for stored in self.source.tensors if is_scale(stored)]
 
     @property
     def blocks(self) -> tuple[str, int]:

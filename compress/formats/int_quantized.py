@@ -130,8 +130,8 @@ def of_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> In
 def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> QuantArgs:
     """How the layers' inputs are quantized. Raises `ValueError` for kinds that lmpress does not serve."""
     kinds = [group["input_activations"] for group in config["config_groups"].values()]
-    if not kinds[0] or any(kind != kinds[0] for kind in kinds) or config.get("kv_cache_scheme"):
-        raise ValueError("its layers' inputs are not all quantized alike, or its cache is quantized too")
+    if not kinds[0] or any(kind != kinds[0] for kind in kinds):
+        raise ValueError("its layers' inputs are not all quantized alike")
     if kinds[0]["type"] != "int":
         raise ValueError("only integer inputs are served")
     static = next((spec.torch_dtype for name, spec in stored.items() if name.endswith(".input_scale")), torch.float16)
@@ -153,7 +153,7 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     for name in [
         n.removesuffix(".weight") for n, spec in stored.items() if n.endswith(".weight") and spec.dtype == "I8"
     ]:
-        weights = next((g["weights"] for g in groups if {name, "Linear"} & set(g["targets"])), None)
+        weights = pack_quantized.weights_of(name, groups)
         if weights is None or weights["type"] != "int" or not weights["symmetric"]:
             raise ValueError(f"{name} belongs to no group of symmetric integers")
         scale = stored.get(f"{name}.weight_scale")

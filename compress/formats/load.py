@@ -11,7 +11,8 @@ from transformers.utils.logging import disable_progress_bar
 from ...calibrate.skeleton import Names, device_of, materialise, read
 from ...calibrate.source import Source, open_source
 from ...kernels.cache.cache import serve_cache
-from ...kernels.cache.ranges import KEY_RANGES, attach, read_ranges
+from ...kernels.cache.ranges import attach
+from ...kernels.cache.stored import stored_ranges, told_elsewhere
 from ...kernels.modules.block import answer_tokens
 from ...kernels.modules.dense import can_hold, hold
 from ...kernels.modules.linear import Serving
@@ -51,14 +52,25 @@ def load(
         model = _load_packed(source, device, Serving(exact, kernel, dtype))
     else:
         model = _load_dense(source, device, dtype)
-    scheme = cache_scheme(model.config, kv_bits, kv_window)
+    _serve_cache(model, source, kv_bits, kv_window)
+    return model
+
+
+def _serve_cache(model: PreTrainedModel, source: Source, bits: int | None, window: int | None) -> None:
+    """Have the model pack its cache as asked, or as the checkpoint says, and its config say so."""
+    carried = getattr(model.config, CACHE_KEY, None)
+    if carried is None and bits != FULL_BITS:
+        elsewhere = told_elsewhere(source.config.get("quantization_config", {}))
+        if elsewhere is not None:
+            setattr(model.config, CACHE_KEY, asdict(elsewhere))
+    scheme = cache_scheme(model.config, bits, window)
     if scheme is not None:
         if scheme.static:
-            attach(model, read_ranges(source.path / KEY_RANGES))
+            attach(model, stored_ranges(source, model, scheme))
         serve_cache(model, scheme)
-    if scheme != CacheScheme.found_in(model.config):
-        setattr(model.config, CACHE_KEY, None if scheme is None else asdict(scheme))
-    return model
+    packed = None if scheme is None else asdict(scheme)
+    if packed != getattr(model.config, CACHE_KEY, None):
+        setattr(model.config, CACHE_KEY, packed)
 
 
 def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
@@ -67,9 +79,9 @@ def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int 
 
     Raises `UsageError` for bits and windows that cannot be.
     """
-    scheme = CacheScheme.found_in(config)
-    if bits is not None:
-        scheme = None if bits == FULL_BITS else CacheScheme.of(bits) if scheme is None else scheme.at(bits)
+    scheme = None if bits == FULL_BITS else CacheScheme.found_in(config)
+    if bits not in (None, FULL_BITS):
+        scheme = CacheScheme.of(bits) if scheme is None else scheme.at(bits)
     if window is None or scheme is None:
         if window is not None:
             raise UsageError("a window of a cache that is not packed", "give --kv-bits 8 or 4 with --kv-window")
@@ -107,7 +119,7 @@ def _hold_dense(checkpoint: Checkpoint, names: Names, device: torch.device, dtyp
 
 def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
     checkpoint = Checkpoint.open(source, serving.dtype)
-    model = checkpoint.model
+    model, source = checkpoint.model, checkpoint.source
     names, head = Names(model, source), checkpoint.tied_head
     tied = _hold_dense(checkpoint, names, device_of(device), serving.dtype)
     if head is not None:

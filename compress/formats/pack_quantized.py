@@ -7,7 +7,8 @@ P.weight_shape       int64 [2]                             (out, in)
 """
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from .bitstream import pack_rows, unpack_rows
 from .shards import NAMES, TensorSpec
 
 NAME = "pack-quantized"
+EXPERT = re.compile(r".*\.experts\.\d+\..*")
 
 
 def supports(args: QuantArgs) -> str | None:
@@ -80,6 +82,10 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
     for name, args in quantized.items():
         groups.setdefault(args, []).append(name)
     single = len(groups) == 1
+    mixtures = [args for args, names in groups.items() if any(map(EXPERT.match, names))]
+    if len(mixtures) == 1:  # transformers looks for experts by a pattern that says so
+        others = [name for name in groups[mixtures[0]] if not EXPERT.match(name)]
+        groups[mixtures[0]] = [f"re:{EXPERT.pattern}", *others]
     return {
         "quant_method": "compressed-tensors",
         "format": NAME,
@@ -122,15 +128,12 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
 
     Raises `ValueError` for groups that are no packed integer weights.
     """
-    if config.get("kv_cache_scheme"):
-        raise ValueError(f"only {NAME} weights of compressed-tensors without a quantized cache are read")
     groups = [group for group in config["config_groups"].values() if _is_packed(group, config.get("format"))]
     if not groups:
         raise ValueError(f"no group of its layers is {NAME}")
     found = {}
     for name in [n.removesuffix(".weight_packed") for n in stored if n.endswith(".weight_packed")]:
-        own = (g["weights"] for target in (name, "Linear") for g in groups if target in g["targets"])
-        weights = next(own, None)
+        weights = weights_of(name, groups)
         if weights is None:
             raise ValueError(f"{name} is not stored as packed integers in contiguous groups")
         found[name] = QuantArgs(
@@ -141,6 +144,16 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
             scale_dtype=_scale_dtype(stored.get(f"{name}.weight_scale")),
         )
     return found
+
+
+def weights_of(name: str, groups: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The weights of the group that speaks of the layer: by its name, by a pattern, or of all linears; None without one."""
+
+    def by_pattern(target: str) -> bool:
+        return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
+
+    speaks: tuple[Callable[[str], bool], ...] = (name.__eq__, by_pattern, "Linear".__eq__)
+    return next((g["weights"] for way in speaks for g in groups if any(map(way, g["targets"]))), None)
 
 
 def _scale_dtype(scale: TensorSpec | None) -> ScaleDtype:

@@ -13,9 +13,11 @@ from itertools import product
 
 from ..errors import UsageError
 from ..plan import LayerPlan
-from ..scheme import Kind, PruneArgs, QuantArgs, group_strategy
+from ..scheme import CacheScheme, Kind, PruneArgs, QuantArgs, group_strategy
+from .pack_quantized import EXPERT
 
 ROW = -1  # the group size of one scale per output row
+
 FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
@@ -34,7 +36,11 @@ class Container:
     conv1d       `Conv1D` layers are served
     kinds        what weights may be made of (`QuantArgs.kind`)
     tables       packed embeddings are read
+    experts      the experts of a mixture are read
+    mixed        experts may differ in their scheme
     inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
+    cache        bits of a packed cache that it reads scales of, one for all keys of a layer and one for its values, symmetric
+                 and calibrated (`CacheScheme.is_shared`); None for any cache, empty: none
     """
 
     format: str
@@ -48,25 +54,32 @@ class Container:
     conv1d: bool = False
     kinds: tuple[Kind, ...] = ("grid",)
     tables: bool = False
+    experts: bool = False
+    mixed: bool = False
     inputs: tuple[str, ...] = ()
+    cache: tuple[int, ...] | None = ()
 
 
 STATIC, PER_TOKEN, DYNAMIC = "static tensor", "dynamic token", "dynamic tensor"
-PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,))
+BITS = tuple(range(2, 9))
+PACKED = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,), experts=True, cache=BITS)
 GPTQ = Container("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = Container("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
 GGUF = Container("gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"), tables=True)
 NF4 = Container("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 INT8_ROWS = Container("bitsandbytes", bits=(8,), symmetric=(True,), groups=(ROW,))
-W8A8 = Container("int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN))
-PACKED_INPUTS = Container("pack-quantized", bits=(2, 4, 8), symmetric=(True,), inputs=(STATIC, PER_TOKEN))
+W8A8 = Container("int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN), cache=BITS)
+PACKED_INPUTS = replace(PACKED, experts=False, inputs=(STATIC, PER_TOKEN))
 ONNX = Container("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), tables=True)
 OURS = Container(
     "pack-quantized",
-    bits=(2, 3, 4, 5, 6, 7, 8),
+    bits=BITS,
     conv1d=True,
     kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
     tables=True,
+    experts=True,
+    mixed=True,
+    cache=None,
 )
 MARLIN = (32, 64, 128)  # groups that the kernels of vLLM and SGLang have
 TARGETS: dict[str, tuple[Container, ...]] = {
@@ -75,21 +88,21 @@ TARGETS: dict[str, tuple[Container, ...]] = {
     "bitsandbytes": (NF4, INT8_ROWS),
     "gptqmodel": (GPTQ, AWQ),
     "vllm": (
-        Container("pack-quantized", bits=(4, 8), symmetric=(True,), groups=(*MARLIN, ROW), multiple=32, fused=True),
+        replace(PACKED, bits=(4, 8), groups=(*MARLIN, ROW), multiple=32, fused=True, cache=(8,)),
         Container("gptq", bits=(4, 8), symmetric=(True,), groups=MARLIN, multiple=32, uniform=True, fused=True),
         Container("awq", bits=(4,), groups=MARLIN, multiple=32, uniform=True, fused=True),
-        replace(W8A8, fused=True),
+        replace(W8A8, fused=True, cache=(8,)),
     ),
     "sglang": (
-        Container("pack-quantized", bits=(4, 8), groups=(*MARLIN, ROW), multiple=128, fused=True),
+        Container("pack-quantized", bits=(4, 8), groups=(*MARLIN, ROW), multiple=128, fused=True, experts=True),
         Container("gptq", bits=(4, 8), symmetric=(True,), groups=MARLIN, multiple=128, uniform=True, fused=True),
         Container("awq", bits=(4,), groups=MARLIN, multiple=128, uniform=True, fused=True),
-        replace(W8A8, fused=True),
+        replace(W8A8, fused=True, cache=()),
     ),
     "llamacpp": (GGUF,),
     "gguf-transformers": (GGUF,),
     "onnxruntime": (ONNX,),
-    "openvino": (ONNX,),
+    "openvino": (replace(ONNX, format="openvino"), ONNX),
     "mlx": (replace(AWQ, symmetric=(True,)),),
 }
 
@@ -103,14 +116,21 @@ class Fault:
     remedy: str
 
 
-def check(layers: Sequence[LayerPlan], targets: Iterable[str], inputs: QuantArgs | None = None) -> None:
-    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`.
+def check(
+    layers: Sequence[LayerPlan],
+    targets: Iterable[str],
+    inputs: QuantArgs | None = None,
+    cache: CacheScheme | None = None,
+) -> None:
+    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
+    and the cache packed by `cache`.
 
     It names the target, the format that comes closest, the layers at fault, and the nearest setting that serves all targets.
     """
     asked = {target: _containers(target) for target in targets}
     for target, containers in asked.items():
         found = {container: list(faults(layers, container, inputs)) for container in containers}
+        _check_cache(target, [each for each in containers if not found[each]], cache)
         closest = min(found, key=lambda container: len({(fault.layer, fault.reason) for fault in found[container]}))
         if found[closest]:
             first = found[closest][0]
@@ -118,6 +138,21 @@ def check(layers: Sequence[LayerPlan], targets: Iterable[str], inputs: QuantArgs
             more = f" and {len(alike) - 1} more" if len(alike) > 1 else ""
             remedy = nearest(layers, list(asked.values()), inputs) or first.remedy
             raise UsageError(f"{target} cannot serve {first.layer}{more} as {closest.format}: {first.reason}", remedy)
+
+
+def _check_cache(target: str, serving: Sequence[Container], cache: CacheScheme | None) -> None:
+    """Raise `UsageError` where none of the formats that serve the layers carries the cache."""
+    if cache is None or not serving or any(_carries(each, cache) for each in serving):
+        return
+    bits = [bits for each in serving for bits in each.cache or ()]
+    if not bits:
+        raise UsageError(f"{target} reads no scales of a packed cache beside {serving[0].format}", "leave `kv` out")
+    shared = f"a symmetric, static scale per tensor in {' or '.join(map(str, sorted(set(bits))))} bits"
+    raise UsageError(f"{target} reads a packed cache with {shared} only, not {cache}", "see the recipe gptq-w4-kv8")
+
+
+def _carries(container: Container, cache: CacheScheme) -> bool:
+    return container.cache is None or (cache.is_shared and cache.keys.bits in container.cache)
 
 
 def input_words(inputs: QuantArgs) -> str:
@@ -144,6 +179,11 @@ def faults(layers: Sequence[LayerPlan], container: Container, inputs: QuantArgs 
             yield from _own_faults(layer, layer.args, container)
         elif isinstance(layer.args, PruneArgs) and layer.args.storage != "dense":
             yield Fault(layer.name, "no other runtime reads sparse weights", "use --format dense")
+    if container.experts and not container.mixed:
+        experts = [layer for layer in layers if EXPERT.match(layer.name)]
+        dense = (layer.name for layer in experts if layer.args is None)
+        yield from (Fault(name, "experts that stay dense beside packed layers", "leave out --keep") for name in dense)
+        yield from _differing(experts, "one setting for all experts")
     if container.uniform:
         yield from _differing([layer for layer in layers if layer.args is not None], "one setting for all layers")
     if container.fused:
@@ -155,6 +195,8 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: Container) -> Iter
     rows, columns = layer.shape
     if layer.kind == "Conv1D" and not container.conv1d:
         yield Fault(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
+    if EXPERT.match(layer.name) and not container.experts:
+        yield Fault(layer.name, "it is an expert of a mixture", "export to fp16 after quantizing")
     if layer.kind == "Embedding" and not container.tables:
         yield Fault(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
     if args.kind not in container.kinds:

@@ -101,7 +101,8 @@ def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str
 
 def _further(plan: Plan) -> list[tuple[str, str]]:
     """Rows of the table that not every card has."""
-    cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, other loaders do not")]
+    others = "compressed-tensors rounds to its scales" if plan.attentions else "other loaders do not"
+    cache = [] if plan.kv is None else [("cache", f"{plan.kv}: `lmpress.load` packs it, {others}")]
     tables = [("table", f"{table.name}, {table.shape[0]:,} rows, {_grid(table.args)}") for table in plan.tables]
     return tables + cache + [("adapted", note) for note in plan.notes]
 

@@ -6,7 +6,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ..errors import UsageError
-from .arguments import QuantArgs, Strategy
+from .arguments import QuantArgs, ScaleDtype, Strategy
 from .roles import CACHED, refuse
 
 CACHE_KEY = "lmpress_kv_cache"  # of config.json: other loaders pass over it and keep their cache in full precision
@@ -24,8 +24,8 @@ class CacheScheme:
 
     The latest `window` tokens stay as they are. Older ones are packed `step` at a time: keys in groups of so many neighbouring
     tokens of a channel (strategy `group`), with scales per token, or with one scale a channel that was calibrated (`channel`,
-    static); values per token, or in groups of neighbouring channels of a token. A token's channels are those of all its
-    key-value heads.
+    static); values per token, or in groups of neighbouring channels of a token. Either may have one calibrated scale for all
+    (`tensor`, static), as other runtimes keep them. A token's channels are those of all its key-value heads.
 
     Raises `UsageError` for cells of the taxonomy that make no sense.
     """
@@ -37,8 +37,10 @@ class CacheScheme:
     def __post_init__(self) -> None:
         for args in (self.keys, self.values):
             refuse(CACHED, args)
-        if not self.values.dynamic:
-            raise UsageError("values are loud in some tokens, not in some channels", "use dynamic: true for the values")
+        if self.values.strategy == "channel":
+            raise UsageError(
+                "values are loud in some tokens, not in some channels", "use strategy tensor, token or group"
+            )
         if self.step % 8:
             raise UsageError(f"groups of {self.step} tokens do not fill bytes", "use a multiple of 8")
         if self.window < 0:
@@ -48,6 +50,12 @@ class CacheScheme:
     def of(cls, bits: int, window: int = 64) -> "CacheScheme":
         """The usual scheme at `bits` bits."""
         return cls(cache_args(bits, "group", 32), cache_args(bits, "group", 32), window)
+
+    @classmethod
+    def shared(cls, bits: int = 8, window: int = 0, scale_dtype: ScaleDtype = "float16") -> "CacheScheme":
+        """Symmetric, with one calibrated scale for all keys of a layer and one for its values."""
+        args = QuantArgs(bits, True, "tensor", None, formula="signed", scale_dtype=scale_dtype)
+        return cls(args, args, window)
 
     @classmethod
     def found_in(cls, config: object) -> "CacheScheme | None":
@@ -65,12 +73,19 @@ class CacheScheme:
     def __str__(self) -> str:
         same = self.keys.bits == self.values.bits
         bits = f"{self.keys.bits}" if same else f"{self.keys.bits}/{self.values.bits}"
-        return f"kv={bits} bits, window {self.window}{', static keys' if self.static else ''}"
+        static = " and ".join(name for name in ("keys", "values") if not getattr(self, name).dynamic)
+        return f"kv={bits} bits, window {self.window}{f', static {static}' if static else ''}"
 
     @property
     def static(self) -> bool:
-        """Whether the keys' scales are calibrated."""
-        return not self.keys.dynamic
+        """Whether any scales are calibrated."""
+        return not (self.keys.dynamic and self.values.dynamic)
+
+    @property
+    def is_shared(self) -> bool:
+        """Whether other runtimes can read it: symmetric, as many bits and one calibrated scale for keys and for values."""
+        alike = self.keys.bits == self.values.bits
+        return alike and all(args.strategy == "tensor" and args.symmetric for args in (self.keys, self.values))
 
     @property
     def step(self) -> int:

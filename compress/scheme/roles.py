@@ -27,7 +27,7 @@ class Role:
 EVERY_CALL = "weights do not change from call to call: give them static scales"
 NO_SUM = "a product sums over the input channels, so they have one scale: use strategy token or tensor"
 GROWING = "there are ever more tokens: use strategy token, or group, with dynamic: true"
-UNKNOWN = "tokens to come are not known in advance: use strategy channel, or dynamic: true"
+UNKNOWN = "tokens to come are not known in advance: use strategy tensor or channel, or dynamic: true"
 WEIGHTS = Role(
     "weights",
     {False: ("tensor", "channel", "group", "flat"), True: ()},
@@ -46,11 +46,10 @@ INPUTS = Role(
 )
 CACHED = Role(
     "cached keys and values",
-    {False: ("channel",), True: ("token", "group")},
+    {False: ("tensor", "channel"), True: ("token", "group")},
     {False: ("minmax", "mse"), True: ("minmax", "mse")},
     ("spqr", "signed"),
     {(strategy, False): UNKNOWN for strategy in ("token", "group")}
-    | {("tensor", False): "channels of keys differ too much to share a scale: use strategy channel"}
     | {(strategy, True): GROWING for strategy in ("tensor", "channel")},
 )
 

@@ -1,6 +1,6 @@
 """The cache that a transformers model fills while it generates, packed: real codes in memory, not rounded floats."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,10 +8,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
+from ...compress.activations import fake_quantize
 from ...compress.errors import UsageError
-from ...compress.scheme import CacheScheme
+from ...compress.grid import parameters
+from ...compress.scheme import CacheScheme, QuantArgs
 from .packed import PackedStates
-from .ranges import attached
+from .ranges import Ends, attached
+
+DYNAMIC = Ends(None, None)
 
 
 class PackedLayer(DynamicLayer):
@@ -23,10 +27,10 @@ class PackedLayer(DynamicLayer):
 
     is_croppable = False  # `crop` into the packed part gives back rounded tokens
 
-    def __init__(self, scheme: CacheScheme, ends: Tensor | None = None) -> None:
+    def __init__(self, scheme: CacheScheme, ends: Ends = DYNAMIC) -> None:
         super().__init__()
         self.scheme = scheme
-        self.ends = ends  # of the key channels' calibrated ranges
+        self.ends = ends
         self.packed: tuple[PackedStates, PackedStates] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -109,11 +113,8 @@ class PackedLayer(DynamicLayer):
     def _pack(self, count: int) -> None:
         """Move the first `count` tokens of the window into the packed part."""
         old = [states[:, :, :count] for states in self._window]
-        if self.ends is None:
-            keys = PackedStates.of(old[0], self.scheme.keys, self.scheme.keys.strategy == "group")
-        else:
-            keys = PackedStates.within(old[0], self.scheme.keys, self.ends)
-        values = PackedStates.of(old[1], self.scheme.values, along_tokens=False)
+        keys = _packed(old[0], self.scheme.keys, self.ends.keys, self.scheme.keys.strategy == "group")
+        values = _packed(old[1], self.scheme.values, self.ends.values, along_tokens=False)
         self.keys, self.values = (states[:, :, count:].clone() for states in self._window)
         if self.packed is None:
             self.packed = keys, values
@@ -122,25 +123,29 @@ class PackedLayer(DynamicLayer):
             self.packed[1].append(values)
 
 
+def _packed(states: Tensor, args: QuantArgs, ends: Tensor | None, along_tokens: bool) -> PackedStates:
+    return PackedStates.of(states, args, along_tokens) if ends is None else PackedStates.within(states, args, ends)
+
+
 class PackedCache(Cache):
     """A transformers cache whose layers keep past tokens as `scheme` says, for a model with this `config`.
 
-    A static scheme needs the calibrated `ranges` of every layer's keys. Raises `UsageError` for models whose layers keep
+    A static scheme needs the calibrated `ranges` of every layer. Raises `UsageError` for models whose layers keep
     anything but all keys and values: sliding windows, recurrent states.
     """
 
-    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Tensor] | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Ends] | None = None) -> None:
         count = check_cache(config)
         if scheme.static and (ranges is None or len(ranges) != count):
             found = "none are given" if ranges is None else f"{len(ranges)} are given"
-            raise UsageError(f"{count} layers with static keys need as many ranges, {found}", "use dynamic: true")
+            raise UsageError(f"{count} layers with static scales need as many ranges, {found}", "use dynamic: true")
         super().__init__(
-            layers=[PackedLayer(scheme, ranges[i] if scheme.static and ranges else None) for i in range(count)]
+            layers=[PackedLayer(scheme, ranges[i] if scheme.static and ranges else DYNAMIC) for i in range(count)]
         )
 
     @classmethod
     def of(cls, model: PreTrainedModel, scheme: CacheScheme) -> "PackedCache":
-        """An empty cache of `model`, with the key ranges that were loaded with it where the scheme is static."""
+        """An empty cache of `model`, with the ranges that were loaded with it where the scheme is static."""
         return cls(model.config, scheme, attached(model) if scheme.static else None)
 
     @property
@@ -178,7 +183,36 @@ def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
     is used as it is. Raises `UsageError` as `PackedCache` does.
     """
     check_cache(model.config)
+    _serve(model, lambda: PackedCache.of(model, scheme))
 
+
+def serve_rounded(model: PreTrainedModel, scheme: CacheScheme, ranges: Sequence[Ends]) -> None:
+    """Have `model` do what compressed-tensors makes of a scheme that `is_shared`: round every key and value as it comes, those
+    that a prompt reads of itself too, and keep them as floats."""
+    _serve(model, lambda: _Rounded(model.config, scheme, ranges))
+
+
+class _Rounded(DynamicCache):
+    """Keys and values rounded to the grids of their layer's `ranges`."""
+
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Ends]) -> None:
+        super().__init__(config=config)
+        self._scheme, self._ranges = scheme, ranges
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Add the states of new tokens `[batch, heads, tokens, width]`."""
+        rounded = []
+        for states, each, ends in zip(
+            (key_states, value_states), (self._scheme.keys, self._scheme.values), self._ranges[layer_idx], strict=True
+        ):
+            assert ends is not None
+            rounded.append(fake_quantize(states, each, parameters(ends[:, 0], ends[:, 1], each)))
+        return super().update(*rounded, layer_idx, *args, **kwargs)
+
+
+def _serve(model: PreTrainedModel, make: Callable[[], Cache]) -> None:
     def give(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -186,7 +220,7 @@ def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
         if wanted is None:
             wanted = getattr(model.config.get_text_config(), "use_cache", True)
         if wanted and (past is None or (type(past) is DynamicCache and past.get_seq_length() == 0)):
-            kwargs = kwargs | {"past_key_values": PackedCache.of(model, scheme)}
+            kwargs = kwargs | {"past_key_values": make()}
         return args, kwargs
 
     model.register_forward_pre_hook(give, with_kwargs=True)

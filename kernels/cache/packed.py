@@ -24,7 +24,7 @@ class PackedStates:
 
     codes       uint8 `[batch, channels, tokens * bits / 8]`, eight tokens in `bits` bytes
     scale, low  in `args.scale_dtype`: `[batch, channels, tokens / group]` for groups of tokens, `[batch, groups, tokens]` for
-                groups of channels, `[1, channels, 1]` where they are static; `low` is None for symmetric grids
+                groups of channels, `[1, channels, 1]` or `[1, 1, 1]` where they are static; `low` is None for symmetric grids
     heads       that the channels are divided into
     """
 
@@ -57,16 +57,18 @@ class PackedStates:
 
     @classmethod
     def within(cls, states: Tensor, args: QuantArgs, ends: Tensor) -> "PackedStates":
-        """Quantize `states` `[batch, heads, tokens, width]` between the calibrated `ends` `[heads * width, 2]` of the channels.
+        """Quantize `states` `[batch, heads, tokens, width]` between the calibrated `ends` `[heads * width, 2]` of the channels,
+        or `[1, 2]` of all of them.
 
         What lies beyond is cut off. Raises `CompressError` where the ranges are those of other channels.
         """
         channels = _channels(states)
-        if len(ends) != channels.shape[1]:
+        if len(ends) != (1 if args.strategy == "tensor" else channels.shape[1]):
             raise CompressError(
-                f"key ranges of {len(ends)} channels for keys of {channels.shape[1]}", "load the model that they are of"
+                f"cache ranges of {len(ends)} channels for {channels.shape[1]}", "load the model that they are of"
             )
-        scale, zero, low = _grid(*parameters(ends[:, 0], ends[:, 1], args), args)
+        scale, zero = parameters(ends[:, 0], ends[:, 1], args)
+        scale, zero, low = _grid(scale.float(), zero.float(), args)
         codes = encode(channels, scale.unsqueeze(-1), zero.unsqueeze(-1), args).to(torch.uint8)
         kept = [None if t is None else t.to(args.torch_scale_dtype).view(1, -1, 1) for t in (scale, low)]
         assert kept[0] is not None

@@ -44,7 +44,18 @@ def test_a_wrong_scale_is_found(tmp_path: Path) -> None:
     tensors[f"{layer}.weight_scale"][5, 1] *= 1.5
     shards.write(tmp_path / "q" / "model.safetensors", tensors)
     (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
-    assert not finding.ok and finding.wrong_layers == (layer,)
+    assert not finding.ok and finding.wrong_layers == (layer,) and finding.block == 3
+
+
+@needs_llama_cpp
+@pytest.mark.parametrize("block", [0, 5, 7])
+def test_a_difference_outside_the_packed_layers_is_found_in_its_block(tmp_path: Path, block: int) -> None:
+    lmpress.quantize(SAMPLE, tmp_path / "q", method="rtn", bits=4, group_size=32)
+    lmpress.export(tmp_path / "q", tmp_path / "gguf", format="gguf")
+    tensors, norm = shards.read(tmp_path / "q" / "model.safetensors"), f"model.layers.{block}.input_layernorm.weight"
+    shards.write(tmp_path / "q" / "model.safetensors", tensors | {norm: tensors[norm] * 2})
+    (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
+    assert not finding.ok and finding.wrong_layers == () and finding.block == block, finding
 
 
 @pytest.mark.skipif(INSTALLED, reason="llama-cpp-python is installed")

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ....calibrate.experts import renamed
+from ....calibrate.source import is_finite
 from ...errors import CompressError
 from ...scheme import QuantArgs, WeightArgs
 from ...tensor import Compressed, CompressedTensor
@@ -82,12 +84,12 @@ def write_tensors(
     others: Specs,
     other: Callable[[str], Tensor],
     transposed: Callable[[str], bool],
-    renamed: Mapping[str, str],
+    called: Mapping[str, str],
 ) -> None:
     """Write the shards of a checkpoint into `folder`, one layer in memory at a time.
 
     `layers` are shapes and arguments by name and `layer` reads one; `others` and `other` are the same for the tensors that
-    are taken over. `transposed` says which layers the model stores as `[in, out]`, `renamed` which tensors go by another name.
+    are taken over. `transposed` says which layers the model stores as `[in, out]`, `called` which modules go by another name.
     """
 
     def parts(name: str, tensor: Compressed) -> dict[str, Tensor]:
@@ -104,12 +106,12 @@ def write_tensors(
             specs |= (
                 specs_of(parts(name, blank(shape, args))) if planned.spec is None else planned.spec(name, args, *shape)
             )
-    with streamed(folder, {renamed.get(name, name): spec for name, spec in specs.items()}) as put:
+    with streamed(folder, {renamed(name, called): spec for name, spec in specs.items()}) as put:
         for name in layers:
             for tensor_name, tensor in parts(name, layer(name)).items():
-                put(renamed.get(tensor_name, tensor_name), tensor)
+                put(renamed(tensor_name, called), tensor)
         for name in others:
-            put(renamed.get(name, name), cast(name, other(name), specs[name].torch_dtype))
+            put(renamed(name, called), cast(name, other(name), specs[name].torch_dtype))
 
 
 def _spec(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
@@ -121,6 +123,6 @@ def _spec(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """`tensor` in `dtype`. Raises `CompressError` where a value is too large for it."""
     result = tensor.to(dtype)
-    if result.is_floating_point() and result.device.type != "meta" and not bool(result.isfinite().all()):
+    if dtype.is_floating_point and dtype != tensor.dtype and not is_finite(result):
         raise CompressError(f"{name} holds values too large for {dtype}", "export to bf16 or fp32 instead")
     return result

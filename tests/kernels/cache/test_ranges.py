@@ -1,4 +1,4 @@
-"""Calibrated key ranges: found per channel, stored with the checkpoint, used at any bits; what lies beyond is cut off."""
+"""Calibrated ranges: found per channel or for all, stored with the checkpoint, used at any bits; beyond them is cut off."""
 
 import json
 from pathlib import Path
@@ -14,7 +14,8 @@ from lmpress.compress.errors import CompressError, UsageError
 from lmpress.compress.scheme import CacheScheme, QuantArgs, cache_args
 from lmpress.kernels.cache.cache import PackedCache, PackedLayer
 from lmpress.kernels.cache.packed import PackedStates
-from lmpress.kernels.cache.ranges import KEY_RANGES, attached, key_range, read_ranges
+from lmpress.kernels.cache.ranges import Ends, attached, calibrate
+from lmpress.kernels.cache.stored import CACHE_RANGES, read_ranges
 
 
 def static(bits: int = 4, symmetric: bool = False, observer: str = "minmax") -> QuantArgs:
@@ -26,6 +27,12 @@ def scheme(bits: int = 4, window: int = 0) -> CacheScheme:
     return CacheScheme(static(bits), cache_args(bits, "token"), window)
 
 
+def key_range(block: Any, batches: Any, args: QuantArgs) -> Tensor:
+    found = calibrate(block, batches, CacheScheme(args, cache_args(4, "token")))
+    assert found.keys is not None and found.values is None
+    return found.keys
+
+
 def random_keys(seed: int = 0) -> Tensor:
     return torch.randn(2, 2, 64, 4, generator=torch.Generator().manual_seed(seed))
 
@@ -35,14 +42,19 @@ def test_ranges_are_those_of_what_the_cache_gets(architecture_free_model: Any, r
     """Against a real cache of the whole model; a mask leaves out whole rows."""
     model, ids = architecture_free_model(name)
     cache = DynamicCache(config=model.config)
+    shared = CacheScheme.shared()
     with torch.no_grad():
         model(input_ids=ids, past_key_values=cache, use_cache=True)
     block, call, hidden = record(model, 1)
-    keys = cache.layers[1].keys.transpose(1, 2).flatten(2)
+    keys, values = (states.transpose(1, 2).flatten(2) for states in (cache.layers[1].keys, cache.layers[1].values))
     for mask in (None, torch.arange(len(ids)).unsqueeze(1).expand(ids.shape) > 3):
         seen = keys.flatten(0, 1) if mask is None else keys[mask]
         found = key_range(block, [(call, hidden, mask)], static())
         torch.testing.assert_close(found, torch.stack([seen.amin(0), seen.amax(0)], 1), rtol=1e-5, atol=1e-6)
+        found_keys, found_values = calibrate(block, [(call, hidden, mask)], shared)
+        value = values.flatten(0, 1) if mask is None else values[mask]
+        for ends, states in ((found_keys, seen), (found_values, value)):
+            torch.testing.assert_close(ends, torch.stack([states.min(), states.max()]).view(1, 2), rtol=1e-5, atol=1e-6)
 
 
 @pytest.fixture
@@ -92,14 +104,26 @@ def test_one_scale_serves_all_tokens_however_they_are_rearranged() -> None:
     assert torch.equal(parts.states(torch.float32), whole[[1, 0, 1], :, :40])
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_one_scale_for_all_channels(symmetric: bool) -> None:
+    given = random_keys()
+    args = QuantArgs(8, symmetric, "tensor", None, formula="signed" if symmetric else "spqr")
+    packed = PackedStates.within(given, args, torch.stack([given.min(), given.max()]).view(1, 2))
+    step = given.abs().max() / 127 if symmetric else (given.max() - given.min()) / 255
+    assert (packed.states(torch.float32) - given).abs().max() <= 0.51 * step + 1e-3
+    assert packed.nbytes == given.numel() + (2 if symmetric else 4)
+    with pytest.raises(CompressError, match="ranges of 8 channels"):
+        PackedStates.within(given, args, torch.zeros(8, 2))
+
+
 def test_ranges_of_other_channels_are_refused() -> None:
-    with pytest.raises(CompressError, match="6 channels for keys of 8"):
+    with pytest.raises(CompressError, match="6 channels for 8"):
         PackedStates.within(random_keys(), static(), torch.zeros(6, 2))
 
 
 def test_a_layer_rounds_what_leaves_the_window() -> None:
     ends = torch.tensor([[-4.0, 4.0]] * 8)
-    layer = PackedLayer(scheme(8, window=8), ends)
+    layer = PackedLayer(scheme(8, window=8), Ends(ends, None))
     given = random_keys()
     keys, _ = layer.update(given, given)
     assert torch.equal(keys, given)  # a prompt attends to itself
@@ -127,13 +151,14 @@ def test_a_checkpoint_carries_its_ranges(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
     model = lmpress.load(out)
     ranges = attached(model)
-    assert [tuple(ends.shape) for ends in ranges] == [(16, 2)] * 2 and all((e[:, 0] < e[:, 1]).all() for e in ranges)
+    assert [tuple(ends.keys.shape) for ends in ranges] == [(16, 2)] * 2 and all(ends.values is None for ends in ranges)
+    assert all((ends.keys[:, 0] < ends.keys[:, 1]).all() for ends in ranges)
     cache = model(input_ids=torch.arange(2, 10).repeat(1, 5)).past_key_values
     assert isinstance(cache, PackedCache) and all(
-        torch.equal(x.ends, e) for x, e in zip(cache.layers, ranges, strict=True)
+        torch.equal(x.ends.keys, e.keys) for x, e in zip(cache.layers, ranges, strict=True)
     )
     other = lmpress.load(out, kv_bits=8, kv_window=0)(input_ids=torch.arange(2, 10).repeat(1, 5)).past_key_values
-    assert other.layers[0].scheme == scheme(8) and torch.equal(other.layers[0].ends, ranges[0])
+    assert other.layers[0].scheme == scheme(8) and torch.equal(other.layers[0].ends.keys, ranges[0].keys)
     assert type(lmpress.load(out, kv_bits=16)(input_ids=torch.tensor([[2]])).past_key_values) is DynamicCache
 
 
@@ -149,10 +174,10 @@ def test_what_is_evaluated_is_the_static_cache(tiny: Path, tmp_path: Path) -> No
 
 def test_a_checkpoint_without_its_ranges_says_so(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
-    ranges = out / KEY_RANGES
+    ranges = out / CACHE_RANGES
     assert len(read_ranges(ranges)) == 2
     ranges.unlink()
-    with pytest.raises(CompressError, match=r"key_ranges.lmpress is missing.*kv_bits=16"):
+    with pytest.raises(CompressError, match=r"cache_ranges.lmpress is missing.*kv_bits=16"):
         lmpress.load(out)
     assert lmpress.load(out, kv_bits=16)
 
@@ -161,12 +186,12 @@ def test_a_model_without_ranges_says_so(make_model: Any) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match="calibrated ranges"):
         PackedCache.of(model, scheme())
-    with pytest.raises(UsageError, match="2 layers with static keys need as many ranges"):
+    with pytest.raises(UsageError, match="2 layers with static scales need as many ranges"):
         PackedCache(model.config, scheme())
 
 
-def test_values_have_no_static_scales() -> None:
-    with pytest.raises(UsageError, match="dynamic: true for the values"):
+def test_values_have_no_static_scales_per_channel() -> None:
+    with pytest.raises(UsageError, match="use strategy tensor, token or group"):
         CacheScheme(static(), static())
     with pytest.raises(UsageError, match="not known in advance"):
         CacheScheme(QuantArgs(4, False, "token", None, formula="spqr"), cache_args(4, "token"))

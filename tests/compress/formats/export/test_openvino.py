@@ -1,0 +1,69 @@
+"""OpenVINO's IR: codes stay packed in the file, served weights are equal, and the package is asked for by name."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import lmpress
+from lmpress.compress.errors import UsageError
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    config = LlamaConfig(
+        vocab_size=16,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=32,
+        initializer_range=0.2,
+        attention_bias=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (2, False)])
+def test_codes_stay_packed_and_serve_as_they_are(model: Path, bits: int, symmetric: bool) -> None:
+    pytest.importorskip("openvino")
+    source = model.parent / "q"
+    lmpress.quantize(model, source, method="rtn", bits=bits, symmetric=symmetric, group_size=32)
+    report = lmpress.export(source, model.parent / "ir", format="openvino")
+    files = {file.name: file.stat().st_size for file in report.out.iterdir()}
+    assert {"openvino_model.xml", "openvino_model.bin", "config.json"} <= set(files)
+    assert not any(name.startswith(("model.onnx", ".onnx")) for name in files)
+    assert report.bytes_after == files["openvino_model.xml"] + files["openvino_model.bin"]
+    assert "quantization_config" not in json.loads((report.out / "config.json").read_text())
+    weights = sum(rows * columns for rows, columns in SHAPES) * 2
+    assert weights * bits / 8 < files["openvino_model.bin"] < weights * (bits + 40 / 32) / 8 + 40_000
+    (finding,) = lmpress.verify(report.out, against=source, runtime=["openvino"]).findings
+    assert finding.ok and finding.steps is not None and finding.steps < 1e-4, finding
+    assert finding.outputs is not None and finding.outputs.logits < 1e-4 and finding.block is None
+
+
+SHAPES = [(256, 256), (128, 256), (128, 256), (256, 256), (512, 256), (512, 256), (256, 512)]
+
+
+def test_the_package_is_asked_for_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    lmpress.quantize(model, model.parent / "q", method="rtn", group_size=32)
+    with pytest.raises(UsageError, match=r"needs the package openvino; pip install 'lmpress\[openvino\]'"):
+        lmpress.export(model.parent / "q", model.parent / "ir", format="openvino")
+    assert not (model.parent / "ir").exists()
+
+
+def test_a_packed_embedding_is_looked_up_as_it_was(model: Path) -> None:
+    pytest.importorskip("openvino")
+    recipe = "passes: [{method: rtn, scheme: {weights: {group_size: 32}}}]\nembedding: {bits: 8, group_size: 32}\n"
+    (model.parent / "recipe.yaml").write_text(recipe)
+    lmpress.run(model, model.parent / "q", model.parent / "recipe.yaml")
+    lmpress.export(model.parent / "q", model.parent / "ir", format="openvino")
+    (finding,) = lmpress.verify(model.parent / "ir", against=model.parent / "q", runtime=["openvino"]).findings
+    assert finding.ok and finding.steps is not None and finding.steps < 1e-4, finding

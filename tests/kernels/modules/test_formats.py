@@ -188,9 +188,9 @@ def test_predictions_are_those_of_the_dequantized_weights_with_rounded_inputs(ch
 @torch.no_grad()
 def test_casts_and_copies_keep_what_is_served(checkpoint: Path) -> None:
     model = lmpress.load(checkpoint)
-    before = {name: module.compressed for name, module in model.named_modules() if hasattr(module, "compressed")}
     stored = Checkpoint.open(checkpoint)
     stored_as = sources(stored)
+    before = {name: model.get_submodule(name).compressed for name in stored_as}
     model.half().float()
     for name, tensor in before.items():
         module = model.get_submodule(name)

@@ -122,6 +122,10 @@ class CodedProduct(Product):
         """The codes uint8 `[out, in]` that were given."""
         raise NotImplementedError
 
+    def held_scale(self) -> Tensor | None:
+        """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None where they are gone."""
+        return None
+
 
 class PrunedProduct(Product):
     """The product of a pruned weight, which it keeps as it was given: `mask`, `values` (see `PrunedWeight`)."""

@@ -44,6 +44,10 @@ class CpuProduct(Arranged[Panels]):
         panels = self.layout
         return unpack(panels.packed, self.lanes, panels.rows, panels.columns, panels.group, panels.bits)
 
+    def held_scale(self) -> Tensor | None:
+        scales = self.layout.scales
+        return None if scales is None else scales.transpose(1, 2).flatten(0, 1)[: self.layout.rows].contiguous()
+
     def __getstate__(self) -> dict[str, Any]:
         """Addresses are not copied."""
         return self.__dict__ | {"_call": None}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...compress.scheme import QuantArgs
-from ...compress.tensor import MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
+from ...compress.tensor import CompressedTensor, MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
 from .. import apart, dispatch
 from ..kernel import STEPS, Activations, CodedProduct, Need, Product, PrunedProduct
 from ..weight import Levels, PrunedWeight, Weight
@@ -116,7 +116,7 @@ class PackedLinear(ServedLinear):
     """`y = x W^T + bias` with `W` kept as codes.
 
     What the codes stand for are buffers in their stored dtypes, called as the fields of the tensor: `scale` and `zero` of a
-    grid, `absmax` of NF4.
+    grid, `absmax` of NF4. A `scale` that the product holds is None here.
     """
 
     def __init__(self, tensor: Served | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
@@ -127,13 +127,28 @@ class PackedLinear(ServedLinear):
     def compressed(self) -> Served | SpQRTensor:
         """What the module serves."""
         stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
+        if "scale" in stored:
+            stored["scale"] = self._scale
         return self._kind(codes=self.codes, **stored, **self._settings)
 
     @property
     def codes(self) -> Tensor:
         """Those of the weight, uint8 `[out, in]`."""
+        return self._coded.codes()
+
+    @property
+    def _scale(self) -> Tensor:
+        """As it is stored, wherever it is held."""
+        held = self._buffers["scale"]
+        if held is None:
+            held = self._coded.held_scale()
+        assert held is not None
+        return held.to(self._scale_dtype)
+
+    @property
+    def _coded(self) -> CodedProduct:
         assert isinstance(self.product, CodedProduct)
-        return self.product.codes()
+        return self.product
 
     @property
     def activations(self) -> Activations:
@@ -154,6 +169,13 @@ class PackedLinear(ServedLinear):
         self._stored = [name for name in parts(tensor) if name != "codes"]
         for name in self._stored:
             self.register_buffer(name, parts(tensor)[name], persistent=False)
+
+    def _arrange(self, tensor: Any, serving: Serving) -> None:
+        """Scales that the product holds are held once."""
+        super()._arrange(tensor, serving)
+        if isinstance(tensor, CompressedTensor | MixedTensor):
+            self._scale_dtype = tensor.scale.dtype
+            self._buffers["scale"] = tensor.scale if self._coded.held_scale() is None else None
 
     def _weight(self, tensor: Served | SpQRTensor) -> Weight:
         return Weight.of(tensor)

@@ -33,9 +33,7 @@ class IntegerLinear(PackedLinear):
     def compressed(self) -> CompressedTensor:
         """What the module serves."""
         static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
-        return CompressedTensor(
-            self.codes, self.get_buffer("scale"), self._buffers["zero"], self.args, self.inputs, static
-        )
+        return CompressedTensor(self.codes, self._scale, self._buffers["zero"], self.args, self.inputs, static)
 
     @property
     def activations(self) -> Activations:

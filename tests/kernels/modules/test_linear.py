@@ -1,6 +1,7 @@
 """PackedLinear against float64, and what casts, moves and copies leave alone."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -70,7 +71,8 @@ def test_casts_keep_the_stored_numbers(dtype: torch.dtype, method: str) -> None:
         module = nn.Sequential(linear)
         cast = {torch.float16: module.half, torch.bfloat16: module.bfloat16, torch.float64: module.double}[dtype]
         module.to(dtype) if method == "to" else cast()
-        assert linear.scale.dtype == tensor.scale.dtype and torch.equal(linear.scale, tensor.scale)
+        scale = linear.compressed.scale
+        assert scale.dtype == tensor.scale.dtype and torch.equal(scale, tensor.scale)
         assert linear.zero is not None and torch.equal(linear.zero, tensor.zero)
         assert linear.bias is not None and linear.bias.dtype == dtype
         assert torch.equal(linear.compressed.dequantize(), tensor.dequantize())
@@ -81,12 +83,15 @@ def test_casts_keep_the_stored_numbers(dtype: torch.dtype, method: str) -> None:
         assert (found.double() - exact(x, tensor, bias())).abs().max() <= tolerance * COLUMNS**0.5
 
 
-def test_scales_follow_to_another_device() -> None:
-    linear = PackedLinear(quantized(4), None).to("meta")
-    assert {t.device.type for t in linear.buffers()} == {"meta"}
-    assert linear.scale.dtype == torch.float16
-    both = PackedLinear(quantized(4), None).to("meta", torch.bfloat16)
-    assert both.scale.is_meta and both.scale.dtype == torch.float16
+@pytest.mark.parametrize("to", [("meta",), ("meta", torch.bfloat16)], ids=["device", "device and dtype"])
+def test_what_is_held_follows_to_another_device_in_its_dtype(to: tuple[Any, ...]) -> None:
+    linear = PackedLinear(quantized(4, symmetric=False), None)
+    before = {name: buffer.dtype for name, buffer in linear.named_buffers()}
+    after = dict(linear.to(*to).named_buffers())
+    assert {buffer.device.type for buffer in after.values()} == {"meta"}
+    assert {name: buffer.dtype for name, buffer in after.items() if name in ("zero", "product.packed")} == {
+        name: dtype for name, dtype in before.items() if name in ("zero", "product.packed")
+    }
 
 
 def test_three_bits_take_three_bits() -> None:

@@ -51,10 +51,11 @@ class OneToken:
         self._parts: list[tuple[dict[str, nn.Module | None], str, nn.Module | None]] = []
         self._block: library.Block | None = None
 
-    def __call__(self, hidden_states: Tensor, **given: Any) -> Tensor:
-        block = self._ready() if self.fits is not False and _is_single(hidden_states, given) else None
+    def __call__(self, hidden_states: Tensor, *places: Any, **given: Any) -> Tensor:
+        single = self.fits is not False and not places and _is_single(hidden_states, given)
+        block = self._ready() if single else None
         if block is None:
-            return self._own(hidden_states, **given)
+            return self._own(hidden_states, *places, **given)
         if self.fits is None:
             return self._first(block, hidden_states, given)
         return self._answer(block, hidden_states, given["position_embeddings"], given["past_key_values"])
@@ -63,8 +64,8 @@ class OneToken:
         """Addresses are not copied."""
         return self.__dict__ | {"_block": None, "_parts": []}
 
-    def _own(self, x: Tensor, **given: Any) -> Tensor:
-        return type(self.layer).forward(self.layer, x, **given)
+    def _own(self, x: Tensor, *places: Any, **given: Any) -> Tensor:
+        return type(self.layer).forward(self.layer, x, *places, **given)
 
     def _answer(self, block: library.Block, x: Tensor, angles: tuple[Tensor, Tensor], past: Any) -> Tensor:
         queries, keys, values = block.project(x, *angles)

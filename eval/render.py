@@ -138,16 +138,16 @@ def _kernels(kernels: Sequence[Served]) -> Table:
 def timings(found: Bench) -> Group:
     """What `compress bench` shows: a table per shape and number of input rows."""
     machine = found.machine
-    facts = f"{machine.cpu}, {machine.threads} thread(s), torch {machine.torch}; medians of {machine.clock}"
-    rates = f"reads {machine.read_rate:.1f} GB/s, multiplies {machine.product_rate:.0f} GFLOP/s in float32"
+    facts = f"{machine.name}, torch {machine.torch}; medians of {machine.clock}"
+    rates = f"reads {machine.read_rate:.1f} GB/s, multiplies {machine.product_rate:.0f} GFLOP/s in {machine.dtype}"
     groups = groupby(found.timings, key=lambda t: (t.rows, t.columns, t.inputs))
-    return Group(*(_timing_table(list(each)) for _, each in groups), Text(f"{facts}\n{rates}"))
+    return Group(*(_timing_table(list(each), machine.dtype) for _, each in groups), Text(f"{facts}\n{rates}"))
 
 
-def _timing_table(found: Sequence[Timing]) -> Table:
+def _timing_table(found: Sequence[Timing], baseline: str) -> Table:
     first = found[0]
     result = Table(title=f"{first.rows} x {first.columns}, {first.inputs} row(s) of inputs", title_justify="left")
-    for title in ("product", "ms", "times float32", "of roofline", "error"):
+    for title in ("product", "ms", f"times {baseline}", "of roofline", "error"):
         result.add_column(title, justify="left" if title == "product" else "right")
     for each in found:
         if each.median_ms is None or each.ratio is None or each.roofline is None:

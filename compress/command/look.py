@@ -144,8 +144,12 @@ def bench(
     quiet: Quiet = False,
     debug: Debug = False,
     threads: Threads = 1,
+    device: Device = "cpu",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="Search the fastest tiles on this GPU first, and keep them.")
+    ] = False,
 ) -> None:
-    """Time the kernels on this CPU against torch and other libraries."""
+    """Time the kernels on this CPU, or a GPU, against torch and other libraries."""
     with session(json_file, quiet, debug, threads) as output:
         from ...eval.render import timings
         from ...eval.timing.bench import bench as time_all
@@ -153,7 +157,9 @@ def bench(
 
         numbers = parse_numbers(rows, "--rows")
         with watching(output.console) as observer:
-            found = time_all(shapes.split(","), numbers, rounds=rounds, only=only, progress=observer)
+            found = time_all(
+                shapes.split(","), numbers, rounds=rounds, only=only, device=device, tune=tune, progress=observer
+            )
         if plot is not None:
             from ...eval.timing.plot import save
 

@@ -19,37 +19,42 @@ from ...compress.tensor import PrunedTensor, SpQRTensor, TwoLevel
 from ...kernels import apart, dispatch
 from ...kernels.kernel import Activations, Kernel, Need
 from ...kernels.weight import PrunedWeight, SparseRows, Weight
+from .place import Call
 
-RING_BYTES = 4 * 32 << 20
+CPU = torch.device("cpu")
 GROUP = 128
 NEGATIVE = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0]
 POSITIVE = [0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1.0]
 NF4 = torch.tensor([*NEGATIVE, *POSITIVE])
-BASELINE = "torch float32"
 UNTIMED = ("c-portable", "torch-dequantize")  # for machines and layers that have nothing better
-
-Call = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A product under test: `ring` holds what multiplies by copies of the same weight, `dense`; `bytes` are read per call."""
+    """A product under test: `make` gives what multiplies by a copy of the weight `dense`; `bytes` are read per call."""
 
     name: str
-    ring: list[Call]
+    make: Callable[[], Call]
     bytes: int
     dense: Callable[[], Tensor]
     tolerance: float
 
+    def ring(self, total: int) -> list[Call]:
+        """So many copies that they fill more than `total` bytes."""
+        return [self.make() for _ in range(max(2, total // self.bytes + 1))]
 
-def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
-    """torch's float32 product first, then its 16-bit ones, ours, and everyone else's, as far as the regular expression
-    `only` finds something in their names. `columns` is a multiple of 128."""
-    dense = torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02
-    yield _dense(BASELINE, dense, 1e-5)
+
+def candidates(
+    rows: int, columns: int, only: str = "", device: torch.device = CPU, dtype: torch.dtype = torch.float32
+) -> Iterator[Candidate]:
+    """torch's product in `dtype` first, then its 16-bit ones, ours, and everyone else's, as far as the regular expression
+    `only` finds something in their names, for inputs of `dtype` on `device`. `columns` is a multiple of 128."""
+    dense = (torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)) * 0.02).to(device)
+    baseline = _float(dense.to(dtype))
+    yield baseline
     int4, int8 = _rounded(dense, 4, GROUP), _rounded(dense, 8, columns)
     for name, make in _others(dense, int4, int8).items():
-        if re.search(only, name):
+        if re.search(only, name) and name != baseline.name:
             yield make(name)
     weights = _weights(dense, int4, int8)
     for kernel in dispatch.KERNELS:
@@ -57,7 +62,7 @@ def candidates(rows: int, columns: int, only: str = "") -> Iterator[Candidate]:
             full = f"{kernel.name} {name}"
             if kernel.name in UNTIMED or not re.search(only, full):
                 continue
-            need = Need.of(make_weight(), activations)
+            need = Need.of(make_weight(), activations, dtype)
             if dispatch.refusal(kernel, need) is None:
                 yield _ours(full, kernel, make_weight(), need)
 
@@ -86,30 +91,35 @@ def _weights(
 def _others(dense: Tensor, int4: Weight, int8: Weight) -> dict[str, Callable[[str], Candidate]]:
     """torch's own products, and those of libraries that are installed."""
     found: dict[str, Callable[[str], Candidate]] = {
-        "torch bfloat16": lambda name: _dense(name, dense.bfloat16(), 2e-2),
-        "torch float16": lambda name: _dense(name, dense.half(), 2e-2),
-        "torch dynamic int8": lambda name: _torch_dynamic_int8(name, int8),
-        "torch int8, bfloat16": lambda name: _torch_int8_bf16(name, int8),
+        "torch bfloat16": lambda _: _float(dense.bfloat16()),
+        "torch float16": lambda _: _float(dense.half()),
     }
+    if dense.device.type != "cpu":
+        return found
+    found["torch dynamic int8"] = lambda name: _torch_dynamic_int8(name, int8)
+    found["torch int8, bfloat16"] = lambda name: _torch_int8_bf16(name, int8)
     if find_spec("onnxruntime") and find_spec("onnx"):
         found["onnxruntime int4, int8 inputs"] = lambda name: _onnxruntime_int4(name, int4, level=4, tolerance=1e-2)
         found["onnxruntime int4, float32 inputs"] = lambda name: _onnxruntime_int4(name, int4, level=1, tolerance=1e-5)
     return found
 
 
-def _dense(name: str, weight: Tensor, tolerance: float) -> Candidate:
+def _float(weight: Tensor) -> Candidate:
+    """torch's product in the dtype of `weight`, for inputs of any."""
+
     def make() -> Call:
         own = weight.clone()
-        return lambda x: F.linear(x.to(own.dtype), own).float()
+        return lambda x: F.linear(x.to(own.dtype), own).to(x.dtype)
 
-    return Candidate(name, _ring(make, weight.nbytes), weight.nbytes, weight.float, tolerance)
+    tolerance = 1e-5 if weight.dtype == torch.float32 else 2e-2
+    return Candidate(f"torch {str(weight.dtype).removeprefix('torch.')}", make, weight.nbytes, weight.float, tolerance)
 
 
 def _ours(name: str, kernel: Kernel, weight: Weight | PrunedWeight, need: Need) -> Candidate:
     first = apart.prepare(kernel, weight, need)
     exact = kernel.tolerance <= 1e-5 and need.activations == "float"
-    products = _ring(lambda: copy.deepcopy(first), _size(first))
-    return Candidate(name, products, _size(first), weight.dequantize, 1e-5 if exact else 1e-2)
+    tolerance = max(1e-5 if exact else 1e-2, torch.finfo(need.dtype).eps)
+    return Candidate(name, lambda: copy.deepcopy(first), _size(first), weight.dequantize, tolerance)
 
 
 def _torch_dynamic_int8(name: str, weight: Weight) -> Candidate:
@@ -124,7 +134,7 @@ def _torch_dynamic_int8(name: str, weight: Weight) -> Candidate:
         packed = torch.ops.quantized.linear_prepack(codes, None)
         return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
 
-    return Candidate(name, _ring(make, weight.codes.nbytes), weight.codes.nbytes, weight.dequantize, 3e-2)
+    return Candidate(name, make, weight.codes.nbytes, weight.dequantize, 3e-2)
 
 
 def _torch_int8_bf16(name: str, weight: Weight) -> Candidate:
@@ -135,7 +145,7 @@ def _torch_int8_bf16(name: str, weight: Weight) -> Candidate:
         own = stored.clone()
         return lambda x: torch.ops.aten._weight_int8pack_mm(x.bfloat16(), own, scales).float()
 
-    return Candidate(name, _ring(make, stored.nbytes), stored.nbytes, weight.dequantize, 1e-2)
+    return Candidate(name, make, stored.nbytes, weight.dequantize, 1e-2)
 
 
 def _onnxruntime_int4(name: str, weight: Weight, level: int, tolerance: float) -> Candidate:
@@ -164,7 +174,7 @@ def _onnxruntime_int4(name: str, weight: Weight, level: int, tolerance: float) -
         return lambda x: torch.from_numpy(session.run(None, {"x": x.numpy()})[0])
 
     read = nibbles.nbytes + scales.nbytes
-    return Candidate(name, _ring(make, read), read, weight.dequantize, tolerance)
+    return Candidate(name, make, read, weight.dequantize, tolerance)
 
 
 def _rounded(dense: Tensor, bits: int, group: int) -> Weight:
@@ -178,13 +188,14 @@ def _rounded(dense: Tensor, bits: int, group: int) -> Weight:
 def _nearest_in_table(dense: Tensor) -> Weight:
     groups = dense.unflatten(1, (-1, 64))
     scale = groups.abs().amax(-1)
-    edges = (NF4[1:] + NF4[:-1]) / 2
+    table = NF4.to(dense.device)
+    edges = (table[1:] + table[:-1]) / 2
     codes = torch.bucketize(groups / scale.unsqueeze(-1), edges).flatten(1).to(torch.uint8)
-    return Weight(codes, scale, None, 4, 64, codebook=NF4)
+    return Weight(codes, scale, None, 4, 64, codebook=table)
 
 
 def _with_residual(weight: Weight) -> Weight:
-    chosen = torch.rand(weight.shape, generator=torch.Generator().manual_seed(1)) < 0.01
+    chosen = _share(weight.codes, 0.01)
     return Weight(weight.codes, weight.scale, None, 4, GROUP, residual=SparseRows.of(chosen * 0.1))
 
 
@@ -197,15 +208,20 @@ def _two_level(dense: Tensor, outliers: float) -> Weight:
     steps = scale.values(torch.float32).clamp(min=1e-9)
     zero = TwoLevel.fit(-low / steps)
     codes = encode(groups, steps.unsqueeze(-1), zero.values(torch.float32).unsqueeze(-1), args)
-    kept = torch.rand(dense.shape, generator=torch.Generator().manual_seed(1)) < outliers
-    values = torch.full((int(kept.sum()),), 0.1, dtype=torch.float16)
+    kept = _share(dense, outliers)
+    values = torch.full((int(kept.sum()),), 0.1, dtype=torch.float16, device=dense.device)
     residual = (kept.sum(1), kept.nonzero()[:, 1], values)
     return Weight.of(SpQRTensor(codes.flatten(1).to(torch.uint8), scale, zero, *residual, args))
 
 
 def _with_columns(weight: Weight, dense: Tensor) -> Weight:
-    columns = torch.arange(0, weight.shape[1], 200)
+    columns = torch.arange(0, weight.shape[1], 200, device=dense.device)
     return Weight(weight.codes, weight.scale, None, 8, weight.group, columns=columns, outliers=dense[:, columns].half())
+
+
+def _share(like: Tensor, share: float) -> Tensor:
+    """A random share of the places of `like`."""
+    return (torch.rand(like.shape, generator=torch.Generator().manual_seed(1)) < share).to(like.device)
 
 
 def _pruned(dense: Tensor, args: PruneArgs) -> PrunedWeight:
@@ -213,10 +229,6 @@ def _pruned(dense: Tensor, args: PruneArgs) -> PrunedWeight:
     size = 4 if args.pattern else dense.numel()
     order = dense.abs().view(-1, size).argsort(-1).argsort(-1)
     return PrunedWeight.of(PrunedTensor.of(dense, (order < size // 2).view_as(dense), args))
-
-
-def _ring(make: Callable[[], Call], bytes_each: int) -> list[Call]:
-    return [make() for _ in range(max(2, RING_BYTES // bytes_each + 1))]
 
 
 def _size(module: nn.Module) -> int:

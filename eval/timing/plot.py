@@ -15,7 +15,7 @@ INCHES_PER_BAR, WIDTH = 0.22, 5.0
 
 
 def save(found: Bench, path: Path) -> None:
-    """Draw the ratios to torch's float32 product into `path`, whose ending says how (.svg, .png, .pdf).
+    """Draw the ratios to the baseline, a dense product of torch, into `path`, whose ending says how (.svg, .png, .pdf).
 
     A row of pictures per shape, a column per number of input rows. Raises `UsageError` without matplotlib and for an ending
     that it does not know.
@@ -33,7 +33,7 @@ def save(found: Bench, path: Path) -> None:
         raise UsageError(f"{path.name} names no kind of picture", "end it in .svg, .png or .pdf")
     for axes, panel in zip(figure.subplots(len(shapes), columns, squeeze=False).flat, panels, strict=True):
         _draw(axes, [timing for timing in panel if timing.ratio is not None])
-    figure.supxlabel(f"times as fast as torch float32 ({found.machine.cpu}, {found.machine.threads} thread(s))")
+    figure.supxlabel(f"times as fast as torch {found.machine.dtype} ({found.machine.name})")
     with storage_errors(path):
         figure.savefig(path)
 

@@ -114,14 +114,14 @@ def test_the_fastest_tile_is_found_kept_and_taken(activations, m: int, monkeypat
     monkeypatch.setattr(launch, "_chosen", lambda *args: taken.append(chosen(*args)) or taken[-1])
     favourite = launch.choices(x, multiplies.layout, activations)[-1]
 
-    def seconds(work) -> float:
-        work()
+    def seconds(calls, x) -> float:
+        calls[0](x)
         return 1.0 if taken[-1] == favourite else 2.0
 
-    found = tune(multiplies, [m], torch.float32, seconds)
+    found = tune([multiplies], [m], torch.float32, seconds)
     assert list(found.values()) == [favourite]
     assert set(taken) == set(configs.variants(taken[0])) and 1 < len(set(taken)) <= 8
-    assert tune(multiplies, [m], torch.float32, seconds) == {}  # it is known
+    assert tune([multiplies], [m], torch.float32, seconds) == {}  # it is known
     tuned.tuned_for.cache_clear()  # as in another process
     tuned._of_device.cache_clear()
     torch.testing.assert_close(multiplies(x), expected, rtol=1e-5, atol=1e-5)
@@ -137,9 +137,9 @@ def test_a_tile_that_is_wrong_is_never_the_fastest(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(launch, "_multiply_row", broken)
     assert wrong in configs.variants(GEMV)
-    (found,) = tune(multiplies, [1], torch.float32, lambda work: 1.0 if work().any() else 0.0).values()
+    (found,) = tune([multiplies], [1], torch.float32, lambda calls, x: 1.0 if calls[0](x).any() else 0.0).values()
     assert found == GEMV
 
 
 def test_products_that_take_no_tile_are_left_out() -> None:
-    assert tune(product(), [configs.MOST_ROWS + 1], torch.float32, lambda work: 1.0) == {}
+    assert tune([product()], [configs.MOST_ROWS + 1], torch.float32, lambda calls, x: 1.0) == {}

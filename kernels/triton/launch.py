@@ -105,9 +105,11 @@ def _usual(x: Tensor, tiles: Tiles, activations: Activations) -> Config:
     return config(x.shape[0], activations, tiles.bits, tiles.table is not None, capability_of(x))
 
 
-def _run(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `kernel` on a grid of programs: Triton's own call, which no type checker understands."""
-    kernel[grid](*arguments, **constants)
+def _run(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
+    """Start `kernel` on a grid of programs, on the device of its first argument: Triton takes the current one, which of several
+    GPUs need not be it. Its own call is one that no type checker understands."""
+    with torch.cuda.device_of(first):
+        kernel[grid](first, *arguments, **constants)
 
 
 def _multiply_int8(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -> Tensor:

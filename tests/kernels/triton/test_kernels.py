@@ -218,6 +218,15 @@ def test_the_layout_loses_nothing_and_stays_small(bits: int, group: int) -> None
     assert held == 8 * 4096 * (bits if bits < 4 else 4 if bits == 4 else 8) // 8
 
 
+def test_kernels_start_where_their_tensors_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of several GPUs the current one may be another."""
+    entered, around = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.device.type) or around(tensor))
+    weight = random_weight(20, 96, 4, 32)
+    TritonProduct(weight.to(device), Need.of(weight, "group"))(random_inputs(3, 96).to(device))
+    assert entered == [device] * 2  # inputs become codes, and then the product
+
+
 def test_what_it_serves_is_a_gpu() -> None:
     assert TRITON.serves.refusal(Need(4, 128)) == "device cpu not served"
     assert TRITON.serves.refusal(Need(4, 128, device="cuda", dtype=torch.bfloat16)) is None

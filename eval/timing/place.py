@@ -95,22 +95,24 @@ def in_turns(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
 
 def as_a_graph(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
     """Times all copies as one CUDA graph and divides: a call of its own takes longer to launch than to run."""
-    beside = torch.cuda.Stream()
-    beside.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(beside):  # kernels are compiled before they are captured
-        for work in ring:
-            work(x)
-    torch.cuda.current_stream().wait_stream(beside)
-    graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
-    with torch.cuda.graph(graph):
-        for work in ring:
-            work(x)
+    with torch.cuda.device_of(x):
+        beside = torch.cuda.Stream()
+        beside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(beside):  # kernels are compiled before they are captured
+            for work in ring:
+                work(x)
+        torch.cuda.current_stream().wait_stream(beside)
+        graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
+        with torch.cuda.graph(graph):
+            for work in ring:
+                work(x)
 
     def seconds() -> float:
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
+        with torch.cuda.device_of(x):
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
         return start.elapsed_time(end) / 1e3 / len(ring)
 
     return seconds

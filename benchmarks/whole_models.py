@@ -24,6 +24,7 @@ from transformers import LlamaConfig
 
 import lmpress
 from lmpress.eval.timing import speed as timing
+from lmpress.eval.timing.place import cpu_name
 
 CONFIG = LlamaConfig(
     vocab_size=32000,
@@ -91,6 +92,7 @@ def measure(model: Path, work: Path, python: str | None) -> dict[str, Any]:
     base, exact = ours[0], ours[1]
     record = {
         "model": model.name,
+        "cpu": cpu_name(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "ours": ours,
@@ -119,8 +121,8 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else []
     record = measure(model, options.work, options.llama)
     print(json.dumps(record, indent=2))
-    same = (record["model"], record["threads"])
-    found = [each for each in found if (each["model"], each["threads"]) != same] + [record]
+    told = ("model", "cpu", "threads")
+    found = [each for each in found if any(each.get(name) != record[name] for name in told)] + [record]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
     if not options.keep:

@@ -22,9 +22,7 @@ from ...compress.errors import UsageError
 from ...compress.report.progress import Event, Observer, silent
 from ...kernels.triton.product import TritonProduct
 from .candidates import GROUP, Candidate, candidates
-from .place import Call, Machine, Place, clock, machine_of, place_of
-
-__all__ = ["Bench", "Machine", "Timing", "bench", "clock"]
+from .place import Call, Machine, Place, machine_of, place_of
 
 MANY = 256  # rows of inputs from which fewer rounds do
 TRIES = 5  # of a tile that may be the fastest: medians count

@@ -123,7 +123,7 @@ def machine_of(place: Place) -> Machine:
     on_gpu = place.device.type != "cpu"
     clock_name = "thread CPU time" if torch.get_num_threads() == 1 else "wall clock"
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(),
         instruction_sets=() if on_gpu else tuple(library.instruction_sets()),
         torch=torch.__version__,
         threads=torch.get_num_threads(),
@@ -166,7 +166,7 @@ def _fastest(seconds: Callable[[], float]) -> float:
     return min(seconds() for _ in range(5))
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
     facts = dict(re.split(r"\s*:\s*", line, maxsplit=1) for line in lines if ":" in line)
     if "model name" not in facts:

@@ -27,7 +27,7 @@ from ...compress.formats.load import load
 from ...compress.report.progress import Event, Observer, silent
 from ...kernels.modules.block import blocks_of
 from ...kernels.modules.linear import PackedLinear, SpQRLinear, kernels_of
-from .bench import clock
+from .place import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes

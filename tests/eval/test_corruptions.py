@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -66,6 +67,14 @@ def in_onnx(folder: Path) -> Place:
     return Place(folder / "model.onnx.data", starts[f"{LAYER}.B"], COLUMNS // 2, starts[f"{LAYER}.scales"], "f")
 
 
+def in_openvino(folder: Path) -> Place:
+    constants = {
+        each.get("name"): each.find("data") for each in ElementTree.parse(folder / "openvino_model.xml").iter("layer")
+    }
+    starts = {part: int(constants[f"{LAYER}.{part}"].attrib["offset"]) for part in ("B", "scales")}
+    return Place(folder / "openvino_model.bin", starts["B"], COLUMNS // 2, starts["scales"], "f")
+
+
 FORMATS: dict[str, tuple[str, Callable[[Path], Place]]] = {
     "pack-quantized": ("lmpress", stored("weight_packed", "weight_scale", COLUMNS // 2)),
     "gptq": ("lmpress", stored("qweight", "scales", 4 * ROWS)),
@@ -75,6 +84,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Place]]] = {
     "bitsandbytes": ("lmpress", stored("weight", "weight.nested_absmax", COLUMNS // 2, "f")),
     "gguf": ("gguf-transformers", in_gguf),
     "onnx": ("onnxruntime", in_onnx),
+    "openvino": ("openvino", in_openvino),
 }
 TOKENS = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
 ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
@@ -133,8 +143,8 @@ def permutation(content: bytearray, place: Place) -> None:
 @pytest.mark.parametrize("name", FORMATS)
 def test_one_corruption_of_an_export_is_found_and_named(model: Path, tmp_path: Path, name: str) -> None:
     runtime, find = FORMATS[name]
-    if runtime == "onnxruntime":
-        pytest.importorskip("onnxruntime")
+    if runtime in ("onnxruntime", "openvino"):
+        pytest.importorskip(runtime)
     recipe = Recipe.model_validate({"passes": [PASSES.get(name, PASSES["pack-quantized"])]})
     reference = lmpress.run(model, tmp_path / "reference", recipe).out
     out = lmpress.run(model, tmp_path / "q", recipe).out

@@ -18,6 +18,7 @@ from ...kernels.cpu import build, library
 
 STREAM = Path(library.__file__).with_name("stream.c")
 RING_BYTES = 4 * 32 << 20  # of all copies of a weight together, on CPUs
+SETTLING = 0.02  # seconds
 CACHES = 4  # and on GPUs as many times as their last cache holds
 SQUARE = 1024  # of the product whose rate is the machine's, on CPUs
 GPU_SQUARE, GPU_READ = 8192, 1 << 30
@@ -81,10 +82,14 @@ def clock() -> Callable[[], float]:
 
 
 def in_turns(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """Times one call, the next time that of the next copy."""
+    """Times one call, the next time that of the next copy. Of several threads, calls before it wake those that sleep, while
+    those of the product before, which wait for more work on the same cores, go to sleep."""
     turns, now = cycle(ring), clock()
 
     def seconds() -> float:
+        until = time.perf_counter() + (SETTLING if torch.get_num_threads() > 1 else 0)
+        while time.perf_counter() < until:
+            next(turns)(x)
         work = next(turns)
         start = now()
         work(x)

@@ -168,6 +168,7 @@ def _onnxruntime_int4(name: str, weight: Weight, level: int, tolerance: float) -
     model = helper.make_model(graph, opset_imports=domains, ir_version=10).SerializeToString()
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = torch.get_num_threads()
+    settings.add_session_config_entry("session.intra_op.allow_spinning", "0")  # on the cores of what is timed next
 
     def make() -> Call:
         session = onnxruntime.InferenceSession(model, settings, providers=["CPUExecutionProvider"])

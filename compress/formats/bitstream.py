@@ -11,11 +11,21 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 RUN = 8  # codes that fill whole bytes
+CACHED = 2**19  # codes at a time: what is made of them on the way stays in the cache, which is three times as fast
 STAGES = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))  # the integer, and the bits of each half
 
 
 def pack_rows(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 `codes` `[rows, n]`, each below `2**bits`, into int32 `[rows, ceil(n * bits / 32)]`."""
+    return torch.cat([_packed(piece, bits) for piece in codes.split(_rows_at_once(codes.shape[1]))])
+
+
+def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of `pack_rows`: uint8 `[rows, n]`."""
+    return torch.cat([_unpacked(piece, bits, n) for piece in packed.split(_rows_at_once(n))])
+
+
+def _packed(codes: Tensor, bits: int) -> Tensor:
     rows, n = codes.shape
     words = math.ceil(n * bits / 32)
     whole = _filled(codes, -n % RUN).flatten()  # flat: strides of a single row may be anything
@@ -28,8 +38,7 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
     return _filled(stream, 4 * words - stream.shape[1]).flatten().view(torch.int32).view(rows, words)
 
 
-def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack_rows`: uint8 `[rows, n]`."""
+def _unpacked(packed: Tensor, bits: int, n: int) -> Tensor:
     rows, runs = packed.shape[0], math.ceil(n / RUN)
     stream = packed.flatten().view(torch.uint8).view(rows, -1)
     stream = _filled(stream, runs * bits - stream.shape[1]).reshape(rows, runs, bits)
@@ -40,6 +49,10 @@ def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
         pairs = whole.view(dtype)
         whole = (pairs << (half - filled)).bitwise_and_(low << half).bitwise_or_(pairs & low)
     return whole.view(torch.uint8).view(rows, -1)[:, :n].contiguous()
+
+
+def _rows_at_once(columns: int) -> int:
+    return max(1, CACHED // max(1, columns))
 
 
 def _filled(values: Tensor, count: int) -> Tensor:

@@ -101,12 +101,13 @@ def unpack(codes: Tensor, lanes: int, rows: int, columns: int, group: int, bits:
             quads[:, :, quad] |= ((vectors[:, :, vector + place] >> shift) & (2**plane - 1)) << below
         vector, below = vector + block * plane // 32, below + plane
     flat = quads.permute(0, 3, 1, 2, 4).reshape(panels * lanes, -1)[:rows]
-    return flat[:, _places(columns, group, bits)]
+    return flat if flat.shape[1] == columns else flat[:, _places(columns, group, bits)]
 
 
 def _panels(codes: Tensor, group: int, bits: int, lanes: int) -> Tensor:
     """Codes uint8 `[rows, columns]` in panels `[panels, bytes]`, groups filled up with zeros and panels with rows of them."""
-    return _interleave(F.pad(_pad_groups(codes, group, bits), (0, 0, 0, -len(codes) % lanes)), bits, lanes)
+    missing, padded = -len(codes) % lanes, _pad_groups(codes, group, bits)
+    return _interleave(F.pad(padded, (0, 0, 0, missing)) if missing else padded, bits, lanes)
 
 
 def _interleave(codes: Tensor, bits: int, lanes: int) -> Tensor:
@@ -127,7 +128,10 @@ def _interleave(codes: Tensor, bits: int, lanes: int) -> Tensor:
 
 def _pad_groups(codes: Tensor, group: int, bits: int) -> Tensor:
     columns = codes.shape[1]
-    padded = torch.zeros(len(codes), padded_columns(columns, group, bits), dtype=torch.uint8)
+    width = padded_columns(columns, group, bits)
+    if width == columns:
+        return codes
+    padded = torch.zeros(len(codes), width, dtype=torch.uint8)
     padded[:, _places(columns, group, bits)] = codes
     return padded
 

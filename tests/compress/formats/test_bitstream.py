@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.formats.bitstream import pack_rows, unpack_rows
+from lmpress.compress.formats.bitstream import CACHED, pack_rows, unpack_rows
 
 BITS = range(2, 9)
 LENGTHS = [1, 2, 3, 7, 10, 11, 16, 31, 32, 33, 43, 64, 97, 172]
@@ -49,3 +49,11 @@ def test_the_unused_end_of_the_last_word_is_zero_and_is_ignored_when_read(bits: 
     assert ((packed[:, -1].long() & 0xFFFFFFFF) >> used == 0).all()
     packed[:, -1] |= torch.tensor(-1 << used).to(torch.int32)
     assert torch.equal(unpack_rows(packed, bits, 5), given)
+
+
+@pytest.mark.parametrize("bits", [3, 4, 8])
+def test_rows_that_are_packed_in_pieces_are_packed_as_one_by_one(bits: int) -> None:
+    codes = torch.randint(0, 2**bits, (5, CACHED // 2 - 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    packed = pack_rows(codes, bits)
+    assert torch.equal(packed, torch.cat([pack_rows(row, bits) for row in codes.split(1)]))
+    assert torch.equal(unpack_rows(packed, bits, codes.shape[1]), codes)

@@ -53,7 +53,9 @@ def test_the_unused_end_of_the_last_word_is_zero_and_is_ignored_when_read(bits: 
 
 @pytest.mark.parametrize("bits", [3, 4, 8])
 def test_rows_that_are_packed_in_pieces_are_packed_as_one_by_one(bits: int) -> None:
-    codes = torch.randint(0, 2**bits, (5, CACHED // 2 - 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    codes = torch.randint(
+        0, 2**bits, (5, CACHED // 2 - 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8
+    )
     packed = pack_rows(codes, bits)
     assert torch.equal(packed, torch.cat([pack_rows(row, bits) for row in codes.split(1)]))
     assert torch.equal(unpack_rows(packed, bits, codes.shape[1]), codes)

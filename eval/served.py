@@ -14,10 +14,7 @@ from ..kernels import dispatch
 from ..kernels.kernel import STEPS, Need, Part
 from ..kernels.modules.quantized_inputs import entering
 
-PARTS_OF: dict[str, frozenset[Part]] = {
-    "two-level": frozenset({"levels", "residual"}),
-    "columns": frozenset({"columns"}),
-}
+PARTS_OF: dict[str, tuple[Part, ...]] = {"two-level": ("levels", "residual"), "columns": ("columns",)}
 UNFOLDED = "unfolded for every product"
 
 
@@ -85,7 +82,7 @@ def _need(
         where,
         dtype,
         steps,
-        parts=PARTS_OF.get(kind, frozenset()),
+        parts=PARTS_OF.get(kind, ()),
     )
 
 

@@ -33,7 +33,7 @@ class Need:
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
     codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
     row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
-    of `Weight` that this one has beside its codes, scales and zeros.
+    of `Weight` that this one has beside its codes, scales and zeros, in the order of `PARTS`.
     """
 
     bits: int
@@ -45,7 +45,7 @@ class Need:
     dtype: torch.dtype = torch.float32
     steps: float = STEPS
     values: torch.dtype | None = None
-    parts: frozenset[Part] = frozenset()
+    parts: tuple[Part, ...] = ()
 
     @classmethod
     def of(
@@ -59,7 +59,7 @@ class Need:
         if isinstance(weight, PrunedWeight):
             return cls.pruned(weight.values.dtype, weight.values.device.type, dtype)
         device, codebook = weight.codes.device.type, weight.codebook is not None
-        parts: frozenset[Part] = frozenset(part for part in PARTS if getattr(weight, part) is not None)
+        parts: tuple[Part, ...] = tuple(part for part in PARTS if getattr(weight, part) is not None)
         symmetric = weight.zero is None
         return cls(weight.bits, weight.group, symmetric, codebook, activations, device, dtype, steps, parts=parts)
 

@@ -69,7 +69,7 @@ class Misplaced(ReferenceProduct):
 
 @pytest.mark.parametrize("part", ["levels", "columns", "residual"])
 def test_every_part_of_a_weight_is_tested(part) -> None:
-    need = Need(8, 64, part != "levels", activations="token", parts=frozenset({part}))
+    need = Need(8, 64, part != "levels", activations="token", parts=(part,))
     right = Kernel("right", REFERENCE.serves, ReferenceProduct)
     wrong = {
         "levels": replace(right, prepare=Misplaced),
@@ -129,10 +129,10 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
     Need(8, 4096, activations="token", steps=127.5),
     Need(4, 64, codebook=True, dtype=torch.float16),
     Need(5, 43),
-    Need(8, 200, activations="token", parts=frozenset({"columns"})),
-    Need(8, 200, activations="token", dtype=torch.bfloat16, parts=frozenset({"columns"})),
-    Need(3, 16, symmetric=False, parts=frozenset({"levels", "residual"})),
-    Need(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=frozenset({"levels", "residual"})),
+    Need(8, 200, activations="token", parts=("columns",)),
+    Need(8, 200, activations="token", dtype=torch.bfloat16, parts=("columns",)),
+    Need(3, 16, symmetric=False, parts=("levels", "residual")),
+    Need(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=("levels", "residual")),
 ], ids=str)  # fmt: skip
 def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(need: Need) -> None:
     refusals = {kernel.name: dispatch.refusal(kernel, need) for kernel in dispatch.KERNELS}

@@ -16,7 +16,7 @@ from lmpress.kernels.kernel import Need
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.weight import Weight
 
-NEED = Need(8, 200, activations="token", parts=frozenset({"columns"}))
+NEED = Need(8, 200, activations="token", parts=("columns",))
 HERE = [kernel for kernel in dispatch.KERNELS if dispatch.refusal(kernel, NEED) is None]
 # The margin of each token of these two answers is 0.05 at least, a hundred times what rounding in another order does to a
 # logit, but for a code that takes the next step; and they need the columns and, the second, the threshold.

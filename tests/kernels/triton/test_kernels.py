@@ -90,8 +90,8 @@ def test_random_layers(seed: int, device: str) -> None:
     Need(3, 16, symmetric=False),
     Need(8, 512, activations="token", steps=127.5),
     Need(4, 64, codebook=True),
-    Need(8, 96, activations="token", parts=frozenset({"columns"})),
-    Need(3, 16, symmetric=False, dtype=torch.float16, parts=frozenset({"levels", "residual"})),
+    Need(8, 96, activations="token", parts=("columns",)),
+    Need(3, 16, symmetric=False, dtype=torch.float16, parts=("levels", "residual")),
 ], ids=str)  # fmt: skip
 def test_the_self_test_accepts_them(need: Need) -> None:
     assert selftest.failure(TRITON, need) is None

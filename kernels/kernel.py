@@ -1,5 +1,6 @@
 """What a kernel is: what it serves, as data, and how a weight is prepared for it."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -104,23 +105,23 @@ class Serves:
         )
 
 
-class Product(nn.Module):
+class Product(nn.Module, ABC):
     """A weight in a kernel's layout: `forward` is `y = x W^T` for `x` `[m, in]`, in the dtype of `x`.
 
     Its tensors are buffers, so it moves and is traced as any module; none of them is ever stored.
     """
 
+    @abstractmethod
     def forward(self, x: Tensor) -> Tensor:
         """y `[m, out]`"""
-        raise NotImplementedError
 
 
 class CodedProduct(Product):
     """The product of a weight of codes, which it can give back: nobody has to keep them twice."""
 
+    @abstractmethod
     def codes(self) -> Tensor:
         """The codes uint8 `[out, in]` that were given."""
-        raise NotImplementedError
 
     def held_scale(self) -> Tensor | None:
         """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None where they are gone."""

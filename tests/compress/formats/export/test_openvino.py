@@ -2,31 +2,20 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import PreTrainedModel
 
 import lmpress
 from lmpress.compress.errors import UsageError
 
 
 @pytest.fixture
-def model(tmp_path: Path) -> Path:
-    config = LlamaConfig(
-        vocab_size=16,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        initializer_range=0.2,
-        attention_bias=True,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+def model(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> Path:
+    sizes = {"vocab_size": 16, "hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    make_model("llama", **sizes, attention_bias=True).save_pretrained(tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -42,7 +31,7 @@ def test_codes_stay_packed_and_serve_as_they_are(model: Path, bits: int, symmetr
     assert report.bytes_after == files["openvino_model.xml"] + files["openvino_model.bin"]
     assert "quantization_config" not in json.loads((report.out / "config.json").read_text())
     weights = sum(rows * columns for rows, columns in SHAPES) * 2
-    assert weights * bits / 8 < files["openvino_model.bin"] < weights * (bits + 40 / 32) / 8 + 40_000
+    assert weights * bits / 8 < files["openvino_model.bin"] < weights * (bits + 40 / 32) / 8 + 45_000
     (finding,) = lmpress.verify(report.out, against=source, runtime=["openvino"]).findings
     assert finding.ok and finding.steps is not None and finding.steps < 1e-4, finding
     assert finding.outputs is not None and finding.outputs.logits < 1e-4 and finding.block is None

@@ -1,5 +1,6 @@
 """GGUF files of Qwen2 and Qwen3: biases, norms of queries and keys, heads wider than their share, rows in their own order."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -7,26 +8,15 @@ import gguf
 import pytest
 import torch
 from gguf.quants import quantize
-from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lmpress
 from lmpress.calibrate.source import open_source
 from lmpress.kernels.modules.linear import PackedLinear
 
 IDS = torch.arange(16)[None]
-SIZES = {
-    "vocab_size": 32,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 32,
-    "initializer_range": 0.2,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+SIZES = {"vocab_size": 32, "hidden_size": 64, "intermediate_size": 96, "rope_theta": 500.0}
 KINDS: dict[str, dict[str, Any]] = {"qwen2": {}, "qwen3": {"head_dim": 128}}  # the only one that transformers reads
 PARTS = {
     "self_attn.q_proj": "attn_q",
@@ -44,16 +34,9 @@ PARTS = {
 
 
 @pytest.fixture(params=[(kind, tied) for kind in KINDS for tied in (True, False)], ids=lambda p: f"{p[0]} {p[1]}")
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
+def model(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedModel]) -> PreTrainedModel:
     kind, tied = request.param
-    config = AutoConfig.for_model(kind, **(SIZES | KINDS[kind]), tie_word_embeddings=tied, rope_theta=500.0)
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        made: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-        for name, parameter in made.named_parameters():
-            if parameter.ndim == 1:
-                nn.init.normal_(parameter, float(name.endswith("weight")), 0.3)
-    return made.eval()
+    return make_model(kind, tie_word_embeddings=tied, **SIZES, **KINDS[kind])
 
 
 def by_the_library(model: Any, file: Path, kind: str) -> Path:

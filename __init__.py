@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .compress.api import distill, prune, quantize, run
-    from .compress.errors import CompressError, StorageError, UsageError
     from .compress.export import export
-    from .compress.formats.load import load
+    from .compress.load import load
+    from .errors import CompressError, StorageError, UsageError
     from .eval.perplexity import evaluate
     from .eval.verify import verify
 
@@ -33,13 +33,13 @@ __all__ = [
 ]
 
 _HOMES = {
-    "CompressError": "compress.errors",
-    "StorageError": "compress.errors",
-    "UsageError": "compress.errors",
+    "CompressError": "errors",
+    "StorageError": "errors",
+    "UsageError": "errors",
     "distill": "compress.api",
     "evaluate": "eval.perplexity",
     "export": "compress.export",
-    "load": "compress.formats.load",
+    "load": "compress.load",
     "prune": "compress.api",
     "quantize": "compress.api",
     "run": "compress.api",

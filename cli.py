@@ -8,8 +8,6 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from .compress.command import look
-from .compress.command.carry import carry_chain, carry_out
 from .compress.command.flags import (
     Calib,
     Debug,
@@ -30,7 +28,10 @@ from .compress.command.flags import (
     parse_numbers,
     parse_options,
 )
+from .compress.command.run import carry_chain, run_recipe
 from .compress.command.session import session
+from .eval import commands as look
+from .eval.commands import evaluator
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -68,10 +69,10 @@ def quantize(
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
-    keep: Keep = [],  # noqa: B006
+    keep: Keep = [],
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set observer=mse")
-    ] = [],  # noqa: B006
+    ] = [],
     recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
     evaluate_on: Eval = None,
     seed: Seed = 0,
@@ -89,8 +90,8 @@ def quantize(
     compress quantize --method gptq --bits 4 MODEL
     """
     with session(json_file, quiet, debug, threads) as output:
-        from .compress.api import quantization_recipe
         from .recipes import schema
+        from .recipes.options import quantization_recipe
 
         wanted = (
             schema.read(recipe)
@@ -110,7 +111,8 @@ def quantize(
                 options=parse_options(options),
             )
         )
-        carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output, target)
+        evaluate = evaluator(model, evaluate_on, device, output)
+        run_recipe(model, out, wanted, overwrite, dry_run, evaluate, device, output, target)
 
 
 @app.command()
@@ -135,10 +137,10 @@ def prune(
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
-    keep: Keep = [],  # noqa: B006
+    keep: Keep = [],
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set refit=true")
-    ] = [],  # noqa: B006
+    ] = [],
     evaluate_on: Eval = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -154,7 +156,7 @@ def prune(
     compress prune --method exactobs --pattern 2:4 MODEL
     """
     with session(json_file, quiet, debug, threads) as output:
-        from .compress.api import pruning_recipe
+        from .recipes.options import pruning_recipe
 
         wanted = pruning_recipe(
             method=method,
@@ -169,7 +171,8 @@ def prune(
             keep=keep,
             options=parse_options(options),
         )
-        carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+        evaluate = evaluator(model, evaluate_on, device, output)
+        run_recipe(model, out, wanted, overwrite, dry_run, evaluate, device, output)
 
 
 @app.command()
@@ -210,7 +213,7 @@ def distill(
     checks: Annotated[int, typer.Option(min=1, help="How often the state is saved and held-out text looked at.")] = 10,
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the training, NAME=VALUE (repeatable): --set hidden=1")
-    ] = [],  # noqa: B006
+    ] = [],
     evaluate_on: Eval = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -228,8 +231,7 @@ def distill(
         from accelerate import PartialState
 
         from .compress import api
-        from .compress.command.carry import evaluated
-        from .compress.report.console import print_distilled, watching
+        from .compress.command.console import print_distilled, watching
 
         lessons = {"steps": steps, "batch": batch, "rate": rate, "lora": lora, "checks": checks, "seed": seed}
         with watching(output.console) as observer:
@@ -255,7 +257,8 @@ def distill(
         if not PartialState().is_main_process:  # of several, one speaks
             return
         print_distilled(output.console, report)
-        output.result(report.as_dict() | evaluated(report.out, teacher or model, evaluate_on, device, output))
+        evaluate = evaluator(teacher or model, evaluate_on, device, output)
+        output.result(report.as_dict() | ({"evaluation": evaluate(report.out)} if evaluate else {}))
 
 
 @app.command()
@@ -276,11 +279,11 @@ def run(
     with session(json_file, quiet, debug, threads) as output:
         from .recipes import chain
 
-        wanted = chain.read(recipe)
+        wanted, evaluate = chain.read(recipe), evaluator(model, evaluate_on, device, output)
         if isinstance(wanted, chain.Chain):
-            carry_chain(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+            carry_chain(model, out, wanted, overwrite, dry_run, evaluate, device, output)
         else:
-            carry_out(model, out, wanted, overwrite, dry_run, evaluate_on, device, output)
+            run_recipe(model, out, wanted, overwrite, dry_run, evaluate, device, output)
 
 
 @app.command()
@@ -295,8 +298,8 @@ def export(
 ) -> None:
     """Write CHECKPOINT in another runtime's format, codes and scales as they are."""
     with session(json_file, quiet, debug) as output:
+        from .compress.command.console import print_export
         from .compress.export import export as write
-        from .compress.report.console import print_export
 
         report = write(checkpoint, out, format=format_name, overwrite=overwrite)
         print_export(output.console, report)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from lmpress.compress.solver.greedy import eliminate
+from lmpress.compress.solver.obs_elimination import eliminate
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer, LlamaConfig
 
-from lmpress.compress.formats.shards import write
+from lmpress.calibrate.model.safetensors_io import write
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
 CONFIG = LlamaConfig(

@@ -16,16 +16,17 @@ from pathlib import Path
 import torch
 
 from lmpress import evaluate, prune
-from lmpress.calibrate.discovery import find_linears, weight_of
-from lmpress.calibrate.rows import calibration_rows, load_tokenizer
+from lmpress.calibrate.data.token_rows import calibration_rows
+from lmpress.calibrate.model.architecture import find_linears, weight_of
+from lmpress.calibrate.model.skeleton import build
 from lmpress.calibrate.runner import Runner
-from lmpress.calibrate.skeleton import build
-from lmpress.calibrate.source import open_source
-from lmpress.compress.prune import exactobs, magnitude, sparsegpt, wanda
-from lmpress.compress.scheme import PruneArgs
-from lmpress.compress.solver.damped import damped
+from lmpress.compress.formats.source import open_source
+from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.compress.methods.prune import exactobs, magnitude, sparsegpt, wanda
+from lmpress.compress.solver.damped_hessian import damped
 from lmpress.compress.solver.loss import layer_loss
-from lmpress.compress.solver.refit import refit
+from lmpress.compress.solver.masked_lstsq import refit
+from lmpress.recipes.scheme import PruneArgs
 
 RUNS = {
     "magnitude": ("magnitude", {}),
@@ -98,8 +99,8 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _losses(weight, hessian, args) -> list[float]:  # noqa: ANN001
-    """Damped losses, best method first by expectation."""
+def _losses(weight, hessian, args) -> list[float]:
+    """DampedHessian losses, best method first by expectation."""
     rows = args if args.pattern else PruneArgs(args.sparsity, scope="row")  # what Wanda compares, for magnitude too
     swept, mask = sparsegpt.prune(weight, hessian, args)
     results = [

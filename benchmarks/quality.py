@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import lmpress
-from lmpress.compress.passes import QUALITIES
+from lmpress.recipes.methods import QUALITIES
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
 # Model -> (calibration, held-out text, tokens a row, calibration rows, evaluated rows).

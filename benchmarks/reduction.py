@@ -20,11 +20,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
 from lmpress import distill, evaluate
-from lmpress.calibrate.rows import calibration_rows, load_tokenizer
+from lmpress.calibrate.data.token_rows import calibration_rows
 from lmpress.compress.export import WEIGHTS
-from lmpress.compress.reduce.choice import CHOICES
-from lmpress.compress.reduce.hidden import thin
-from lmpress.compress.reduce.width import Width, narrow
+from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.compress.structured.hidden_size import thin
+from lmpress.compress.structured.layer_selection import CHOICES
+from lmpress.compress.structured.width import Width, narrow
 from lmpress.eval.perplexity import Evaluation
 from lmpress.recipes import chain, schema
 from lmpress.recipes.schema import PassSpec

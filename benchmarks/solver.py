@@ -6,7 +6,7 @@ The baseline is the algorithm as papers print it: Cholesky, inverse, Cholesky of
 the weight as it lies in memory, blocks of 128, lazy updates. Prints medians and the ratio of the medians of CPU time.
 
 What `--quality balanced` costs beside `fast` is measured in the same rounds, on the same Hessian with a drift: the solver
-alone (factor, aim, grid, sweep, descent), and the whole layer as a run does it, with the comparison to rounding.
+alone (factor, target, grid, sweep, descent), and the whole layer as a run does it, with the comparison to rounding.
 """
 
 import argparse
@@ -20,13 +20,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lmpress.calibrate.drift import Drift
-from lmpress.calibrate.hessian import Hessian
-from lmpress.compress.grid import Grid
-from lmpress.compress.passes import Block, Linear
-from lmpress.compress.quantize.gptq import GPTQ, PRESETS, apply, prepare, solve
-from lmpress.compress.scheme import QuantArgs, Scheme
+from lmpress.calibrate.statistics.drift import Drift
+from lmpress.calibrate.statistics.hessian import Hessian
+from lmpress.compress.block import Block, Linear
+from lmpress.compress.methods.quantize.gptq import GPTQ, PRESETS, apply, prepare, solve
 from lmpress.compress.solver.loss import layer_loss
+from lmpress.kernels.tensor.grid import Grid
+from lmpress.recipes.scheme import QuantArgs, Scheme
 
 
 def textbook(weight: Tensor, hessian: Tensor, args: QuantArgs, damping: float, block: int = 128) -> Tensor:
@@ -58,8 +58,8 @@ def at_quality(quality: str, weight: Tensor, statistic: Hessian, drift: Drift) -
 
     def solver() -> Tensor:
         prepared = prepare(hessian, args, config)
-        aim = prepared.aim(drift, config.drift)
-        return solve(weight, prepared, args, config, aim).tensor.dequantize()
+        target = prepared.drift_target(drift, config.drift)
+        return solve(weight, prepared, args, config, target).tensor.dequantize()
 
     def layer() -> Tensor:
         linear = Linear("layer", weight, args, statistic, drift)

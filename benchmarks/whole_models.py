@@ -24,7 +24,7 @@ from transformers import LlamaConfig
 
 import lmpress
 from lmpress.eval.timing import speed as timing
-from lmpress.eval.timing.place import cpu_name
+from lmpress.eval.timing.machine import cpu_name
 
 CONFIG = LlamaConfig(
     vocab_size=32000,

@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
-from ..compress.errors import CompressError
-from .discovery import find_blocks, find_linears
-from .drift import landings
-from .gather import Gatherer, Sharing, Statistics, observing
-from .rows import Rows
-from .skeleton import Names, materialise, outside, release
-from .source import Source
-from .store import ActivationStore, kept_copy
+from ..errors import CompressError
+from .activation_store import ActivationStore, snapshot
+from .data.token_rows import TokenRows
+from .model.architecture import find_blocks, find_linears
+from .model.skeleton import Names, materialise, outside, release
+from .model.source import Source
+from .statistics.collect import SharedInputs, Statistics, StatisticsCollector, observing
+from .statistics.drift import residual_targets
 
 TOKENS_PER_BATCH = 4096
 HELD_OUT = 8  # of so many batches the last is held out where a pass chooses by it
@@ -85,7 +85,7 @@ class Runner:
         self,
         model: PreTrainedModel,
         source: Source,
-        rows: Rows | None,
+        rows: TokenRows | None,
         scratch: Path,
         device: str = "cpu",
         reference: bool = False,
@@ -112,7 +112,7 @@ class Runner:
         block = self.blocks[index]
         materialise(block, self.block_name(index), self.source, self.names, self.device)
         if self._reference is not None:
-            self._original = kept_copy(block)
+            self._original = snapshot(block)
         return block
 
     def unload(self, index: int) -> None:
@@ -135,7 +135,7 @@ class Runner:
     @torch.no_grad()
     def groups(self, index: int, wanted: set[str]) -> list[list[str]]:
         """The linears `wanted` of the loaded block `index` by common input, in order of use: a few tokens tell."""
-        sharing, linears = Sharing(), self._linears(index, wanted)
+        sharing, linears = SharedInputs(), self._linears(index, wanted)
         with observing(linears, sharing.note):
             self._calls[index][0].replay(self.blocks[index], self._hidden[0].to(self.device))
         return sharing.groups + [[name] for name in linears if not any(name in group for group in sharing.groups)]
@@ -150,15 +150,15 @@ class Runner:
         """
         linears = self._linears(index, wanted)
         every = min(HELD_OUT, len(self._ids)) if hold_out else 1
-        kept, held = Gatherer(linears, dtype), Gatherer(linears, dtype)
+        kept, held = StatisticsCollector(linears, dtype), StatisticsCollector(linears, dtype)
         for i, call in enumerate(self._calls[index]):
             mask, rows = self._mask(i), len(self._ids[i])
             gatherer = held if every > 1 and i % every == every - 1 else kept
-            with gatherer.one_pass(mask, rows), landings(linears if self._original else {}) as landed:
+            with gatherer.one_pass(mask, rows), residual_targets(linears if self._original else {}) as landed:
                 call.replay(self.blocks[index], self._hidden[i].to(self.device))
             intended: dict[str, Tensor] = {}
             if self._reference is not None and self._original is not None:
-                with landings({name: self._original.get_submodule(name) for name in linears}) as intended:
+                with residual_targets({name: self._original.get_submodule(name) for name in linears}) as intended:
                     call.replay(self._original, self._reference[i].to(self.device))
             gatherer.drift(landed, intended, mask, rows)
         found = kept.finish(self.block_name(index), self.device)
@@ -166,12 +166,12 @@ class Runner:
             found.hold(held.finish(self.block_name(index), self.device))
         return found
 
-    def retake(self, index: int) -> None:
+    def update_reference(self, index: int) -> None:
         """Take block `index` as it stands for the original from here on: a transform has rewritten it to the same function."""
         if self._original is not None:
-            self._original = kept_copy(self.blocks[index])
+            self._original = snapshot(self.blocks[index])
 
-    def turn(self, matrix: Tensor) -> None:
+    def rotate_hidden_states(self, matrix: Tensor) -> None:
         """Multiply the stored hidden states by `matrix` from the right: a transform has turned the whole model's."""
         for store in (self._hidden, self._reference):
             for i in range(0 if store is None else len(store)):
@@ -179,7 +179,7 @@ class Runner:
                 store[i] = (store[i].double() @ matrix.cpu()).float()
 
     @contextmanager
-    def hollow(self) -> Iterator[PreTrainedModel]:
+    def without_blocks(self) -> Iterator[PreTrainedModel]:
         """The model with its weights outside the blocks in memory, and blocks that hand the hidden states on."""
         modules = list(outside(self.model, self.blocks))
         for name, module in modules:

@@ -1,30 +1,27 @@
 """The Python API: the command line's words as arguments."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from ..recipes import schema
-from ..recipes.allocation import decided
-from ..recipes.schema import PassSpec, Recipe
-from . import passes, pipeline
-from .distill.knowledge import Lessons
-from .errors import UsageError
+from ..errors import UsageError
+from ..recipes.naming import _beside, default_out
+from ..recipes.options import pruning_recipe, quantization_recipe
+from ..recipes.schema import Recipe
+from ..recipes.training import DistillConfig
+from . import pipeline
+from .allocation.allocate import decided
 from .pipeline import RunReport
-from .prune.args import Pruning
-from .reduce import student
-from .reduce.student import DistillReport, Reduction
-from .reduce.width import Width
 from .report.progress import Observer, silent
-from .scheme import LEVELS, Scheme, group_strategy
+from .structured import pipeline as structured
+from .structured.pipeline import DistillReport, Reduction
+from .structured.width import Width
 from .workspace import check_target
 
 if TYPE_CHECKING:
-    from ..recipes.chain import Chain, ChainReport
-
-INPUT_OPTIONS = ("threshold",)
-GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
+    from ..recipes.chain import Chain
+    from .chain import ChainReport
 
 
 def quantize(
@@ -51,7 +48,7 @@ def quantize(
     """Quantize the linear layers of `model` (directory or hub id) into the directory `out`.
 
     With `average_bits` instead of `bits`, layers get different ones: as many on average on disk, scales included, where they
-    matter most, which is measured first (see `recipes/allocation.py`).
+    matter most, which is measured first (see `compress/allocation/allocate.py`).
     Where `bits`, `group_size` or `symmetric` are not given the method decides: 4 bits in symmetric groups of 128 (SpQR: 32),
     for `awq` asymmetric ones, for `nf4` blocks of 64, for `smoothquant` 8 bits with one scale per output row (which is what
     `group_size` -1 means) and 8-bit inputs. A transform (`awq`, `smoothquant`, `rotate`) is followed by rounding to nearest.
@@ -87,7 +84,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str | None = None,
     allocate: bool = False,
-    format: str = "dense",  # noqa: A002 - the command line's word
+    format: str = "dense",
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,
@@ -177,13 +174,14 @@ def run(
     `target` is for recipes alone: what a chain is to run on is the business of its `export`.
     """
     from ..recipes import chain
+    from .chain import run as run_chain
 
     wanted = recipe if isinstance(recipe, Recipe | chain.Chain) else chain.read(recipe)
     if isinstance(wanted, chain.Chain):
         if target:
             raise UsageError("a chain has no target", "end it with an export")
         place = Path(out) if out else chain.default_out(model, wanted)
-        return chain.run(model, place, wanted, overwrite=overwrite, device=device, observer=observer)
+        return run_chain(model, place, wanted, overwrite=overwrite, device=device, observer=observer)
     place = Path(out) if out else default_out(model, wanted)
     check_target(place, overwrite)
     with decided(model, place, wanted, device, observer) as final:
@@ -215,23 +213,23 @@ def distill(
     `layers` stay, or as many as `keep_layers`, or all but `drop` (below 1: a share), chosen by `choice`; the MLPs keep
     `mlp_width` inner channels (below 1: a share), the attention `kv_heads` key-value heads, the residual stream `hidden_size`
     channels (below 1: a share), the rest refitted by least squares.
-    With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`Lessons`).
+    With nothing of it `model` itself is taught, by `teacher`. `options` are those of the training (`DistillConfig`).
     Raises `UsageError`, `CompressError`.
     """
     width = Width(mlp_width, kv_heads)
     reduction = Reduction(
         None if layers is None else tuple(layers), keep_layers, drop, choice, width=width, hidden=hidden_size
     )
-    unknown = [name for name in options or {} if name not in {entry.name for entry in fields(Lessons)}]
+    unknown = [name for name in options or {} if name not in {entry.name for entry in fields(DistillConfig)}]
     if unknown:
         raise UsageError(f"distill has no option {unknown[0]!r}", "see compress distill --help")
-    lessons = Lessons(**(options or {}))
+    config = DistillConfig(**(options or {}))
     place = Path(out) if out else _beside(model, "distill")
-    return student.distill(
+    return structured.distill(
         model,
         place,
         reduction,
-        lessons,
+        config,
         teacher=teacher,
         data=data,
         samples=samples,
@@ -240,129 +238,3 @@ def distill(
         device=device,
         observer=observer,
     )
-
-
-def quantization_recipe(
-    *,
-    method: str = "gptq",
-    bits: int | None = None,
-    average_bits: float | None = None,
-    group_size: int | None = None,
-    symmetric: bool | None = None,
-    quality: str = "balanced",
-    calib: str = "python-stdlib",
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    keep: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The recipe of `quantize`. Raises `UsageError` for values that cannot be."""
-    if bits is not None and average_bits is not None:
-        raise UsageError("bits and average bits contradict each other", "give one of them")
-    known = passes.method(method)
-    preset = dict(known.preset(quality))
-    own_size = preset.pop("group_size", None)
-    size = own_size if group_size is None else group_size
-    level, others = _split({**preset, **(options or {})}, ("level",))
-    of_inputs, others = _split(others, INPUT_OPTIONS)
-    grid, rest = _split(others, GRID_OPTIONS)
-    usual = _level(level["level"]) if level else known.scheme
-    asked: dict[str, Any] = {k: v for k, v in {"bits": bits, "symmetric": symmetric}.items() if v is not None}
-    if size is not None:
-        flat = usual.weights.strategy == "flat"
-        asked["strategy"], asked["group_size"] = ("flat", size) if flat else group_strategy(size)
-    scheme = asdict(usual) | {"weights": asdict(usual.weights) | asked | grid}
-    if of_inputs:
-        if usual.inputs is None:
-            raise UsageError(f"{method} leaves the inputs as they are: no {', '.join(of_inputs)}", "use llm-int8")
-        scheme["inputs"] = asdict(usual.inputs) | of_inputs
-    quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
-    solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    weights = scheme["weights"]  # nothing but plain codes can be trained
-    plain = usual.weights.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
-    trained = quality == "best" and plain
-    return schema.build(
-        {
-            "passes": [*solved, {"method": "tune"}] if trained else solved,
-            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
-            "keep": list(keep),
-            "seed": seed,
-            "allocate": None if average_bits is None else {"average": average_bits},
-        },
-        "quantize",
-    )
-
-
-def pruning_recipe(
-    *,
-    method: str = "exactobs",
-    sparsity: float | None = None,
-    pattern: str | None = None,
-    allocate: bool = False,
-    format: str = "dense",  # noqa: A002
-    calib: str = "python-stdlib",
-    samples: int = 128,
-    seq_len: int = 2048,
-    seed: int = 0,
-    keep: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-) -> Recipe:
-    """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
-    if sparsity is not None and pattern is not None and ":" in pattern:
-        raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
-    chosen, rest = _split(options or {}, ("scope", "dtype"))
-    weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
-    return schema.build(
-        {
-            "passes": [{"method": method, "scheme": {"weights": weights}, **rest}],
-            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
-            "keep": list(keep),
-            "seed": seed,
-            "allocate": {} if allocate else None,
-        },
-        "prune",
-    )
-
-
-def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory.
-
-    Passes that improve on what another one left are not named: `--quality` does not change where a result lies.
-    """
-    names = [entry.method for entry in recipe.passes if not _goes_on(entry)]
-    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
-    return _beside(model, f"{methods}-{_amount(recipe)}")
-
-
-def _beside(model: str | Path, suffix: str) -> Path:
-    path = Path(model)
-    return path.resolve().parent / f"{path.resolve().name}-{suffix}" if path.exists() else Path(f"{path.name}-{suffix}")
-
-
-def _goes_on(entry: PassSpec) -> bool:
-    return entry.registered.compresses and entry.config.scheme is None
-
-
-def _amount(recipe: Recipe) -> str:
-    scheme, shared = recipe.scheme, recipe.allocate
-    if isinstance(scheme, Pruning):
-        args = scheme.weights
-        amount = f"s{100 * args.sparsity:g}" + (f"-{args.pattern}" if args.block > 1 else "")
-        if args.n_of_m is not None:
-            amount = "{}of{}".format(*args.n_of_m)
-        return f"{amount}-allocated" if shared else amount
-    bits = scheme.weights.bits if shared is None else shared.average
-    return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")
-
-
-def _level(name: str) -> Scheme:
-    if name not in LEVELS:
-        raise UsageError(f"unknown level {name!r}", f"use one of: {', '.join(LEVELS)}")
-    return LEVELS[name]
-
-
-def _split(options: Mapping[str, Any], of_weights: tuple[str, ...]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Options of the weight arguments, and those of the method."""
-    chosen = {name: value for name, value in options.items() if name in of_weights}
-    return chosen, {name: value for name, value in options.items() if name not in chosen}

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 
-from ..calibrate.experts import plain_modules
-from .errors import UsageError
+from ..calibrate.model.moe import plain_modules
+from ..errors import UsageError
+from ..kernels.tensor import CompressedTensor
+from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
 from .formats.export import gguf_model, onnx, openvino
@@ -19,8 +21,6 @@ from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2
 from .formats.export.layout import LayerFormat, write_tensors
-from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
-from .tensor import CompressedTensor
 from .workspace import appearing, check_target
 
 PACKED = LayerFormat(packed.NAME, lambda args, shape: packed.supports(args), packed.pack, packed.quantization_config)
@@ -43,7 +43,7 @@ class ExportReport:
         return asdict(self) | {"out": str(self.out), "notes": list(self.notes)}
 
 
-def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: bool = False) -> ExportReport:  # noqa: A002
+def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: bool = False) -> ExportReport:
     """Write `checkpoint` (a directory that `load` reads) into the directory `out` in the format called `format`.
 
     Raises `UsageError` for an unknown format or one that cannot hold the checkpoint, naming the layer and the reason;

@@ -11,7 +11,7 @@ SMALL, USUAL = 2**20, 2**25  # bytes from which on freed memory goes back at onc
 
 
 @contextmanager
-def freed_at_once() -> Iterator[None]:
+def return_freed_pages() -> Iterator[None]:
     """Have glibc give every freed matrix back at once: by itself it keeps those below 32 MB, and fragments of them.
 
     Afterwards it is as usual again: models that run want the same memory over and over.

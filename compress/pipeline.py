@@ -14,27 +14,29 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..calibrate.discovery import find_linears, set_weight, weight_of
-from ..calibrate.gather import Statistics
-from ..calibrate.rows import Rows, calibration_rows, context_length, load_tokenizer
+from ..calibrate.channel_graph.probe import Probe
+from ..calibrate.data.token_rows import TokenRows, calibration_rows
+from ..calibrate.kv_cache import calibrate
+from ..calibrate.model.architecture import find_linears, set_weight, weight_of
+from ..calibrate.model.skeleton import Names, build, context_length, device_of
+from ..calibrate.model.source import Source
 from ..calibrate.runner import Runner
-from ..calibrate.skeleton import Names, build, device_of
-from ..calibrate.source import Source, open_source
-from ..calibrate.wiring.probe import Probe
-from ..kernels.cache.ranges import calibrate
+from ..calibrate.statistics.collect import Statistics
+from ..kernels.activations import quantized_inputs
+from ..kernels.tensor import Compressed, CompressedTensor, joined
 from ..recipes.schema import PassSpec, Recipe
-from .activations import quantized_inputs
+from ..recipes.scheme import QuantArgs
+from .block import Block, BlockContext, Linear
 from .formats import pack_quantized
-from .formats.targets import check as check_targets
-from .memory import freed_at_once, peak_bytes
-from .passes import Block, Linear, Surroundings
+from .formats.source import open_source
+from .formats.tokenizer import load_tokenizer
+from .input_grids import with_input_grids
+from .memory import peak_bytes, return_freed_pages
+from .methods.quantize.rtn import round_to_nearest
 from .plan import Plan, make_plan
-from .quantize.observers import told_inputs
-from .quantize.rtn import round_to_nearest
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
-from .scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor, joined
+from .runtime_support import check as check_targets
 from .workspace import Workspace, check_target
 
 TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
@@ -85,7 +87,7 @@ def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan
     return planned
 
 
-@freed_at_once()
+@return_freed_pages()
 def run(
     model: str | Path,
     out: Path,
@@ -137,7 +139,7 @@ def _calibrated(recipe: Recipe, planned: Plan) -> bool:
     return bool(_needs(recipe) - {"trial"}) or static_inputs or (planned.kv is not None and planned.kv.static)
 
 
-def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> Rows:
+def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> TokenRows:
     """The calibration rows, no longer than the model's context `limit`."""
     asked = recipe.calibration
     length = asked.seq_len if limit is None else min(asked.seq_len, limit)
@@ -154,7 +156,7 @@ def _walk(
     source: Source,
     recipe: Recipe,
     planned: Plan,
-    rows: Rows | None,
+    rows: TokenRows | None,
     workspace: Workspace,
     device: str,
     observer: Observer,
@@ -207,14 +209,14 @@ def _compress(
     """Apply the passes to the loaded block and write what becomes of it."""
     name = runner.block_name(index)
     block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
-    block.around = None if probe is None else _surroundings(index, runner, probe, planned)
+    block.context = None if probe is None else _surroundings(index, runner, probe, planned)
     for entry in recipe.passes:
-        if "original" in _needs(recipe) and entry.registered.compresses and entry.config.scheme is not None:
+        if "original" in _needs(recipe) and entry.method_entry.compresses and entry.config.scheme is not None:
             _keep_originals(block)
         _apply(entry, block, runner, index, tell)
-        if not entry.registered.compresses:
+        if not entry.method_entry.compresses:
             _settle(block, planned)
-            runner.retake(index)
+            runner.update_reference(index)
     compressed = _with_inputs(block, runner, index)
     if planned.kv is not None and planned.kv.static:
         with quantized_inputs(module, {_local(n, name): tensor for n, tensor in compressed.items()}):
@@ -244,10 +246,10 @@ def _local(name: str, block: str) -> str:
     return name.removeprefix(f"{block}.")
 
 
-def _surroundings(index: int, runner: Runner, probe: Probe, planned: Plan) -> Surroundings:
+def _surroundings(index: int, runner: Runner, probe: Probe, planned: Plan) -> BlockContext:
     prefix = f"{runner.block_name(index)}."
     config = runner.model.config.get_text_config()
-    return Surroundings(
+    return BlockContext(
         samples=lambda: runner.samples(index),
         trial=probe.experiment(index),
         dtypes={n.removeprefix(prefix): s.torch_dtype for n, s in planned.tensors.items() if n.startswith(prefix)},
@@ -258,12 +260,12 @@ def _surroundings(index: int, runner: Runner, probe: Probe, planned: Plan) -> Su
 def _transform_outside(recipe: Recipe, probe: Probe, planned: Plan, runner: Runner, workspace: Workspace) -> None:
     """Let a transform of the whole model rewrite what lies outside the blocks, and turn the recorded stream."""
     for entry in recipe.passes:
-        if entry.registered.apply_outside is not None:
+        if entry.method_entry.apply_outside is not None:
             with probe.outside() as (model, ids):
-                matrix, names = entry.registered.apply_outside(entry.config, model, ids)
+                matrix, names = entry.method_entry.apply_outside(entry.config, model, ids)
                 dtypes = {name: planned.tensors[name].torch_dtype for name in names}
                 workspace.write_outside({name: model.get_parameter(name).to(dtypes[name]) for name in names})
-            runner.turn(matrix)
+            runner.rotate_hidden_states(matrix)
 
 
 def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, workspace: Workspace) -> None:
@@ -311,7 +313,7 @@ def _restore(skeleton: PreTrainedModel, compressed: dict[str, Compressed], dense
 def _with_inputs(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
     """The results of the block's linears by full name, told how their inputs are quantized."""
     local = block.local()
-    for name, tensor in told_inputs(block, runner.samples(index)).items():
+    for name, tensor in with_input_grids(block, runner.samples(index)).items():
         local[name].result = tensor
     return {linear.name: linear.result for linear in block.linears if linear.result is not None}
 
@@ -341,7 +343,7 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
         linear.held = statistics.held.get(name)
         if linear.hessian is not None:
             linear.figures["tokens"] = linear.hessian.tokens
-    entry.registered.apply(entry.config, replace(block, linears=list(local.values())))
+    entry.method_entry.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
         linear.hessian = linear.drift = linear.held = None
         if linear.result is not None:

@@ -12,20 +12,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ..calibrate.discovery import find_blocks, find_linears, weight_of
-from ..calibrate.experts import plain_modules, renamed, routers
-from ..calibrate.skeleton import Names, outside
-from ..calibrate.source import Source
+from ..calibrate.model import safetensors_io
+from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
+from ..calibrate.model.moe import plain_modules, renamed, routers
+from ..calibrate.model.safetensors_io import TensorSpec
+from ..calibrate.model.skeleton import Names, outside
+from ..calibrate.model.source import Source
+from ..errors import UsageError
 from ..kernels.cache.cache import check_cache
-from ..kernels.cache.stored import attentions, scale_specs
 from ..recipes.schema import Recipe
-from .errors import UsageError
-from .formats import pack_quantized, shards, sparse
+from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+from ..recipes.scheme.prune_args import Storage
+from .formats import pack_quantized, sparse
 from .formats.int_quantized import IntQuantized
-from .formats.shards import TensorSpec
-from .formats.storage import format_of
-from .prune.args import Storage
-from .scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+from .formats.kv_cache import attentions, scale_specs
+from .formats.registry import format_of
 
 OUTSIDE = -1  # the block of what is in none
 
@@ -154,7 +155,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     kv = _kv(recipe, model)
     scaled = _with_scales(kv, model, layers, inputs)
     tensors |= scale_specs(scaled, kv) if kv is not None else {}
-    untied = _untied(model, names) if any(entry.registered.apply_outside for entry in recipe.passes) else None
+    untied = _untied(model, names) if any(entry.method_entry.apply_outside for entry in recipe.passes) else None
     if untied is not None:
         stored = names.find(f"{untied}.weight")
         assert stored is not None
@@ -172,7 +173,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         blocks=len(blocks),
         prefix=prefix,
         bytes_before=source.nbytes,
-        bytes_after=shards.nbytes({renamed(name, called): spec for name, spec in tensors.items()}),
+        bytes_after=safetensors_io.nbytes({renamed(name, called): spec for name, spec in tensors.items()}),
         inputs=inputs,
         untied=untied,
         kv=kv,
@@ -249,8 +250,8 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
         if args.kind == "nf4":
             args = replace(args, dtype=float_name(stored))
         for entry in recipe.passes:
-            if entry.registered.adapt is not None:
-                args = entry.registered.adapt(entry.config, args, (rows, columns))
+            if entry.method_entry.adapt is not None:
+                args = entry.method_entry.adapt(entry.config, args, (rows, columns))
     storing = format_of(args, _inputs(recipe))
     reason = storing.supports(args)
     if reason:
@@ -275,7 +276,7 @@ def _plan_tables(
         return
     if asked.strategy not in ("group", "channel") or pack_quantized.supports(asked):
         raise UsageError("an embedding is stored in integer groups of its rows", "use strategy group or channel")
-    if any(entry.registered.apply_outside for entry in recipe.passes):
+    if any(entry.method_entry.apply_outside for entry in recipe.passes):
         raise UsageError("a pass that turns the whole model rewrites the embedding", "leave `embedding` out")
     if any(layer.args and format_of(layer.args, _inputs(recipe)) is not pack_quantized for layer in layers):
         raise UsageError(f"an embedding is only packed beside {pack_quantized.NAME} layers", "leave `embedding` out")

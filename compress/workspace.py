@@ -16,19 +16,20 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from ..calibrate.rows import Rows
-from ..calibrate.source import Source
-from ..kernels.cache.ranges import Ends
-from ..kernels.cache.stored import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
+from ..calibrate.data.token_rows import TokenRows
+from ..calibrate.model import safetensors_io
+from ..calibrate.model.source import Source
+from ..errors import StorageError, UsageError
+from ..kernels.cache.ranges import KVRanges
+from ..kernels.tensor import Compressed
 from ..recipes.schema import Recipe, dump
-from .errors import StorageError, UsageError
-from .formats import pack_quantized, shards
-from .formats.storage import Format, format_of
-from .passes import Linear
+from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
+from .block import Linear
+from .formats import pack_quantized
+from .formats.kv_cache import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
+from .formats.registry import Format, format_of
 from .plan import Plan
 from .report import card
-from .scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
-from .tensor import Compressed
 
 MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
 Figures = dict[str, float | int | str]
@@ -42,11 +43,13 @@ class Workspace:
     source: Source
     plan: Plan
     recipe: Recipe
-    rows: Rows | None
+    rows: TokenRows | None
     _figures: dict[int, list[Figures]] = field(default_factory=dict)
 
     @classmethod
-    def open(cls, out: Path, source: Source, plan: Plan, recipe: Recipe, rows: Rows | None, overwrite: bool) -> Self:
+    def open(
+        cls, out: Path, source: Source, plan: Plan, recipe: Recipe, rows: TokenRows | None, overwrite: bool
+    ) -> Self:
         """Prepare the workspace of `out`, taking up an unfinished run of the same request.
 
         Raises `UsageError` where an unfinished run of another request lies there,
@@ -84,49 +87,49 @@ class Workspace:
         taken = {o: stored for o, stored in self.plan.copied.items() if o.startswith(prefix)}
         tensors |= {o: rewritten[o] if o in rewritten else self.source.read(stored) for o, stored in taken.items()}
         figures = [_figures(linear) for linear in linears]
-        with shards.storage_errors(self.path):
+        with safetensors_io.storage_errors(self.path):
             self._figures_file(index).write_text(json.dumps(figures))
-        shards.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
+        safetensors_io.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
         self._figures[index] = figures
 
     def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
         """Store tensors outside the blocks that a transform rewrote."""
-        shards.write(self._part(OUTSIDE), tensors)
+        safetensors_io.write(self._part(OUTSIDE), tensors)
 
-    def write_cache_ranges(self, index: int, ends: Ends) -> None:
+    def write_cache_ranges(self, index: int, ends: KVRanges) -> None:
         """Store the calibrated ranges of the cache of block `index`: before the block, so that none lacks them."""
         if self.plan.attentions and self.plan.kv is not None:
             tensors = scales(self.plan.attentions[index], ends, self.plan.kv)
-            shards.write(self._part(f"cache-{index:05d}"), tensors)
+            safetensors_io.write(self._part(f"cache-{index:05d}"), tensors)
         else:
             write_ranges(self._cache_ranges(index), [ends])
 
     def compressed(self, index: int) -> dict[str, Compressed]:
         """The compressed weights of the finished block `index` by layer name."""
-        tensors = shards.read(self._part(f"block-{index:05d}"))
+        tensors = safetensors_io.read(self._part(f"block-{index:05d}"))
         names = [layer.name for layer in self.plan.layers if layer.block == index and layer.args]
         args = self.plan.quantized
         return {name: self._format(args[name]).unpack(name, tensors, args[name]) for name in names}
 
     def dense(self, index: int) -> dict[str, Tensor]:
         """The other tensors of the finished block `index`."""
-        tensors = shards.read(self._part(f"block-{index:05d}"))
+        tensors = safetensors_io.read(self._part(f"block-{index:05d}"))
         return {name: tensor for name, tensor in tensors.items() if name in self.plan.copied}
 
     def finish(self) -> list[Figures]:
         """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
         inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
         outside = self._part(OUTSIDE)
-        rewritten = shards.read_header(outside) if outside.exists() else {}
+        rewritten = safetensors_io.read_header(outside) if outside.exists() else {}
         for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
             if not name.startswith(inside) and name not in rewritten:
-                shards.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
+                safetensors_io.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
         figures = [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
         complete = self.path / "complete"
-        with shards.storage_errors(self.path):
+        with safetensors_io.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
             complete.mkdir()
-            shards.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
+            safetensors_io.assemble(sorted((self.path / PARTS).glob("*.safetensors")), complete, self.plan.renamed)
             if self.plan.kv is not None and self.plan.kv.static and not self.plan.attentions:
                 ranges = [read_ranges(self._cache_ranges(index))[0] for index in range(self.plan.blocks)]
                 write_ranges(complete / CACHE_RANGES, ranges)
@@ -192,7 +195,7 @@ class Workspace:
             raise UsageError(
                 f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
             )
-        with shards.storage_errors(self.path):
+        with safetensors_io.storage_errors(self.path):
             self._check_space()
             if known != manifest:  # parts without their manifest are of an unknown run
                 shutil.rmtree(self.path, ignore_errors=True)
@@ -252,7 +255,7 @@ def _figures(linear: Linear) -> Figures:
 def appearing(out: Path) -> Iterator[Path]:
     """A hidden sibling of `out` to write into, renamed to it when complete and removed otherwise."""
     folder = out.parent / f".{out.name}.growing"
-    with shards.storage_errors(out):
+    with safetensors_io.storage_errors(out):
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(parents=True)
         try:

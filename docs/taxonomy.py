@@ -7,12 +7,17 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from lmpress.compress.errors import UsageError
-from lmpress.compress.formats.storage import format_of
-from lmpress.compress.formats.targets import TARGETS, faults
-from lmpress.compress.passes import METHODS, method
+from lmpress.compress.formats.registry import format_of
 from lmpress.compress.plan import LayerPlan
-from lmpress.compress.scheme import (
+from lmpress.compress.runtime_support import TARGETS, faults
+from lmpress.errors import UsageError
+from lmpress.kernels.cache.cache import PackedCache
+from lmpress.kernels.dispatch import KERNELS
+from lmpress.kernels.kernel import KernelSpec
+from lmpress.kernels.modules.quantized_inputs import IntegerLinear
+from lmpress.recipes.methods import METHODS, method
+from lmpress.recipes.schema import build
+from lmpress.recipes.scheme import (
     CACHE_KEY,
     CACHED,
     GRIDS,
@@ -25,11 +30,6 @@ from lmpress.compress.scheme import (
     Strategy,
     signed_weights,
 )
-from lmpress.kernels.cache.cache import PackedCache
-from lmpress.kernels.dispatch import KERNELS
-from lmpress.kernels.kernel import Need
-from lmpress.kernels.modules.quantized_inputs import IntegerLinear
-from lmpress.recipes.schema import build
 
 BITS = range(2, 9)
 WIDTH, GROUP = 4096, 128  # of the layer that formats and kernels are asked about
@@ -156,7 +156,7 @@ def _weight_formats(args: QuantArgs) -> str:
 def _kernels(args: QuantArgs) -> Iterator[str]:
     group = args.columns_per_scale(WIDTH)
     for kernel in KERNELS:
-        needs = {bits: [Need(bits, group, args.symmetric, device=d) for d in ("cpu", "cuda")] for bits in BITS}
+        needs = {bits: [KernelSpec(bits, group, args.symmetric, device=d) for d in ("cpu", "cuda")] for bits in BITS}
         bits = {b for b, asked in needs.items() if any(kernel.serves.refusal(need) is None for need in asked)}
         if bits:
             yield _with_bits(kernel.name, bits)

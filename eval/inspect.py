@@ -6,10 +6,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.discovery import find_blocks, find_linears, weight_of
-from ..calibrate.rows import context_length, has_tokenizer
-from ..calibrate.skeleton import Names, build
-from ..calibrate.source import Source, open_source
+from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
+from ..calibrate.model.skeleton import Names, build, context_length
+from ..calibrate.model.source import Source
+from ..compress.formats.source import open_source
+from ..compress.formats.tokenizer import has_tokenizer
 
 
 @dataclass(frozen=True)

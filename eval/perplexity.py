@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate.rows import Split, context_length, documents, has_tokenizer, load_tokenizer
-from ..compress.errors import CompressError, UsageError
-from ..compress.formats.load import cache_scheme, load
+from ..calibrate.data.documents import Split, documents
+from ..calibrate.model.skeleton import context_length
+from ..compress.formats.tokenizer import has_tokenizer, load_tokenizer
+from ..compress.load import cache_scheme, load
 from ..compress.report.progress import Event, Observer, silent
-from ..compress.scheme import CacheScheme
+from ..errors import CompressError, UsageError
 from ..kernels.cache.cache import PackedCache
+from ..recipes.scheme import CacheScheme
 from .protocol import Protocol, prepare
 
 DEFAULT_LENGTH = 2048

@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from ..calibrate.rows import BOS, Documents, fingerprint, stream, windows
-from ..compress.errors import UsageError
-from ..compress.scheme import CacheScheme
+from ..calibrate.data.documents import BOS, Documents
+from ..calibrate.data.token_rows import fingerprint, stream, windows
+from ..errors import UsageError
+from ..recipes.scheme import CacheScheme
 
 SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 

@@ -23,15 +23,15 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from ..calibrate.discovery import find_blocks
-from ..compress.errors import CompressError, UsageError
-from ..compress.formats import shards
+from ..calibrate.model import safetensors_io
+from ..calibrate.model.architecture import find_blocks
 from ..compress.formats.export import gguf_model
-from ..compress.formats.load import load
+from ..compress.load import load
+from ..errors import CompressError, UsageError
 from ..kernels.modules.linear import PackedLinear
-from .graphs import onnxruntime_outputs, openvino_outputs
 from .llamacpp import llamacpp_outputs
 from .mlx import mlx_outputs
+from .onnx_runtimes import onnxruntime_outputs, openvino_outputs
 
 REQUEST, OUTPUTS, WEIGHTS, VERSIONS = "request.json", "outputs.safetensors", "weights", "versions.json"
 
@@ -79,7 +79,7 @@ def _write_outputs(model: PreTrainedModel, ids: Tensor, folder: Path) -> None:
     outputs["logits"] = model(ids).logits.float()
     for handle in handles:
         handle.remove()
-    shards.write(folder / OUTPUTS, outputs)
+    safetensors_io.write(folder / OUTPUTS, outputs)
 
 
 @torch.inference_mode()
@@ -109,14 +109,14 @@ def served_weight(linear: nn.Module, dtype: torch.dtype) -> Tensor:
     if isinstance(linear, PackedLinear):  # the product alone: what is in front of it rounds inputs
         return linear.product(identity).float().T.contiguous()
     if hasattr(linear, "quantization_scheme"):  # compressed-tensors looks here whether to round inputs
-        setattr(linear, "quantization_enabled", False)  # noqa: B010 no attribute that torch knows of
+        setattr(linear, "quantization_enabled", False)
     return (linear(identity) - linear(zero)).float().T.contiguous()
 
 
 def write_weight(folder: Path, name: str, weight: Tensor) -> None:
     """Store the served weight of layer `name`."""
     (folder / WEIGHTS).mkdir(exist_ok=True)
-    shards.write(folder / WEIGHTS / f"{name}.safetensors", {"weight": weight})
+    safetensors_io.write(folder / WEIGHTS / f"{name}.safetensors", {"weight": weight})
 
 
 def _transformers(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
@@ -162,7 +162,7 @@ def _written(outputs: Outputs) -> Callable[[Path, Tensor, list[str], Path], None
 
     def run(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
         found = outputs(checkpoint, ids, layers, lambda name, weight: write_weight(folder, name, weight))
-        shards.write(folder / OUTPUTS, found)
+        safetensors_io.write(folder / OUTPUTS, found)
 
     return run
 

@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..calibrate.rows import context_length
-from ..calibrate.source import open_source
-from ..compress.activations import quantized_inputs
-from ..compress.errors import UsageError
+from ..calibrate.model import safetensors_io
+from ..calibrate.model.skeleton import context_length
 from ..compress.export import export
-from ..compress.formats import shards
 from ..compress.formats.checkpoint import Checkpoint
-from ..compress.formats.load import load
-from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
+from ..compress.formats.kv_cache import is_scale, kv_scheme_from_config, stored_ranges
+from ..compress.formats.source import open_source
+from ..compress.load import load
+from ..errors import UsageError
+from ..kernels.activations import quantized_inputs
 from ..kernels.cache.cache import serve_rounded
-from ..kernels.cache.stored import is_scale, stored_ranges, told_elsewhere
+from ..kernels.packing.codebook import nf4_values
+from ..kernels.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -161,7 +161,7 @@ class _Models:
             model = load(dense)
             layers = {name: self._reference.layer(name) for name in self._reference.layers} if rounds else {}
             if caches:
-                scheme = told_elsewhere(self._reference.source.config["quantization_config"])
+                scheme = kv_scheme_from_config(self._reference.source.config["quantization_config"])
                 assert scheme is not None
                 serve_rounded(model, scheme, stored_ranges(self._reference.source, model, scheme))
             with quantized_inputs(model, layers, key[0]):
@@ -176,7 +176,7 @@ def _has_cache_scales(checkpoint: Path, reference: Checkpoint) -> bool:
 
 def _run(model: PreTrainedModel, ids: Tensor, folder: Path) -> dict[str, Tensor]:
     run_model(model, ids, [], folder)
-    return shards.read(folder / OUTPUTS)
+    return safetensors_io.read(folder / OUTPUTS)
 
 
 def _ids(reference: Checkpoint) -> Tensor:
@@ -205,11 +205,11 @@ def _find(
         request = {"ids": ids.tolist(), "layers": list(reference.layers)}
         (folder / REQUEST).write_text(json.dumps(request))
         command = [interpreter, "-m", f"{__package__}.runtimes", name, str(checkpoint), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 our own module
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             return Finding(name, {}, error=_last_word(done))
         finding = Finding(name, json.loads((folder / VERSIONS).read_text()))
-        found = shards.read(folder / OUTPUTS)
+        found = safetensors_io.read(folder / OUTPUTS)
         finding = _compare_outputs(finding, limits, expected, found)
         finding = _compare_weights(finding, limits, reference, folder / WEIGHTS)
     if original is not None:
@@ -234,7 +234,7 @@ def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, f
     off = {}
     for name in reference.layers:
         tensor = reference.layer(name)
-        served = shards.read(folder / f"{name}.safetensors")["weight"]
+        served = safetensors_io.read(folder / f"{name}.safetensors")["weight"]
         off[name] = _steps(served, tensor)
     worst = max(off, key=lambda name: off[name])
     wrong = tuple(name for name, steps in off.items() if not steps <= limits.steps)

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 import lmpress
-from lmpress.compress.report.console import print_report, size, watching
+from lmpress.compress.command.console import print_report, size, watching
 
 MODEL = Path(__file__).parent / "sample_model"
 DATA = "python-stdlib"

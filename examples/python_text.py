@@ -5,7 +5,7 @@ import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from lmpress.calibrate.corpus import documents
+from lmpress.calibrate.data.builtin_corpus import documents
 
 # Packages with a permissive licence whose source is added to the standard library's; see the model card.
 EXTRA_PACKAGES = ("datasets", "networkx", "pip", "transformers")

@@ -28,7 +28,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lmpress.calibrate.corpus import documents
+from lmpress.calibrate.data.builtin_corpus import documents
 from ngrams import VOCABULARY, KneserNey, unigram_losses
 from python_text import extra_documents, is_unlike, long_lines
 

@@ -9,23 +9,23 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 
-from ..compress.errors import UsageError
-from . import aten, reference, selftest
+from ..errors import UsageError
+from . import ops, reference, selftest, torch_int4  # noqa: F401  (ops registers the operators)
 from .cpu import product
-from .kernel import Kernel, Need, Unavailable, WrongMachine
+from .kernel import Kernel, KernelSpec, Unavailable, WrongMachine
 from .triton.product import TRITON
 
-KERNELS: tuple[Kernel, ...] = (*product.KERNELS, TRITON, aten.INT4, reference.REFERENCE)
+KERNELS: tuple[Kernel, ...] = (*product.KERNELS, TRITON, torch_int4.INT4, reference.REFERENCE)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a kernel does not serve; `remarkable` where that is no property of the layer or of the hardware."""
+    """Why a kernel does not serve; `worth_warning` where that is no property of the layer or of the hardware."""
 
     reason: str
-    remarkable: bool
+    worth_warning: bool
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Choice:
         return self.kernel.name + (f" ({'; '.join(skipped)})" if skipped else "")
 
 
-def choose(need: Need, kernel: str | None = None, kernels: Sequence[Kernel] = KERNELS) -> Choice:
+def choose(need: KernelSpec, kernel: str | None = None, kernels: Sequence[Kernel] = KERNELS) -> Choice:
     """The first of `kernels` that may serve `need`, or the one named `kernel` and no other.
 
     Raises `UsageError` where the named one is unknown or may not serve.
@@ -60,18 +60,18 @@ def choose(need: Need, kernel: str | None = None, kernels: Sequence[Kernel] = KE
 
 
 @cache
-def refusal(kernel: Kernel, need: Need) -> Refusal | None:
+def refusal(kernel: Kernel, need: KernelSpec) -> Refusal | None:
     """Why `kernel` may not serve `need` on this machine, or None where it may. The answer is found once per process."""
     if reason := kernel.serves.refusal(need):
-        return Refusal(reason, remarkable=False)
+        return Refusal(reason, worth_warning=False)
     try:
         failed = selftest.failure(kernel, need)
     except Unavailable as error:
-        return Refusal(str(error), remarkable=not isinstance(error, WrongMachine))
-    return Refusal(failed, remarkable=True) if failed else None
+        return Refusal(str(error), worth_warning=not isinstance(error, WrongMachine))
+    return Refusal(failed, worth_warning=True) if failed else None
 
 
-def _named(name: str, need: Need, kernels: Sequence[Kernel]) -> Kernel:
+def _named(name: str, need: KernelSpec, kernels: Sequence[Kernel]) -> Kernel:
     found = next((kernel for kernel in kernels if kernel.name == name), None)
     if found is None:
         raise UsageError(f"no kernel is called {name!r}", f"there are {', '.join(kernel.name for kernel in kernels)}")
@@ -81,7 +81,7 @@ def _named(name: str, need: Need, kernels: Sequence[Kernel]) -> Kernel:
 
 
 def _tell(chosen: Kernel, passed_over: Sequence[tuple[str, Refusal]]) -> None:
-    reasons = dict.fromkeys(refused.reason for _, refused in passed_over if refused.remarkable)
+    reasons = dict.fromkeys(refused.reason for _, refused in passed_over if refused.worth_warning)
     for reason in reasons:
         _say(f"{reason}; {chosen.name} serves instead")
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from ..compress.errors import CompressError
+from ..errors import CompressError
 from .weight import PrunedWeight, SparseRows, Weight
 
 Activations = Literal["float", "group", "token"]
@@ -28,7 +28,7 @@ class WrongMachine(Unavailable):
 
 
 @dataclass(frozen=True)
-class Need:
+class KernelSpec:
     """What a layer asks of its kernel.
 
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
@@ -55,7 +55,7 @@ class Need:
         activations: Activations = "float",
         dtype: torch.dtype = torch.float32,
         steps: float = STEPS,
-    ) -> "Need":
+    ) -> "KernelSpec":
         """What `weight` needs, for inputs of `dtype` on the weight's device; those of a pruned weight stay floats."""
         if isinstance(weight, PrunedWeight):
             return cls.pruned(weight.values.dtype, weight.values.device.type, dtype)
@@ -65,13 +65,13 @@ class Need:
         return cls(weight.bits, weight.group, symmetric, codebook, activations, device, dtype, steps, parts=parts)
 
     @classmethod
-    def pruned(cls, values: torch.dtype, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "Need":
+    def pruned(cls, values: torch.dtype, device: str = "cpu", dtype: torch.dtype = torch.float32) -> "KernelSpec":
         """What a pruned weight needs that stores `values`."""
         return cls(torch.finfo(values).bits, group=1, device=device, dtype=dtype, values=values)
 
 
 @dataclass(frozen=True)
-class Serves:
+class Capabilities:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
     `bits` are those of codes, `tables` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
@@ -86,7 +86,7 @@ class Serves:
     tables: frozenset[int] = frozenset()
     values: frozenset[torch.dtype] = frozenset()
 
-    def refusal(self, need: Need) -> str | None:
+    def refusal(self, need: KernelSpec) -> str | None:
         """Why `need` is not met, or None where it is."""
         if need.values is not None:
             stored = ("values", need.values, self.values)
@@ -156,9 +156,9 @@ class Kernel:
     """
 
     name: str
-    serves: Serves
-    prepare: Callable[[Weight, Need], CodedProduct]
+    serves: Capabilities
+    prepare: Callable[[Weight, KernelSpec], CodedProduct]
     tolerance: float = 1e-5
-    pruned: Callable[[PrunedWeight, Need], PrunedProduct] | None = None
+    pruned: Callable[[PrunedWeight, KernelSpec], PrunedProduct] | None = None
     mixes: bool = False
     added: Callable[[SparseRows, Tensor, Tensor], Tensor] = SparseRows.added

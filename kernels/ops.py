@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arranged import restored
 from .cpu import library, product, pruned
 from .cpu.layout import Panels
+from .packed_layout import restored
 from .weight import SparseRows
 
 

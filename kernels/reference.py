@@ -4,14 +4,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compress.formats.bitstream import pack_rows, unpack_rows
-from .kernel import FLOAT_DTYPES, CodedProduct, Kernel, Need, PrunedProduct, Serves
+from .kernel import FLOAT_DTYPES, Capabilities, CodedProduct, Kernel, KernelSpec, PrunedProduct
+from .packing.bitstream import pack_rows, unpack_rows
 from .weight import PrunedWeight, Weight
 
 SLAB = 256  # rows of the weight that are dequantized at a time: no call holds a whole matrix
 
 
-def quantized(x: Tensor, need: Need) -> Tensor:
+def quantized(x: Tensor, need: KernelSpec) -> Tensor:
     """`x` `[m, in]` as it enters the product: rounded to int8 codes and back, in its dtype, or as it is.
 
     A scale is `absmax / steps` over the row or over the group, computed in float32; codes are rounded half to even and
@@ -29,7 +29,7 @@ def quantized(x: Tensor, need: Need) -> Tensor:
 class ReferenceProduct(CodedProduct):
     """Codes as a bit stream along each row, as checkpoints keep them; a slab of rows at a time becomes floats."""
 
-    def __init__(self, weight: Weight, need: Need) -> None:
+    def __init__(self, weight: Weight, need: KernelSpec) -> None:
         super().__init__()
         self.need, self.columns = need, weight.shape[1]
         self.packed: Tensor
@@ -59,7 +59,7 @@ class ReferenceProduct(CodedProduct):
 class ReferencePruned(PrunedProduct):
     """A slab of rows at a time is unfolded."""
 
-    def __init__(self, weight: PrunedWeight, need: Need) -> None:
+    def __init__(self, weight: PrunedWeight, need: KernelSpec) -> None:
         super().__init__(weight)
         self.starts = [0, *weight.starts()[SLAB::SLAB].tolist(), len(weight.values)]
 
@@ -74,7 +74,7 @@ class ReferencePruned(PrunedProduct):
 
 REFERENCE = Kernel(
     name="torch-dequantize",
-    serves=Serves(
+    serves=Capabilities(
         bits=frozenset(range(2, 9)),
         tables=frozenset(range(2, 9)),
         activations=frozenset({"float", "group", "token"}),

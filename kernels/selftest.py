@@ -11,24 +11,24 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..compress.prune.args import PruneArgs
-from ..compress.scheme import float_name
-from ..compress.tensor import PrunedTensor, TwoLevel
-from .apart import prepare
-from .kernel import CodedProduct, Kernel, Need, Product, PrunedProduct
+from ..recipes.scheme import float_name
+from ..recipes.scheme.prune_args import PruneArgs
+from .kernel import CodedProduct, Kernel, KernelSpec, Product, PrunedProduct
+from .outliers import prepare
 from .reference import quantized
+from .tensor import Bilevel, PrunedTensor
 from .weight import Levels, PrunedWeight, SparseRows, Weight
 
 ROWS, BATCH = 35, 13
 PRUNED_WIDTH = 203  # no multiple of anything
 FEW_COLUMNS, MOST_COLUMNS = 512, 1024  # wide enough for every way in which a kernel cuts a long group
 LARGEST = 4.0  # a row's sum of weights, nearly: its products fit float16
-KEPT, LOUD = 3, 50  # columns in 16 bits, and how much louder their inputs are
+KEPT, OUTLIER = 3, 50  # columns in 16 bits, and how much louder their inputs are
 SCALES = (torch.float32, torch.float16)  # layouts part ways there
 SHARE = 0.05  # of the weights that have an entry of the residual
 
 
-def failure(kernel: Kernel, need: Need) -> str | None:
+def failure(kernel: Kernel, need: KernelSpec) -> str | None:
     """Why `kernel` may not serve `need` on this machine, or None where it passed. Raises `Unavailable` if it cannot run."""
     one_layout = need.values is not None or "levels" in need.parts
     for dtype in SCALES[:1] if one_layout else SCALES:
@@ -37,7 +37,7 @@ def failure(kernel: Kernel, need: Need) -> str | None:
     return None
 
 
-def _failure(kernel: Kernel, need: Need, weight: Weight | PrunedWeight, x: Tensor) -> str | None:
+def _failure(kernel: Kernel, need: KernelSpec, weight: Weight | PrunedWeight, x: Tensor) -> str | None:
     product = prepare(kernel, weight, need)
     allowed = max(kernel.tolerance, 4 * torch.finfo(need.dtype).eps)
     for inputs in (x, x[-1:]):  # many rows and one: kernels part ways there
@@ -57,13 +57,13 @@ def _holds(product: Product, weight: Weight | PrunedWeight) -> bool:
     return kept is not None and torch.equal(kept.mask, weight.mask) and torch.equal(kept.values, weight.values)
 
 
-def relative_error(y: Tensor, weight: Weight | PrunedWeight, x: Tensor, need: Need) -> float:
+def relative_error(y: Tensor, weight: Weight | PrunedWeight, x: Tensor, need: KernelSpec) -> float:
     """The largest, over the rows of `x`, of the norm of what `y` lacks to the product in float64, relative to the product's."""
     expected = in_float64(weight, x, need)
     return float(((y.double() - expected).norm(dim=1) / expected.norm(dim=1)).max())
 
 
-def in_float64(weight: Weight | PrunedWeight, x: Tensor, need: Need) -> Tensor:
+def in_float64(weight: Weight | PrunedWeight, x: Tensor, need: KernelSpec) -> Tensor:
     """The product with `x` rounded as `need` says; 16-bit columns and residuals meet `x` as it is, and widen no scale."""
     if isinstance(weight, PrunedWeight):
         return x.double() @ weight.dequantize(torch.float64).T
@@ -77,7 +77,7 @@ def in_float64(weight: Weight | PrunedWeight, x: Tensor, need: Need) -> Tensor:
     return y if weight.residual is None else weight.residual.added(y, x)
 
 
-def extremes(need: Need, dtype: torch.dtype = torch.float32) -> tuple[Weight | PrunedWeight, Tensor]:
+def extremes(need: KernelSpec, dtype: torch.dtype = torch.float32) -> tuple[Weight | PrunedWeight, Tensor]:
     """A weight with scales of `dtype` and rows of extreme codes, or none and all of whose values are stored, and inputs with
     rows of extreme values, the rest random."""
     generator = torch.Generator().manual_seed(0)
@@ -88,7 +88,7 @@ def extremes(need: Need, dtype: torch.dtype = torch.float32) -> tuple[Weight | P
     return weight.to(need.device), _inputs(weight, group, generator).to(need.device, need.dtype)
 
 
-def _coded(need: Need, dtype: torch.dtype, generator: torch.Generator) -> Weight:
+def _coded(need: KernelSpec, dtype: torch.dtype, generator: torch.Generator) -> Weight:
     group = min(need.group, MOST_COLUMNS)
     width = 3 * group if group <= FEW_COLUMNS else group
     codes = torch.randint(0, 2**need.bits, (ROWS, width), generator=generator, dtype=torch.uint8)
@@ -102,7 +102,7 @@ def _coded(need: Need, dtype: torch.dtype, generator: torch.Generator) -> Weight
         codes, scale.to(dtype), None if need.symmetric or need.codebook else zero, need.bits, need.group, codebook
     )
     if "levels" in need.parts:
-        two = TwoLevel.fit(scale), TwoLevel.fit(zero.float())
+        two = Bilevel.fit(scale), Bilevel.fit(zero.float())
         scale, zero = (each.values(torch.float32) for each in two)
         weight = replace(weight, scale=scale, zero=zero, levels=Levels.of(*two))
     if "columns" in need.parts:
@@ -135,5 +135,5 @@ def _inputs(weight: Weight | PrunedWeight, group: int, generator: torch.Generato
     x[4] = 0
     x[4, -1] = 1
     if isinstance(weight, Weight) and weight.columns is not None:
-        x[5:, weight.columns] *= LOUD
+        x[5:, weight.columns] *= OUTLIER
     return x

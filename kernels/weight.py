@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..compress.formats.sparse import by_mask, from_mask
-from ..compress.quantize.codebook import nf4_values
-from ..compress.tensor import TILE, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor, TwoLevel
-from ..compress.tensor.parts import moved
+from .packing.bitmask import from_mask
+from .packing.codebook import nf4_values
+from .tensor import TILE, Bilevel, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor
+from .tensor.parts import moved
+from .tensor.pruned import by_mask
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Levels:
     grids: Tensor
 
     @classmethod
-    def of(cls, scale: TwoLevel, zero: TwoLevel) -> "Levels":
+    def of(cls, scale: Bilevel, zero: Bilevel) -> "Levels":
         """Both in one."""
         both = scale.codes | zero.codes << 4
         tiles = F.pad(both, (0, 0, 0, -len(both) % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
@@ -70,11 +71,11 @@ class Levels:
         """The same on `device`."""
         return moved(self, device)
 
-    def two(self, rows: int) -> tuple[TwoLevel, TwoLevel]:
+    def two(self, rows: int) -> tuple[Bilevel, Bilevel]:
         """The scales and the zeros of so many rows."""
         codes = self.codes.transpose(1, 2).flatten(0, 1)[:rows]
         grids = [part.contiguous() for part in self.grids.unbind(-1)]
-        return TwoLevel(codes & 15, *grids[:2]), TwoLevel(codes >> 4, *grids[2:])
+        return Bilevel(codes & 15, *grids[:2]), Bilevel(codes >> 4, *grids[2:])
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,10 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
-from ..compress.errors import UsageError
-from ..compress.passes import Method, PassConfig, method
-from ..compress.prune.args import Pruning
-from ..compress.scheme import QuantArgs, Scheme, WeightArgs
+from ..errors import UsageError
+from .methods import Method, PassConfig, method
+from .scheme import QuantArgs, Scheme, WeightArgs
+from .scheme.prune_args import Pruning
 
 
 class Calibration(BaseModel):
@@ -30,7 +30,7 @@ class Calibration(BaseModel):
 
 
 class Allocation(BaseModel):
-    """A budget that the layers share, spent where it does most good (see `recipes/allocation.py`).
+    """A budget that the layers share, spent where it does most good (see `compress/allocation/allocate.py`).
 
     `average` is in bits a weight on disk, scales included, or the share of zeros when pruning (None: that of the scheme);
     `levels` are what a layer may get (none given: all bits, sparsities around the average); `tokens` of the calibration text
@@ -68,7 +68,7 @@ class PassSpec(BaseModel):
         return {"method": self.method, **options}
 
     @cached_property
-    def registered(self) -> Method:
+    def method_entry(self) -> Method:
         """The method that carries the pass out."""
         return method(self.method)
 
@@ -91,18 +91,18 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _transforms_come_first(self) -> "Recipe":
         last = self.passes[-1]
-        if not last.registered.compresses:
+        if not last.method_entry.compresses:
             raise UsageError(
                 f"{last.method} alone stores nothing smaller", "add a pass behind it, such as `method: rtn`"
             )
         for before, after in pairwise(self.passes):
-            if before.registered.compresses and not after.registered.compresses:
+            if before.method_entry.compresses and not after.method_entry.compresses:
                 raise UsageError(
                     f"{after.method} comes after {before.method}", "transform weights before compressing them"
                 )
-        if sum(entry.registered.apply_outside is not None for entry in self.passes) > 1:
+        if sum(entry.method_entry.apply_outside is not None for entry in self.passes) > 1:
             raise UsageError("only one pass can turn the whole model", "leave out all but one")
-        compressors = [entry for entry in self.passes if entry.registered.compresses]
+        compressors = [entry for entry in self.passes if entry.method_entry.compresses]
         if compressors[0].config.scheme is None:
             raise UsageError(
                 f"{compressors[0].method} has nothing to improve on", "put a quantizer such as gptq before it"
@@ -113,7 +113,7 @@ class Recipe(BaseModel):
     @property
     def scheme(self) -> Scheme | Pruning:
         """The scheme that the passes leave behind: that of the last one which has one."""
-        schemes = [entry.config.scheme for entry in self.passes if entry.registered.compresses]
+        schemes = [entry.config.scheme for entry in self.passes if entry.method_entry.compresses]
         return next(scheme for scheme in reversed(schemes) if scheme is not None)
 
     def weights(self, layer: str) -> WeightArgs | None:

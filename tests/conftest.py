@@ -23,7 +23,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from lmpress.calibrate.discovery import find_blocks
+from lmpress.calibrate.model.architecture import find_blocks
 from lmpress.calibrate.runner import Call
 
 LETTERS = "abcdefgh"

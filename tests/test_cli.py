@@ -12,8 +12,8 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
+from lmpress.calibrate.model import safetensors_io
 from lmpress.cli import app
-from lmpress.compress.formats import shards
 
 CALIBRATION = ["--samples", "4", "--seq-len", "16", "--group-size", "8"]
 
@@ -170,9 +170,9 @@ def test_calibration_text_that_cannot_be_used(
 )
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 def test_a_weight_that_is_no_number_is_named(tiny: Path, tmp_path: Path, text: str, name: str, method: str) -> None:
-    tensors = shards.read(tiny / "model.safetensors")
+    tensors = safetensors_io.read(tiny / "model.safetensors")
     tensors[name].view(-1)[3] = torch.nan
-    shards.write(tiny / "model.safetensors", tensors)
+    safetensors_io.write(tiny / "model.safetensors", tensors)
     refused(quantize(tiny, tmp_path / "out", text, "--method", method), 1, name, "NaN")
     assert leftovers(tmp_path) == set()
 

@@ -14,9 +14,9 @@ from typer.testing import CliRunner, Result
 
 from lmpress import cli
 from lmpress.compress import export
-from lmpress.compress.command import look
-from lmpress.compress.formats.targets import ROW, TARGETS, Container
-from lmpress.compress.passes import METHODS, QUALITIES, Method, method
+from lmpress.compress.runtime_support import ROW, TARGETS, RuntimeFormat
+from lmpress.eval import commands as look
+from lmpress.recipes.methods import METHODS, QUALITIES, Method, method
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -61,7 +61,7 @@ def test_every_flag_that_is_mentioned_exists(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
 def test_every_recipe_that_a_command_line_asks_for_can_be_built(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[str] = []
-    monkeypatch.setattr(cli, "carry_out", lambda model, *_: built.append(model))
+    monkeypatch.setattr(cli, "run_recipe", lambda model, *_: built.append(model))
     lines = [line for line in command_lines(page.read_text(encoding="utf-8")) if line.split()[1] in BUILD_RECIPES]
     for line in lines:
         done = invoke(line)
@@ -165,7 +165,7 @@ def links(page: Path) -> Iterator[Path]:
             yield page.parent / target
 
 
-def row_of(runtime: str, container: Container) -> str:
+def row_of(runtime: str, container: RuntimeFormat) -> str:
     """The line of the page that says what `runtime` reads of one format."""
     groups = "any" if container.groups is None else ", ".join("row" if g == ROW else str(g) for g in container.groups)
     if container.block > 1:

@@ -74,7 +74,7 @@ def test_the_declared_packages_are_the_folders_with_python_files():
 
 @pytest.mark.parametrize("path", package_files(), ids=str)
 def test_siblings_are_imported_relatively(path):
-    own = {"lmpress", "cli", *(file.parts[0] for file in package_files() if len(file.parts) > 1)}
+    own = {"lmpress", "cli", "errors", *(file.parts[0] for file in package_files() if len(file.parts) > 1)}
     tree = ast.parse((ROOT / path).read_text(encoding="utf-8"))
     assert [name for name in absolute_imports(tree) if name.split(".")[0] in own] == []
 
@@ -104,7 +104,7 @@ def test_transformers_imports_in_the_root():
 
 
 def test_the_root_holds_only_the_api_and_the_command():
-    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py"}
+    assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py", "errors.py"}
 
 
 def test_tests_are_no_package():
@@ -138,7 +138,13 @@ def test_the_wheel_installs_only_the_package(wheel):
 def test_the_wheel_holds_every_file_of_the_package(wheel):
     below = {path.parent for path in package_files()} - {Path()}
     found = [path for folder in below for path in (ROOT / folder).iterdir() if path.is_file()]
-    expected = {"__init__.py", "cli.py", "py.typed", *(path.relative_to(ROOT).as_posix() for path in found)}
+    expected = {
+        "__init__.py",
+        "cli.py",
+        "errors.py",
+        "py.typed",
+        *(path.relative_to(ROOT).as_posix() for path in found),
+    }
     assert {name.removeprefix("lmpress/") for name in wheel if name.startswith("lmpress/")} == expected
 
 

@@ -6,8 +6,8 @@ from types import ModuleType
 
 import pytest
 
-from lmpress.compress.errors import UsageError
-from lmpress.compress.scheme import CACHED, INPUTS, STRATEGIES, WEIGHTS, CacheScheme, QuantArgs, Role, Scheme
+from lmpress.errors import UsageError
+from lmpress.recipes.scheme import CACHED, INPUTS, STRATEGIES, WEIGHTS, CacheScheme, QuantArgs, Role, Scheme
 
 DOCS = Path(__file__).parents[1] / "docs"
 

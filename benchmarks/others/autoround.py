@@ -101,8 +101,8 @@ def measure(python: str, model: Path, calib: str, heldout: str, bits: int, symme
 
 def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, symmetric: bool) -> Any:
     """The recipe of `compress quantize --method M --quality Q`, with so many `steps` of tuning if given."""
-    from lmpress.compress.api import quantization_recipe
     from lmpress.recipes import schema
+    from lmpress.recipes.options import quantization_recipe
 
     recipe = quantization_recipe(
         method=method,
@@ -124,7 +124,8 @@ def prepare(model: Path, calib: str, out: Path) -> None:
     """Write the widened model and the calibration tokens for AutoRound."""
     from transformers import AutoModelForCausalLM
 
-    from lmpress.calibrate.rows import calibration_rows, load_tokenizer
+    from lmpress.calibrate.data.token_rows import calibration_rows
+    from lmpress.compress.formats.tokenizer import load_tokenizer
 
     tokenizer = load_tokenizer(model)
     assert tokenizer is not None

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lmpress.compress.scheme import QuantArgs, group_strategy, inputs_per, signed_weights
+from lmpress.recipes.scheme import QuantArgs, group_strategy, inputs_per, signed_weights
 
 NF4 = QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested")
 

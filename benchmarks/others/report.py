@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cells import ENVIRONMENTS, WEIGHTS
-from lmpress.compress.formats.targets import TARGETS, faults
 from lmpress.compress.plan import LayerPlan
+from lmpress.compress.runtime_support import TARGETS, faults
 
 HEAD = """# Formats and runtimes
 
@@ -80,7 +80,7 @@ def _not_run(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read_by(target: str, kind: str, weights: str) -> bool:
-    """Whether `lmpress.compress.formats.targets` says that the runtime reads it."""
+    """Whether `lmpress.compress.runtime_support` says that the runtime reads it."""
     made = WEIGHTS[weights]
     layer = LayerPlan("layer", 0, "Linear", (WIDTH, WIDTH), made.args, 0)
     containers = [container for container in TARGETS[target] if container.format == kind]

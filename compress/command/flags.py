@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 Model = Annotated[
     str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a hub model.")

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from ..errors import CompressError
+from ...errors import CompressError
 
 INTERRUPTED = 130
 
@@ -34,7 +34,7 @@ class Output:
         if self.json == "-":
             print(text)
         else:
-            from ..formats.shards import storage_errors
+            from ...calibrate.model.safetensors_io import storage_errors
 
             with storage_errors(Path(self.json)):
                 Path(self.json).write_text(text + "\n", encoding="utf-8")

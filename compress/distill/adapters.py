@@ -6,8 +6,8 @@ import torch
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...calibrate.discovery import find_blocks, find_linears
-from ..errors import UsageError
+from ...calibrate.model.architecture import find_blocks, find_linears
+from ...errors import UsageError
 
 
 def attach(student: PreTrainedModel, rank: int, seed: int) -> Callable[[], object]:

@@ -11,18 +11,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from ...calibrate.discovery import find_blocks, weight_of
-from ...calibrate.experts import own_names, routers
-from ...calibrate.skeleton import Names, build
-from ...calibrate.source import Source, open_source
-from ...kernels.cache.stored import is_scale
-from ..errors import CompressError, UsageError
-from ..scheme import QuantArgs, WeightArgs
-from ..tensor import Compressed, LowRankTensor
+from ...calibrate.model.architecture import find_blocks, weight_of
+from ...calibrate.model.moe import own_names, routers
+from ...calibrate.model.safetensors_io import TensorSpec
+from ...calibrate.model.skeleton import Names, build
+from ...calibrate.model.source import Source
+from ...errors import CompressError, UsageError
+from ...kernels.tensor import Compressed, LowRankTensor
+from ...recipes.scheme import QuantArgs, WeightArgs
 from . import int_quantized, llm_int8
 from .export import awq, bitsandbytes, gptq
-from .shards import TensorSpec
-from .storage import LOW_RANK, format_that_wrote, low_rank_spec
+from .kv_cache import is_scale
+from .registry import LOW_RANK, format_that_wrote, low_rank_spec
+from .source import open_source
 
 UNRELATED = "the checkpoint and its config do not belong together"
 

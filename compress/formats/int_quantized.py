@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs, WeightArgs
-from ..tensor import Compressed, CompressedTensor
+from ...calibrate.model.safetensors_io import NAMES, TensorSpec
+from ...kernels.tensor import Compressed, CompressedTensor
+from ...recipes.scheme import QuantArgs, WeightArgs
 from . import pack_quantized
-from .shards import NAMES, TensorSpec
 
 NAME = "int-quantized"
 MIXED = "mixed-precision"  # what compressed-tensors calls a checkpoint whose groups have different formats

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs, WeightArgs, inputs_per, signed_weights
-from ..tensor import Compressed, MixedTensor
+from ...calibrate.model.safetensors_io import NAMES, TensorSpec
+from ...kernels.tensor import Compressed, MixedTensor
+from ...recipes.scheme import QuantArgs, WeightArgs, inputs_per, signed_weights
 from .int_quantized import OFFSET
-from .shards import NAMES, TensorSpec
 from .spqr import index_dtype
 
 NAME = "llm-int8"

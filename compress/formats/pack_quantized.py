@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs, ScaleDtype
-from ..tensor import CompressedTensor
-from .bitstream import pack_rows, unpack_rows
-from .shards import NAMES, TensorSpec
+from ...calibrate.model.safetensors_io import NAMES, TensorSpec
+from ...kernels.packing.bitstream import pack_rows, unpack_rows
+from ...kernels.tensor import CompressedTensor
+from ...recipes.scheme import QuantArgs, ScaleDtype
 
 NAME = "pack-quantized"
 EXPERT = re.compile(r".*\.experts\.\d+\..*")

@@ -18,10 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import CompressError
-from ..scheme import PruneArgs
-from ..tensor import PrunedTensor
-from .shards import NAMES, TensorSpec
+from ...calibrate.model.safetensors_io import NAMES, TensorSpec
+from ...errors import CompressError
+from ...kernels.packing.bitmask import from_mask, join, split
+from ...kernels.tensor import PrunedTensor
+from ...kernels.tensor.pruned import by_mask
+from ...recipes.scheme import PruneArgs
 
 NAME = "lmpress-sparse"
 
@@ -58,7 +60,7 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
         places = tensor.kept.view(rows, -1, 4).byte().argsort(dim=2, descending=True, stable=True)[..., :2]
         values = tensor.values.view(rows, -1, 4).gather(2, places).flatten(1)
         nibbles = (places[..., 0] | places[..., 1] << 2).to(torch.uint8)
-        return shape | {f"{name}.weight_places": _join(nibbles, 4), f"{name}.weight_values": values}
+        return shape | {f"{name}.weight_places": join(nibbles, 4), f"{name}.weight_values": values}
     mask, values = by_mask(tensor)
     return shape | {f"{name}.weight_bitmask": mask, f"{name}.weight_values": values}
 
@@ -72,7 +74,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
     stored = tensors[f"{name}.weight_values"]
     values = stored.new_zeros(rows, columns)
     if args.storage == "2:4":
-        nibbles = _split(tensors[f"{name}.weight_places"], 4, columns // 4).long()
+        nibbles = split(tensors[f"{name}.weight_places"], 4, columns // 4).long()
         places = torch.stack([nibbles & 3, nibbles >> 2], dim=2)
         values.view(rows, -1, 4).scatter_(2, places, stored.view(rows, -1, 2))
         kept = torch.zeros_like(values, dtype=torch.bool).view(rows, -1, 4).scatter_(2, places, True).flatten(1)
@@ -82,17 +84,6 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
         raise CompressError(f"{name} marks {int(kept.sum())} weights and stores {stored.numel()}", "it is damaged")
     values[kept] = stored
     return PrunedTensor(values, kept, args)
-
-
-def by_mask(tensor: PrunedTensor) -> tuple[Tensor, Tensor]:
-    """The bitmask uint8 `[out, ceil(in / 8)]` of what is stored, and that `[stored]`, as `bitmask` lays them out."""
-    whole = bool(tensor.kept.all())  # then there is nothing to look for, which takes memory
-    return _join(tensor.kept.to(torch.uint8), 1), tensor.values.flatten() if whole else tensor.values[tensor.kept]
-
-
-def from_mask(mask: Tensor, columns: int) -> Tensor:
-    """What a bitmask says is stored: bool `[out, columns]`."""
-    return _split(mask, 1, columns).bool()
 
 
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
@@ -119,17 +110,3 @@ def wrote(config: Mapping[str, Any]) -> bool:
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, PruneArgs]:
     """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
     return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
-
-
-def _join(fields: Tensor, bits: int) -> Tensor:
-    """Pack `fields` uint8 `[rows, n]`, each below `2**bits`, into bytes `[rows, ceil(n * bits / 8)]`, the first lowest."""
-    per_byte = 8 // bits
-    padded = torch.nn.functional.pad(fields, (0, -fields.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)
-    return (padded << shifts).sum(2, dtype=torch.uint8)
-
-
-def _split(packed: Tensor, bits: int, count: int) -> Tensor:
-    """The inverse of `_join`: uint8 `[rows, count]`."""
-    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
-    return (packed.unsqueeze(2) >> shifts & 2**bits - 1).flatten(1)[:, :count]

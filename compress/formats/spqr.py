@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..scheme import QuantArgs
-from ..tensor import LEVEL, TILE, SpQRTensor, TwoLevel
-from .bitstream import pack_rows, unpack_rows
-from .shards import NAMES, TensorSpec
+from ...calibrate.model.safetensors_io import NAMES, TensorSpec
+from ...kernels.packing.bitstream import pack_rows, unpack_rows
+from ...kernels.tensor import LEVEL, TILE, Bilevel, SpQRTensor
+from ...recipes.scheme import QuantArgs
 
 NAME = "spqr"
 LEVEL_BYTES = TILE * LEVEL.bits // 8
@@ -92,8 +92,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTen
     floats = parts[3].contiguous().view(torch.float16).unbind(-1)
     return SpQRTensor(
         codes=codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(),
-        scale=TwoLevel(levels[0], floats[0].contiguous(), floats[1].contiguous()),
-        zero=TwoLevel(levels[1], floats[2].contiguous(), floats[3].contiguous()),
+        scale=Bilevel(levels[0], floats[0].contiguous(), floats[1].contiguous()),
+        zero=Bilevel(levels[1], floats[2].contiguous(), floats[3].contiguous()),
         counts=tensors[f"{name}.weight_counts"].to(torch.int64),
         columns=tensors[f"{name}.weight_columns"].to(torch.int64),
         values=tensors[f"{name}.weight_values"],

@@ -1,12 +1,12 @@
 """The model card of a compressed checkpoint: what it is, what made it, where it loads."""
 
-from ...calibrate.rows import Rows
-from ...calibrate.source import Source
+from ...calibrate.data.token_rows import TokenRows
+from ...calibrate.model.source import Source
 from ...recipes.schema import Recipe, dump
+from ...recipes.scheme import PruneArgs, QuantArgs, WeightArgs
 from ..formats import int_quantized, pack_quantized
 from ..formats.gguf import stored as gguf
 from ..plan import Plan
-from ..scheme import PruneArgs, QuantArgs, WeightArgs
 
 TEMPLATE = """\
 ---
@@ -78,7 +78,7 @@ DENSE = """\
 """
 
 
-def render(source: Source, plan: Plan, recipe: Recipe, rows: Rows | None) -> str:
+def render(source: Source, plan: Plan, recipe: Recipe, rows: TokenRows | None) -> str:
     """The text of README.md. Holds no time, path or machine: equal runs give equal cards."""
     return TEMPLATE.format(
         base=source.name,

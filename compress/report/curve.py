@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..formats.shards import storage_errors
+from ...calibrate.model.safetensors_io import storage_errors
 
 INCHES = (6.0, 3.5)
 

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 import torch
 
-from ..errors import UsageError
+from ...errors import UsageError
 
 BUCKETS = 10_000  # the budget's resolution (OBC)
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..grid import LARGEST, Grid, Units, groups_of, stored
-from ..scheme import QuantArgs
+from ...kernels.tensor.grid import LARGEST, Grid, Units, groups_of, stored
+from ...recipes.scheme import QuantArgs
 
 BLOCK = 512  # columns whose moves reach the rest of the matrix by one product
 TILE = 32  # columns that tell each other of their moves one by one

@@ -31,13 +31,13 @@ class Projection(Protocol):
 
 
 def sweep(
-    weight: Tensor, upper: Tensor, projection: Projection, block: int = BLOCK, aim: Tensor | None = None
+    weight: Tensor, upper: Tensor, projection: Projection, block: int = BLOCK, target: Tensor | None = None
 ) -> Tensor:
     """Settle all columns of `weight` `[in, out]` (transposed, in processing order) in place.
 
     `upper` `[in, in]` is the factor `U` with `Hd^-1 = U^T U`. On return `weight` holds the settled values `Q^T`.
     Returns the scaled errors `E^T` `[in, out]`; identity I1: `W - Q = E U` and `sum(E**2) / 2` is the damped loss.
-    With `aim` `A` `[in, out]` the weight that is imitated, and whose errors are returned, is `W + A^T U`.
+    With `target` `A` `[in, out]` the weight that is imitated, and whose errors are returned, is `W + A^T U`.
     """
     columns = weight.shape[0]
     errors = torch.empty_like(weight)
@@ -47,15 +47,15 @@ def sweep(
         for i in range(start, stop):
             if projection.span and i % projection.span == 0:
                 span = slice(i, i + projection.span)
-                lead = 0 if aim is None else upper[span, span].T @ aim[span]
+                lead = 0 if target is None else upper[span, span].T @ target[span]
                 projection.fit(i, weight[span] + lead)
-            wanted = weight[i] if aim is None else torch.add(weight[i], aim[i], alpha=diagonal[i])
+            wanted = weight[i] if target is None else torch.add(weight[i], target[i], alpha=diagonal[i])
             settled = projection.column(i, wanted)
             error = torch.sub(weight[i], settled, out=errors[i]).div_(diagonal[i])
             weight[i].copy_(settled)
             weight[i + 1 : stop].addr_(upper[i, i + 1 : stop], error, alpha=-1)
         weight[stop:].addmm_(upper[start:stop, stop:].T, errors[start:stop], alpha=-1)
-    return errors if aim is None else errors.add_(aim)
+    return errors if target is None else errors.add_(target)
 
 
 def _block_size(block: int, span: int | None, columns: int) -> int:

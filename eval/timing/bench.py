@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compress.errors import UsageError
 from ...compress.report.progress import Event, Observer, silent
-from ...kernels.triton.product import TritonProduct
-from .candidates import GROUP, Candidate, candidates
-from .place import Call, Machine, Place, machine_of, place_of
+from ...errors import UsageError
+from ...kernels.triton.product import TritonProduct, tune_tiles
+from .machine import Call, Machine, Place, machine_of, place_of
+from .products import GROUP, Candidate, candidates
 
 MANY = 256  # rows of inputs from which fewer rounds do
 TRIES = 5  # of a tile that may be the fastest: medians count
@@ -102,12 +102,10 @@ def bench(
 
 def search(ring: Sequence[Call], inputs: Sequence[int], place: Place) -> None:
     """Find and keep the tiles of the Triton products in `ring`, where these are what it is made of."""
-    from ...kernels.triton.tune import tune
-
     whole = [each for each in ring if isinstance(each, nn.Module)]
     products = [part for each in whole for part in each.modules() if isinstance(part, TritonProduct)]
     if products:
-        tune(products, inputs, place.dtype, lambda calls, x: _median(calls, x, place))
+        tune_tiles(products, inputs, place.dtype, lambda calls, x: _median(calls, x, place))
 
 
 def _median(calls: Sequence[Call], x: Tensor, place: Place) -> float:
@@ -137,7 +135,7 @@ def _measure(
     errors = {c.name: _relative_error(rings[c.name][0](x), _in_float64(x, c.dense())) for c in found}
     right = [c.name for c in found if errors[c.name] <= c.tolerance]
     times: dict[str, list[float]] = {name: [] for name in right}
-    timers, order = {name: place.timer(rings[name], x) for name in right}, random.Random(m)  # noqa: S311
+    timers, order = {name: place.timer(rings[name], x) for name in right}, random.Random(m)
     for _ in range(rounds if m < MANY else max(3, rounds // 3)):
         for name in order.sample(right, len(right)):
             times[name].append(timers[name]())

@@ -4,8 +4,8 @@ from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ...compress.errors import UsageError
-from ...compress.formats.shards import storage_errors
+from ...calibrate.model.safetensors_io import storage_errors
+from ...errors import UsageError
 from .bench import Bench, Timing
 
 if TYPE_CHECKING:

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ...calibrate.rows import context_length
-from ...compress.errors import CompressError, UsageError
-from ...compress.formats.load import load
+from ...calibrate.model.skeleton import context_length
+from ...compress.load import load
 from ...compress.report.progress import Event, Observer, silent
-from ...kernels.modules.block import blocks_of
+from ...errors import CompressError, UsageError
+from ...kernels.modules.fused_decode import blocks_of
 from ...kernels.modules.linear import PackedLinear, SpQRLinear, kernels_of
-from .place import clock
+from .machine import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes
@@ -83,7 +83,7 @@ def speed(
         models[name] = _loaded(**contestants[name])
     prompt = _prompt(list(models.values()))
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    order = random.Random(0)  # noqa: S311
+    order = random.Random(0)
     for turn in range(ROUNDS + 1):
         for name in order.sample(list(models), len(models)):
             seconds[name].append(_answer(models[name], prompt))
@@ -179,7 +179,7 @@ def _peak_elsewhere(arguments: dict[str, Any]) -> int:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-c", CHILD, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise CompressError(f"memory of {arguments['path']} could not be measured: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])

@@ -8,14 +8,14 @@ from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 
-from ...compress.activations import fake_quantize
-from ...compress.errors import UsageError
-from ...compress.grid import parameters
-from ...compress.scheme import CacheScheme, QuantArgs
+from ...errors import UsageError
+from ...recipes.scheme import CacheScheme, QuantArgs
+from ..activations import fake_quantize
+from ..tensor.grid import parameters
 from .packed import PackedStates
-from .ranges import Ends, attached
+from .ranges import KVRanges, attached
 
-DYNAMIC = Ends(None, None)
+DYNAMIC = KVRanges(None, None)
 
 
 class PackedLayer(DynamicLayer):
@@ -27,7 +27,7 @@ class PackedLayer(DynamicLayer):
 
     is_croppable = False  # `crop` into the packed part gives back rounded tokens
 
-    def __init__(self, scheme: CacheScheme, ends: Ends = DYNAMIC) -> None:
+    def __init__(self, scheme: CacheScheme, ends: KVRanges = DYNAMIC) -> None:
         super().__init__()
         self.scheme = scheme
         self.ends = ends
@@ -134,7 +134,7 @@ class PackedCache(Cache):
     anything but all keys and values: sliding windows, recurrent states.
     """
 
-    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Ends] | None = None) -> None:
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[KVRanges] | None = None) -> None:
         count = check_cache(config)
         if scheme.static and (ranges is None or len(ranges) != count):
             found = "none are given" if ranges is None else f"{len(ranges)} are given"
@@ -186,7 +186,7 @@ def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
     _serve(model, lambda: PackedCache.of(model, scheme))
 
 
-def serve_rounded(model: PreTrainedModel, scheme: CacheScheme, ranges: Sequence[Ends]) -> None:
+def serve_rounded(model: PreTrainedModel, scheme: CacheScheme, ranges: Sequence[KVRanges]) -> None:
     """Have `model` do what compressed-tensors makes of a scheme that `is_shared`: round every key and value as it comes, those
     that a prompt reads of itself too, and keep them as floats."""
     _serve(model, lambda: _Rounded(model.config, scheme, ranges))
@@ -195,7 +195,7 @@ def serve_rounded(model: PreTrainedModel, scheme: CacheScheme, ranges: Sequence[
 class _Rounded(DynamicCache):
     """Keys and values rounded to the grids of their layer's `ranges`."""
 
-    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[Ends]) -> None:
+    def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[KVRanges]) -> None:
         super().__init__(config=config)
         self._scheme, self._ranges = scheme, ranges
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...compress.errors import CompressError
-from ...compress.grid import encode, fit_groups, parameters
-from ...compress.scheme import QuantArgs
+from ...errors import CompressError
+from ...recipes.scheme import QuantArgs
+from ..tensor.grid import encode, fit_groups, parameters
 
 
 @dataclass

@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arranged import Arranged, flat
-from ..kernel import FLOAT_DTYPES, Kernel, Need, Serves
+from ..kernel import FLOAT_DTYPES, Capabilities, Kernel, KernelSpec
+from ..packed_layout import PackedLayout, flat
 from ..weight import SparseRows, Weight
 from . import library
 from .layout import TABLE_BITS, Panels, pack, unpack
@@ -19,10 +19,10 @@ SETS = {"avx512-vnni": None, "avx2": None, "neon-dotprod": None, "portable": 8}
 SLAB = 256
 
 
-class CpuProduct(Arranged[Panels]):
+class CpuProduct(PackedLayout[Panels]):
     """A weight in panels (see `layout.py`)."""
 
-    def __init__(self, weight: Weight, need: Need, instructions: str) -> None:
+    def __init__(self, weight: Weight, need: KernelSpec, instructions: str) -> None:
         lanes = library.instruction_set(instructions).lanes
         super().__init__(pack(weight, lanes))
         self.lanes, self.how = lanes, (instructions, need.activations, need.steps)
@@ -102,7 +102,7 @@ def kernel(instructions: str) -> Kernel:
     """The kernel of one instruction set."""
     return Kernel(
         name=f"c-{instructions}",
-        serves=Serves(
+        serves=Capabilities(
             bits=frozenset(range(2, 9)),
             tables=frozenset({TABLE_BITS}),
             activations=frozenset({"float", "group", "token"}),

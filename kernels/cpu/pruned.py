@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from ..kernel import Need, PrunedProduct
+from ..kernel import KernelSpec, PrunedProduct
 from ..weight import PrunedWeight
 from . import library
 
@@ -17,7 +17,7 @@ SLAB = 256
 class CpuPruned(PrunedProduct):
     """A pruned weight as it is stored, and where its rows start."""
 
-    def __init__(self, weight: PrunedWeight, need: Need, instructions: str) -> None:
+    def __init__(self, weight: PrunedWeight, need: KernelSpec, instructions: str) -> None:
         super().__init__(weight)
         library.instruction_set(instructions)
         self.instructions = instructions

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...compress.prune.args import FloatDtype, PruneArgs
-from ...compress.tensor import PrunedTensor
+from ...recipes.scheme.prune_args import FloatDtype, PruneArgs
 from .. import dispatch
-from ..kernel import Need, PrunedProduct
+from ..kernel import KernelSpec, PrunedProduct
 from ..reference import REFERENCE
+from ..tensor import PrunedTensor
 from .linear import PrunedLinear, Serving
 
 NARROW: dict[torch.dtype, FloatDtype] = {torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -24,7 +24,7 @@ HELD = (nn.Linear, nn.Embedding)
 def can_hold(module: nn.Module, stored: torch.dtype, device: torch.device, dtype: torch.dtype) -> bool:
     """Whether a layer or table that is `stored` so can stay so where the model computes in `dtype` on `device`."""
     fits = type(module) in HELD and stored in NARROW and dtype == torch.float32 and device.type == "cpu"
-    return fits and dispatch.choose(Need.pruned(stored)).kernel is not REFERENCE
+    return fits and dispatch.choose(KernelSpec.pruned(stored)).kernel is not REFERENCE
 
 
 class DenseLinear(PrunedLinear):

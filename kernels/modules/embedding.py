@@ -5,8 +5,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from ...compress.formats.bitstream import pack_rows, unpack_rows
-from ...compress.tensor import CompressedTensor
+from ..packing.bitstream import pack_rows, unpack_rows
+from ..tensor import CompressedTensor
 
 
 class PackedEmbedding(nn.Module):

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...compress.scheme import QuantArgs
-from ...compress.tensor import CompressedTensor, MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
-from .. import apart, dispatch
-from ..kernel import STEPS, Activations, CodedProduct, Need, Product, PrunedProduct
+from ...recipes.scheme import QuantArgs
+from .. import dispatch
+from ..kernel import STEPS, Activations, CodedProduct, KernelSpec, Product, PrunedProduct
+from ..outliers import WithResidual, prepare
+from ..tensor import CompressedTensor, MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
 from ..weight import Levels, PrunedWeight, Weight
 
 
@@ -88,9 +89,9 @@ class ServedLinear(nn.Module, ABC):
     def _arrange(self, tensor: Served | SpQRTensor | PrunedTensor, serving: Serving) -> None:
         self.serving = serving
         weight = self._weight(tensor)
-        need = Need.of(weight, self.activations, serving.dtype, self.steps)
+        need = KernelSpec.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
-        self.product: Product = apart.prepare(chosen, weight, need)
+        self.product: Product = prepare(chosen, weight, need)
         self.kernel = chosen.name
 
     @abstractmethod
@@ -216,7 +217,7 @@ class SpQRLinear(PackedLinear):
     def compressed(self) -> SpQRTensor:
         """What the module serves."""
         rows = self.product
-        assert isinstance(rows, apart.WithResidual)
+        assert isinstance(rows, WithResidual)
         residual = (rows.starts.diff(), rows.indices.long(), rows.values)
         levels = Levels(self.get_buffer("levels"), self.get_buffer("grids"))
         return SpQRTensor(self.codes, *levels.two(self.out_features), *residual, self.args)

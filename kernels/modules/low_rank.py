@@ -3,7 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...compress.tensor import LowRankTensor
+from ..tensor import LowRankTensor
 
 
 class LowRankLinear(nn.Module):

@@ -2,10 +2,10 @@
 
 from torch import Tensor
 
-from ...compress.activations import encode, extremes, grid_of
-from ...compress.scheme import QuantArgs
-from ...compress.tensor import CompressedTensor, Served, SpQRTensor
+from ...recipes.scheme import QuantArgs
+from ..activations import encode, extremes, grid_of
 from ..kernel import STEPS, Activations
+from ..tensor import CompressedTensor, Served, SpQRTensor
 from .linear import PackedLinear
 
 

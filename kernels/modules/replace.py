@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from ...compress.tensor import Compressed, CompressedTensor, LowRankTensor, NF4Tensor, PrunedTensor, SpQRTensor
+from ..tensor import Compressed, CompressedTensor, LowRankTensor, NF4Tensor, PrunedTensor, SpQRTensor
 from .embedding import PackedEmbedding
 from .linear import PackedLinear, PrunedLinear, Serving, SpQRLinear
 from .low_rank import LowRankLinear

@@ -4,32 +4,35 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from ...compress.formats.storage import format_of
-from ...compress.tensor import Compressed, NF4Tensor
-
-DOT = "/"  # in the names of buffers, which hold no dots
+from ..packing.bitstream import pack_rows, unpack_rows
+from ..tensor import NF4Tensor, parts, settings
 
 
 class StoredLinear(nn.Module):
-    """`y = x W^T + bias` with `W` kept in memory as it is on disk and unfolded for every product.
+    """`y = x W^T + bias` with `W` kept packed in memory and dequantized for every product.
 
-    Buffers are the tensors of the weight's format by their last names, with `/` for a dot.
+    The buffers are the parts of the compressed tensor, its codes as one bit stream.
     """
 
     def __init__(self, tensor: NF4Tensor, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.args = tensor.args
-        for name, part in format_of(tensor.args).pack("", tensor).items():
-            self.register_buffer(name.removeprefix(".").replace(".", DOT), part, persistent=False)
+        self._kind, self._settings = type(tensor), settings(tensor)
+        for name, part in parts(tensor).items():
+            packed = pack_rows(part.view(1, -1), self.args.bits) if name == "codes" and part is not None else part
+            self.register_buffer(name, packed, persistent=False)
         self.bias: nn.Parameter | None
         self.register_parameter("bias", bias)
 
     @property
-    def compressed(self) -> Compressed:
+    def compressed(self) -> NF4Tensor:
         """What the module serves."""
-        tensors = {f".{name.replace(DOT, '.')}": part for name, part in self.named_buffers()}
-        return format_of(self.args).unpack("", tensors, self.args)
+        stored = dict(self._buffers)
+        codes = stored.pop("codes")
+        assert codes is not None
+        codes = unpack_rows(codes, self.args.bits, self.out_features * self.in_features)
+        return self._kind(codes=codes.view(self.out_features, -1), **stored, **self._settings)
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.linear(x, self.compressed.dequantize().to(x.dtype), self.bias)

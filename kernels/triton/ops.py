@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arranged import restored
+from ..packed_layout import restored
 from .layout import Tiles
 
 

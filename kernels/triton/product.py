@@ -1,22 +1,27 @@
 """Products by the Triton kernels, which GPUs compile. Triton is imported when a layer is prepared, not before."""
 
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
-from ..arranged import Arranged, flat
-from ..kernel import Activations, Kernel, Need, Serves, Unavailable, WrongMachine
+from ..kernel import Activations, Capabilities, Kernel, KernelSpec, Unavailable, WrongMachine
+from ..packed_layout import PackedLayout, flat
 from ..weight import SparseRows, Weight
 from .layout import Tiles, pack, unpack
+
+Seconds = Callable[
+    [Sequence[Callable[[Tensor], Tensor]], Tensor], float
+]  # that a call of some products with an input takes
 
 OLDEST = (8, 0)  # the first GPUs with bfloat16
 
 
-class TritonProduct(Arranged[Tiles]):
+class TritonProduct(PackedLayout[Tiles]):
     """A weight in parts (see `layout.py`)."""
 
-    def __init__(self, weight: Weight, need: Need) -> None:
+    def __init__(self, weight: Weight, need: KernelSpec) -> None:
         _check(weight, need)
         super().__init__(pack(weight, int8=need.activations != "float"))
         self.given_bits, self.steps = weight.bits, need.steps
@@ -42,7 +47,14 @@ def added_sparse(residual: SparseRows, y: Tensor, x: Tensor) -> Tensor:
     return launch.added_sparse(y, x, residual.starts, residual.columns, residual.values)
 
 
-def _check(weight: Weight, need: Need) -> None:
+def tune_tiles(products: Sequence[TritonProduct], inputs: Sequence[int], dtype: torch.dtype, seconds: Seconds) -> None:
+    """Find and keep the fastest tiles of `products` on this GPU, for each number of rows in `inputs` (see tune.py)."""
+    from .tune import tune
+
+    tune(products, inputs, dtype, seconds)
+
+
+def _check(weight: Weight, need: KernelSpec) -> None:
     """Raises `Unavailable` where Triton or a GPU that it compiles for is missing, and for what it has no kernel for."""
     if find_spec("triton") is None:
         raise Unavailable("triton is not installed: pip install triton")
@@ -54,7 +66,7 @@ def _check(weight: Weight, need: Need) -> None:
 
 TRITON = Kernel(
     name="triton",
-    serves=Serves(
+    serves=Capabilities(
         bits=frozenset(range(2, 9)),
         tables=frozenset({2, 3, 4}),
         activations=frozenset({"float", "group", "token"}),

@@ -5,6 +5,7 @@ from contextlib import suppress
 
 import torch
 from torch import Tensor
+
 from triton.runtime.errors import OutOfResources
 
 from . import configs, launch

@@ -7,15 +7,15 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from lmpress.calibrate import activation_store
 from lmpress.calibrate import runner as module
-from lmpress.calibrate import store
-from lmpress.calibrate.discovery import find_blocks, find_linears
-from lmpress.calibrate.rows import Rows
+from lmpress.calibrate.activation_store import ActivationStore
+from lmpress.calibrate.data.token_rows import TokenRows
+from lmpress.calibrate.model.architecture import find_blocks, find_linears
+from lmpress.calibrate.model.skeleton import build
 from lmpress.calibrate.runner import Runner
-from lmpress.calibrate.skeleton import build
-from lmpress.calibrate.source import open_source
-from lmpress.calibrate.store import ActivationStore
-from lmpress.compress.errors import CompressError
+from lmpress.compress.formats.source import open_source
+from lmpress.errors import CompressError
 
 VOCABULARY, LENGTH = 40, 24
 LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
@@ -63,9 +63,9 @@ def saved(folder: Path, architecture: str) -> PreTrainedModel:
     return model
 
 
-def rows(mask: Tensor | None = None, count: int = 6) -> Rows:
+def rows(mask: Tensor | None = None, count: int = 6) -> TokenRows:
     ids = torch.randint(2, VOCABULARY, (count, LENGTH), generator=torch.Generator().manual_seed(1))
-    return Rows(ids, "random", VOCABULARY, mask)
+    return TokenRows(ids, "random", VOCABULARY, mask)
 
 
 def padding() -> Tensor:
@@ -79,7 +79,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
 
 
-def opened(folder: Path, given: Rows, scratch: Path) -> Runner:
+def opened(folder: Path, given: TokenRows, scratch: Path) -> Runner:
     source = open_source(folder)
     runner = Runner(build(source), source, given, scratch)
     runner.capture()
@@ -91,7 +91,7 @@ def hidden(runner: Runner) -> Tensor:
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, given: Rows) -> dict[str, Tensor]:
+def inputs_of(model: PreTrainedModel, given: TokenRows) -> dict[str, Tensor]:
     """What every linear reads when the whole model runs on all rows: `[tokens, width]`, padding left out."""
     seen: dict[str, Tensor] = {}
     keep = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask
@@ -221,7 +221,7 @@ def test_changed_weights_are_seen_by_the_next_collect_and_forward(tmp_path: Path
 def test_spilling_to_disk_changes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, budget: int) -> None:
     saved(tmp_path / "model", "llama")
     results = []
-    for allowed in (store.IN_MEMORY_BYTES, budget):
+    for allowed in (activation_store.IN_MEMORY_BYTES, budget):
         monkeypatch.setattr(ActivationStore.__init__, "__defaults__", (allowed,))
         runner = opened(tmp_path / "model", rows(), tmp_path)
         runner.load(0)
@@ -279,7 +279,7 @@ def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: py
         assert torch.allclose(both.hessians[name].matrix(), plain.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
         assert both.held[name].hessian.sequences == 2
     ids = rows().ids
-    runner = opened(tmp_path / "model", Rows(ids[[2, 5]], "test", 10), tmp_path / "two")
+    runner = opened(tmp_path / "model", TokenRows(ids[[2, 5]], "test", 10), tmp_path / "two")
     runner.load(0)
     alone = runner.collect(0, names)
     for name in names:

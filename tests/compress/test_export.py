@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lmpress
-from lmpress.calibrate.source import open_source
-from lmpress.compress.errors import CompressError, UsageError
-from lmpress.compress.formats import shards
+from lmpress.calibrate.model import safetensors_io
 from lmpress.compress.formats.checkpoint import Checkpoint
+from lmpress.compress.formats.source import open_source
+from lmpress.errors import CompressError, UsageError
 
 IDS = torch.randint(0, 16, (2, 16), generator=torch.Generator().manual_seed(0))
 
@@ -60,7 +60,7 @@ def test_an_export_computes_the_same(tmp_path: Path, name: str, symmetric: bool,
 def test_plain_transformers_loads_the_dense_export(tmp_path: Path, symmetric: bool) -> None:
     source = quantized(tmp_path, symmetric=symmetric)
     lmpress.export(source, tmp_path / "out", format="fp32")
-    written, checkpoint = shards.read(tmp_path / "out" / "model.safetensors"), Checkpoint.open(source)
+    written, checkpoint = safetensors_io.read(tmp_path / "out" / "model.safetensors"), Checkpoint.open(source)
     assert len(checkpoint.layers) == 14
     for name in checkpoint.layers:
         assert torch.equal(written[f"{name}.weight"], checkpoint.layer(name).dequantize())
@@ -72,7 +72,7 @@ def test_plain_transformers_loads_the_dense_export(tmp_path: Path, symmetric: bo
 def test_a_short_dense_export_is_rounded_and_says_so(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     source = quantized(tmp_path)
     assert lmpress.export(source, tmp_path / "out", format=name).notes == (f"weights are rounded to {name}",)
-    found = shards.read(tmp_path / "out" / "model.safetensors")
+    found = safetensors_io.read(tmp_path / "out" / "model.safetensors")
     layer = "model.layers.0.mlp.up_proj"
     assert torch.equal(found[f"{layer}.weight"], Checkpoint.open(source).layer(layer).dequantize().to(dtype))
     assert {t.dtype for t in found.values()} == {dtype}
@@ -92,13 +92,13 @@ def test_conv1d_weights_go_back_to_their_own_layout(tmp_path: Path, assets: Path
 def with_zero(source: Path, value: int) -> None:
     """Set the first zero of a layer to `value`, and all others that are 0 to 1."""
     file = source / "model.safetensors"
-    tensors = shards.read(file)
+    tensors = safetensors_io.read(file)
     name = "model.layers.1.self_attn.v_proj.weight_zero_point"
     for each in [n for n in tensors if n.endswith("zero_point")]:
         nibbles = [(tensors[each] >> (4 * k)) & 15 for k in range(8)]
         tensors[each] = sum(n.clamp(min=1).long() << (4 * k) for k, n in enumerate(nibbles)).to(torch.int32)
     tensors[name][0, 0] = (int(tensors[name][0, 0]) & ~15) | value
-    shards.write(file, tensors)
+    safetensors_io.write(file, tensors)
 
 
 @pytest.mark.parametrize("zero", [0, 1])
@@ -147,28 +147,28 @@ def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     source = quantized(tmp_path)
     file = source / "model.safetensors"
-    tensors = shards.read(file)
+    tensors = safetensors_io.read(file)
     tensors["model.layers.1.mlp.up_proj.weight_scale"][0] = torch.nan
-    shards.write(file, tensors)
+    safetensors_io.write(file, tensors)
     with pytest.raises(CompressError, match=r"model.layers.1.mlp.up_proj.weight_scale"):
         lmpress.export(source, tmp_path / "out", format="gptq")
     assert {p.name for p in tmp_path.iterdir()} == {"model", "q"}
 
 
 def test_shards_take_their_tensors_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "SHARD_BYTES", 100)
+    monkeypatch.setattr(safetensors_io, "SHARD_BYTES", 100)
     tensors = {f"t.{i}": torch.full((i + 1, 3), float(i)) for i in range(6)}
-    with shards.streamed(tmp_path, {n: shards.TensorSpec.of(t) for n, t in tensors.items()}) as put:
+    with safetensors_io.streamed(tmp_path, {n: safetensors_io.TensorSpec.of(t) for n, t in tensors.items()}) as put:
         for name in reversed(tensors):
             put(name, tensors[name])
-    index = json.loads((tmp_path / shards.INDEX).read_text())["weight_map"]
+    index = json.loads((tmp_path / safetensors_io.INDEX).read_text())["weight_map"]
     assert len(set(index.values())) > 1
     for name, tensor in tensors.items():
-        assert torch.equal(shards.read(tmp_path / index[name])[name], tensor)
+        assert torch.equal(safetensors_io.read(tmp_path / index[name])[name], tensor)
 
 
 def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
-    specs = {"a": shards.TensorSpec("F32", (2,)), "b": shards.TensorSpec("F32", (2,))}
-    with pytest.raises(CompressError, match="b was never written"), shards.streamed(tmp_path, specs) as put:
+    specs = {"a": safetensors_io.TensorSpec("F32", (2,)), "b": safetensors_io.TensorSpec("F32", (2,))}
+    with pytest.raises(CompressError, match="b was never written"), safetensors_io.streamed(tmp_path, specs) as put:
         put("a", torch.zeros(2))
     assert list(tmp_path.iterdir()) == []

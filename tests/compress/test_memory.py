@@ -11,7 +11,7 @@ from lmpress.compress.memory import peak_bytes
 KEPT, FREED = 40, 24 << 20  # pieces that stay between those that go, and bytes that go
 PROGRAM = f"""
 import torch
-from lmpress.compress.memory import freed_at_once, give_back
+from lmpress.compress.memory import return_freed_pages, give_back
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
@@ -23,7 +23,7 @@ def holes(size):
     return pieces, before
 
 torch.ones(1 << 24)  # glibc keeps what is smaller than what was freed before
-with freed_at_once():
+with return_freed_pages():
     kept, before = holes({FREED} // {KEPT} + (1 << 20))
     at_once = before - resident()
 small, before = holes({FREED} // {KEPT})

@@ -11,17 +11,18 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 import lmpress
-from lmpress.calibrate.rows import calibration_rows, load_tokenizer
+from lmpress.calibrate.data.token_rows import calibration_rows
+from lmpress.calibrate.model.skeleton import build
 from lmpress.calibrate.runner import Runner
-from lmpress.calibrate.skeleton import build
-from lmpress.calibrate.source import open_source
 from lmpress.compress import pipeline
-from lmpress.compress.api import quantization_recipe
-from lmpress.compress.errors import UsageError
-from lmpress.compress.passes import Linear
-from lmpress.compress.quantize import gptq
+from lmpress.compress.block import Linear
+from lmpress.compress.formats.source import open_source
+from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.compress.methods.quantize import gptq
 from lmpress.compress.report.progress import Event
-from lmpress.compress.scheme import QuantArgs
+from lmpress.errors import UsageError
+from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.scheme import QuantArgs
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 16, "group_size": 8}
 

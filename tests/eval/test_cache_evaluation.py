@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 import lmpress
 from lmpress.cli import app
-from lmpress.compress.errors import UsageError
-from lmpress.compress.scheme import CacheScheme
+from lmpress.errors import UsageError
 from lmpress.kernels.cache.cache import PackedCache
+from lmpress.recipes.scheme import CacheScheme
 
 
 @pytest.fixture

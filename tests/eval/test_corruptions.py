@@ -15,7 +15,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmpress
-from lmpress.compress.formats import shards
+from lmpress.calibrate.model import safetensors_io
 from lmpress.eval import runtimes, verify
 from lmpress.recipes.schema import Recipe
 
@@ -37,7 +37,7 @@ def stored(codes: str, scale: str, line: int, kind: str = "e") -> Callable[[Path
     """A place in a safetensors file, by the last names of two tensors."""
 
     def find(folder: Path) -> Place:
-        tensors = shards.read_header(folder / "model.safetensors")
+        tensors = safetensors_io.read_header(folder / "model.safetensors")
         return Place(
             folder / "model.safetensors",
             tensors[f"{LAYER}.{codes}"].start,

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 
 import lmpress
-from lmpress.compress.errors import UsageError
-from lmpress.compress.formats import shards
+from lmpress.calibrate.model import safetensors_io
+from lmpress.errors import UsageError
 from lmpress.eval import llamacpp
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
@@ -40,9 +40,9 @@ def test_the_sample_model_is_served(tmp_path: Path, kind: str) -> None:
 def test_a_wrong_scale_is_found(tmp_path: Path) -> None:
     lmpress.quantize(SAMPLE, tmp_path / "q", method="rtn", bits=4, group_size=32)
     lmpress.export(tmp_path / "q", tmp_path / "gguf", format="gguf")
-    tensors, layer = shards.read(tmp_path / "q" / "model.safetensors"), "model.layers.3.self_attn.k_proj"
+    tensors, layer = safetensors_io.read(tmp_path / "q" / "model.safetensors"), "model.layers.3.self_attn.k_proj"
     tensors[f"{layer}.weight_scale"][5, 1] *= 1.5
-    shards.write(tmp_path / "q" / "model.safetensors", tensors)
+    safetensors_io.write(tmp_path / "q" / "model.safetensors", tensors)
     (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
     assert not finding.ok and finding.wrong_layers == (layer,) and finding.block == 3
 
@@ -52,8 +52,11 @@ def test_a_wrong_scale_is_found(tmp_path: Path) -> None:
 def test_a_difference_outside_the_packed_layers_is_found_in_its_block(tmp_path: Path, block: int) -> None:
     lmpress.quantize(SAMPLE, tmp_path / "q", method="rtn", bits=4, group_size=32)
     lmpress.export(tmp_path / "q", tmp_path / "gguf", format="gguf")
-    tensors, norm = shards.read(tmp_path / "q" / "model.safetensors"), f"model.layers.{block}.input_layernorm.weight"
-    shards.write(tmp_path / "q" / "model.safetensors", tensors | {norm: tensors[norm] * 2})
+    tensors, norm = (
+        safetensors_io.read(tmp_path / "q" / "model.safetensors"),
+        f"model.layers.{block}.input_layernorm.weight",
+    )
+    safetensors_io.write(tmp_path / "q" / "model.safetensors", tensors | {norm: tensors[norm] * 2})
     (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
     assert not finding.ok and finding.wrong_layers == () and finding.block == block, finding
 

@@ -13,10 +13,10 @@ from rich.table import Table
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from lmpress.compress.errors import CompressError, UsageError
 from lmpress.compress.report.progress import Event
+from lmpress.errors import CompressError, UsageError
 from lmpress.eval.perplexity import Evaluation, evaluate
-from lmpress.eval.render import table
+from lmpress.eval.tables import table
 
 BOS = 1
 

@@ -14,11 +14,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lmpress
+from lmpress.calibrate.model import safetensors_io
 from lmpress.cli import app
-from lmpress.compress.errors import UsageError
-from lmpress.compress.formats import shards
+from lmpress.errors import UsageError
 from lmpress.eval import runtimes
-from lmpress.eval.render import verification
+from lmpress.eval.tables import verification
 from lmpress.eval.verify import FLIPPED
 from lmpress.recipes.schema import Recipe
 
@@ -63,9 +63,9 @@ def test_one_corruption_is_found_and_named(
     checkpoint: Path, tmp_path: Path, corrupt: Callable[[dict[str, Tensor]], None]
 ) -> None:
     shutil.copytree(checkpoint, tmp_path / "bad")
-    tensors = shards.read(tmp_path / "bad" / "model.safetensors")
+    tensors = safetensors_io.read(tmp_path / "bad" / "model.safetensors")
     corrupt(tensors)
-    shards.write(tmp_path / "bad" / "model.safetensors", tensors)
+    safetensors_io.write(tmp_path / "bad" / "model.safetensors", tensors)
     (finding,) = lmpress.verify(tmp_path / "bad", against=checkpoint, runtime=["lmpress"]).findings
     assert not finding.ok and finding.error is None
     assert finding.wrong_layers == (LAYER,) and finding.worst_layer == LAYER and finding.steps >= 0.5

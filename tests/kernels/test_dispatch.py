@@ -7,15 +7,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from lmpress.compress.errors import UsageError
+from lmpress.errors import UsageError
 from lmpress.kernels import dispatch, selftest
-from lmpress.kernels.aten import INT4
 from lmpress.kernels.cpu import library
-from lmpress.kernels.kernel import Kernel, Need, Product, Serves, Unavailable
+from lmpress.kernels.kernel import Capabilities, Kernel, KernelSpec, Product, Unavailable
 from lmpress.kernels.reference import REFERENCE, ReferenceProduct
+from lmpress.kernels.torch_int4 import INT4
 from lmpress.kernels.weight import Weight
 
-NEED = Need(bits=4, group=32)
+NEED = KernelSpec(bits=4, group=32)
 
 
 class Halved(ReferenceProduct):
@@ -61,7 +61,7 @@ def test_a_kernel_that_fails_its_self_test_is_passed_over_and_named(product, cap
 class Misplaced(ReferenceProduct):
     """Takes the two-level scales of a tile of rows from the tile before it."""
 
-    def __init__(self, weight: Weight, need: Need) -> None:
+    def __init__(self, weight: Weight, need: KernelSpec) -> None:
         assert weight.levels is not None
         scale, _ = replace(weight.levels, grids=weight.levels.grids.roll(1, 0)).two(weight.shape[0])
         super().__init__(replace(weight, scale=scale.values(torch.float32)), need)
@@ -69,7 +69,7 @@ class Misplaced(ReferenceProduct):
 
 @pytest.mark.parametrize("part", ["levels", "columns", "residual"])
 def test_every_part_of_a_weight_is_tested(part) -> None:
-    need = Need(8, 64, part != "levels", activations="token", parts=(part,))
+    need = KernelSpec(8, 64, part != "levels", activations="token", parts=(part,))
     right = Kernel("right", REFERENCE.serves, ReferenceProduct)
     wrong = {
         "levels": replace(right, prepare=Misplaced),
@@ -109,7 +109,7 @@ def test_why_nothing_better_runs_is_said_once(caplog: pytest.LogCaptureFixture) 
     ],
 )
 def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
-    serves = Serves(
+    serves = Capabilities(
         bits=frozenset({4}),
         activations=frozenset({"float"}),
         devices=frozenset({"cpu"}),
@@ -123,18 +123,18 @@ def test_what_a_kernel_serves_is_data(change: dict, reason: str) -> None:
 
 @pytest.mark.parametrize("need", [
     NEED,
-    Need(4, 128, symmetric=False, activations="group"),
-    Need(3, 16, symmetric=False),
-    Need(2, 64, activations="group", dtype=torch.bfloat16),
-    Need(8, 4096, activations="token", steps=127.5),
-    Need(4, 64, codebook=True, dtype=torch.float16),
-    Need(5, 43),
-    Need(8, 200, activations="token", parts=("columns",)),
-    Need(8, 200, activations="token", dtype=torch.bfloat16, parts=("columns",)),
-    Need(3, 16, symmetric=False, parts=("levels", "residual")),
-    Need(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=("levels", "residual")),
+    KernelSpec(4, 128, symmetric=False, activations="group"),
+    KernelSpec(3, 16, symmetric=False),
+    KernelSpec(2, 64, activations="group", dtype=torch.bfloat16),
+    KernelSpec(8, 4096, activations="token", steps=127.5),
+    KernelSpec(4, 64, codebook=True, dtype=torch.float16),
+    KernelSpec(5, 43),
+    KernelSpec(8, 200, activations="token", parts=("columns",)),
+    KernelSpec(8, 200, activations="token", dtype=torch.bfloat16, parts=("columns",)),
+    KernelSpec(3, 16, symmetric=False, parts=("levels", "residual")),
+    KernelSpec(4, 32, symmetric=False, activations="group", dtype=torch.float16, parts=("levels", "residual")),
 ], ids=str)  # fmt: skip
-def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(need: Need) -> None:
+def test_something_serves_every_need_and_all_that_run_here_agree_with_float64(need: KernelSpec) -> None:
     refusals = {kernel.name: dispatch.refusal(kernel, need) for kernel in dispatch.KERNELS}
     assert refusals["torch-dequantize"] is None
     assert not [name for name, refused in refusals.items() if refused and "self-test" in refused.reason]
@@ -169,8 +169,8 @@ def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, t
     forget_what_was_found()
     try:
         with caplog.at_level(logging.WARNING):
-            quick = dispatch.choose(Need(4, 128, activations="group"))
-            exact = dispatch.choose(Need(4, 128))
+            quick = dispatch.choose(KernelSpec(4, 128, activations="group"))
+            exact = dispatch.choose(KernelSpec(4, 128))
         assert (quick.kernel.name, exact.kernel.name) == ("torch-int4-bf16", "torch-dequantize")
         assert "no C compiler found: install gcc or clang" in caplog.text
     finally:
@@ -183,7 +183,7 @@ def test_without_a_compiler_rows_need_not_be_whole_groups(width: int) -> None:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (37, width), generator=generator, dtype=torch.uint8)
     weight = Weight(codes, torch.rand(37, -(-width // 32), generator=generator) + 0.1, None, 4, 32)
-    x, need = torch.randn(3, width, generator=generator), Need.of(weight, "group")
+    x, need = torch.randn(3, width, generator=generator), KernelSpec.of(weight, "group")
     product = INT4.prepare(weight, need)
     assert selftest.relative_error(product(x), weight, x, need) < INT4.tolerance
     assert torch.equal(product.codes(), codes)

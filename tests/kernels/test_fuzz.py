@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.prune.args import PruneArgs
-from lmpress.compress.tensor import PrunedTensor, TwoLevel
-from lmpress.kernels import apart, dispatch
-from lmpress.kernels.kernel import Activations, CodedProduct, Kernel, Need
+from lmpress.kernels import dispatch
+from lmpress.kernels.kernel import Activations, CodedProduct, Kernel, KernelSpec
+from lmpress.kernels.outliers import prepare
+from lmpress.kernels.tensor import Bilevel, PrunedTensor
 from lmpress.kernels.weight import Levels, PrunedWeight, SparseRows, Weight
+from lmpress.recipes.scheme.prune_args import PruneArgs
 
 COLUMNS = [1, 2, 3, 7, 8, 16, 31, 32, 33, 43, 64, 100, 129, 172, 256, 300, 520]
 GROUPS = [1, 2, 3, 8, 16, 24, 32, 43, 64, 128, 200, 10_000]
@@ -35,8 +36,8 @@ class Case:
     steps: float
 
     @property
-    def need(self) -> Need:
-        return Need.of(self.weight, self.activations, self.x.dtype, self.steps)
+    def need(self) -> KernelSpec:
+        return KernelSpec.of(self.weight, self.activations, self.x.dtype, self.steps)
 
     def expected(self) -> tuple[Tensor, Tensor]:
         """The product in float64, and the sum of the magnitudes of its terms, which bounds what rounding may do."""
@@ -84,7 +85,7 @@ def coded(draw: random.Random, generator: torch.Generator) -> tuple[Weight, Tens
     elif zeros == "table":
         table = torch.randn(2**bits, generator=generator)
     if zeros == "levels":
-        two = TwoLevel.fit(scale.float()), TwoLevel.fit(zero)
+        two = Bilevel.fit(scale.float()), Bilevel.fit(zero)
         scale, zero, levels = two[0].values(torch.float32), two[1].values(torch.float32), Levels.of(*two)
     column_group = torch.arange(width) // group
     center = 2 ** (bits - 1) if zero is None else zero.double()[:, column_group]
@@ -142,7 +143,7 @@ def case(seed: int) -> Case:
 
 
 def check(kernel: Kernel, it: Case) -> None:
-    product = apart.prepare(kernel, it.weight, it.need)
+    product = prepare(kernel, it.weight, it.need)
     expected, size = it.expected()
     y = product(it.x)
     assert y.dtype == it.x.dtype and y.shape == expected.shape and y.isfinite().all()
@@ -170,7 +171,7 @@ def test_random_layers_and_inputs(kernel: Kernel, block: int) -> None:
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_what_is_no_number_stays_in_its_row_and_fills_it(kernel: Kernel, bad: float) -> None:
     for it in (it for it in map(case, range(100)) if len(it.x) >= 3 and served(kernel, it)):
-        product, clean = apart.prepare(kernel, it.weight, it.need), it.x.clone()
+        product, clean = prepare(kernel, it.weight, it.need), it.x.clone()
         spoiled = clean.clone()
         spoiled[1, -1] = bad
         y, others = product(spoiled), [row for row in range(len(clean)) if row != 1]
@@ -180,12 +181,12 @@ def test_what_is_no_number_stays_in_its_row_and_fills_it(kernel: Kernel, bad: fl
 
 def large(kernel: Kernel) -> tuple[CodedProduct, list[Tensor], list[Tensor]]:
     """A product that is worth several threads, inputs, and what comes of them."""
-    if dispatch.refusal(kernel, Need(4, 128)) is not None:
+    if dispatch.refusal(kernel, KernelSpec(4, 128)) is not None:
         pytest.skip(f"{kernel.name} does not serve here")
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (400, 1024), generator=generator, dtype=torch.uint8)
     weight = Weight(codes, torch.rand(400, 8, generator=generator), None, 4, 128)
-    product = kernel.prepare(weight, Need.of(weight))
+    product = kernel.prepare(weight, KernelSpec.of(weight))
     inputs = [torch.randn(3, 1024, generator=generator) for _ in range(12)]
     return product, inputs, [product(x) for x in inputs]
 

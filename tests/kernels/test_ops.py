@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from lmpress.kernels import ops
-from lmpress.kernels.arranged import flat
 from lmpress.kernels.cpu import library
 from lmpress.kernels.cpu.layout import pack
 from lmpress.kernels.kernel import Unavailable
+from lmpress.kernels.packed_layout import flat
 from lmpress.kernels.weight import SparseRows, Weight
 
 

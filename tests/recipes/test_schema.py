@@ -7,12 +7,12 @@ import pytest
 from typer.testing import CliRunner
 
 from lmpress.cli import app
-from lmpress.compress.api import quantization_recipe
-from lmpress.compress.errors import UsageError
-from lmpress.compress.quantize.gptq import GPTQ
-from lmpress.compress.quantize.rtn import RTN
-from lmpress.compress.scheme import QuantArgs, Scheme
+from lmpress.compress.methods.quantize.gptq import GPTQ
+from lmpress.compress.methods.quantize.rtn import RTN
+from lmpress.errors import UsageError
+from lmpress.recipes.options import quantization_recipe
 from lmpress.recipes.schema import Recipe, build, configure, dump, parse, read, shipped
+from lmpress.recipes.scheme import QuantArgs, Scheme
 
 YAML = """
 passes:

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...scheme import QuantArgs
-from ...tensor import CompressedTensor
-from ..bitstream import unpack_rows
-from ..shards import TensorSpec
+from ....calibrate.model.safetensors_io import TensorSpec
+from ....kernels.packing.bitstream import unpack_rows
+from ....kernels.tensor import CompressedTensor
+from ....recipes.scheme import QuantArgs
 from .gptq import stored_args, zeros_of
 from .layout import LayerFormat, blank, specs_of, uniform
 

@@ -23,12 +23,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...errors import CompressError
-from ...quantize.codebook import NESTED_BLOCK, dynamic_values, nf4_values
-from ...scheme import FLAT_SIZES, QuantArgs, signed_weights
-from ...tensor import CompressedTensor, MixedTensor, NF4Tensor
+from ....calibrate.model.safetensors_io import TensorSpec
+from ....errors import CompressError
+from ....kernels.packing.codebook import NESTED_BLOCK, dynamic_values, nf4_values
+from ....kernels.tensor import CompressedTensor, MixedTensor, NF4Tensor
+from ....recipes.scheme import FLAT_SIZES, QuantArgs, signed_weights
 from ..int_quantized import OFFSET
-from ..shards import TensorSpec
 from .layout import LayerFormat
 
 NAME = "bitsandbytes"

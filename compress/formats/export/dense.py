@@ -5,8 +5,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from ...scheme import QuantArgs
-from ...tensor import Compressed
+from ....kernels.tensor import Compressed
+from ....recipes.scheme import QuantArgs
 from .layout import LayerFormat, cast
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
+from ....errors import UsageError
 from ..checkpoint import Checkpoint
 from ..gguf import blocks
+from ..gguf.library import DENSE, PERMUTED, library
 from .gguf_tokenizer import add_tokenizer
 
 FILE = "model.gguf"
-# Model types that are written, and whether their query and key rows are permuted.
-PERMUTED = {"llama": True, "qwen2": False, "qwen3": False}
 LABELS = {"Q4_K": "Q4_K_S"}  # the file types whose names are not the block's
-DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
@@ -62,15 +60,6 @@ def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
         writer.write_tensor_data(_dense_bytes(tensor if order is None else tensor[order]).numpy())
     writer.close()
     return notes + _notes(kinds, checkpoint)
-
-
-def library(doing: str = "writing") -> Any:
-    """The package gguf. Raises `UsageError` where it is not installed."""
-    try:
-        import gguf
-    except ModuleNotFoundError as error:
-        raise UsageError(f"{doing} GGUF needs the package gguf", "pip install 'lmpress[gguf]'") from error
-    return gguf
 
 
 def _check(config: Any, checkpoint: Checkpoint) -> None:

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CompressError
-from ...scheme import QuantArgs, group_strategy
-from ...tensor import CompressedTensor
-from ..bitstream import pack_rows, unpack_rows
-from ..shards import TensorSpec
+from ....calibrate.model.safetensors_io import TensorSpec
+from ....errors import CompressError
+from ....kernels.packing.bitstream import pack_rows, unpack_rows
+from ....kernels.tensor import CompressedTensor
+from ....recipes.scheme import QuantArgs, group_strategy
 from .layout import LayerFormat, blank, specs_of, uniform
 
 BITS = (2, 3, 4, 8)

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ....calibrate.experts import renamed
-from ....calibrate.source import is_finite
-from ...errors import CompressError
-from ...scheme import QuantArgs, WeightArgs
-from ...tensor import Compressed, CompressedTensor
-from ..shards import TensorSpec, streamed
+from ....calibrate.model.moe import renamed
+from ....calibrate.model.safetensors_io import TensorSpec, streamed
+from ....calibrate.model.source import is_finite
+from ....errors import CompressError
+from ....kernels.tensor import Compressed, CompressedTensor
+from ....recipes.scheme import QuantArgs, WeightArgs
 
 Specs = Mapping[str, TensorSpec]
 

@@ -16,10 +16,10 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from ...errors import UsageError
-from ...scheme import QuantArgs, WeightArgs
-from ...tensor import CompressedTensor
-from ..bitstream import pack_rows
+from ....errors import UsageError
+from ....kernels.packing.bitstream import pack_rows
+from ....kernels.tensor import CompressedTensor
+from ....recipes.scheme import QuantArgs, WeightArgs
 from ..checkpoint import Checkpoint
 from .gptq import zeros_of
 

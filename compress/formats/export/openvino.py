@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from ...errors import UsageError
+from ....errors import UsageError
 from ..checkpoint import Checkpoint
 from . import onnx
 

@@ -18,8 +18,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ...scheme import SUPER_BLOCK, PruneArgs, QuantArgs, WeightArgs
-from ...tensor import BlockTensor, Compressed, CompressedTensor
+from ....kernels.tensor import BlockTensor, Compressed, CompressedTensor
+from ....recipes.scheme import SUPER_BLOCK, PruneArgs, QuantArgs, WeightArgs
 from ..export.layout import cast
 
 Kind = Literal["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q6_K", "F16"]

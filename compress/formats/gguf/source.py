@@ -7,6 +7,7 @@ becomes float32 when it is read. Metadata are read by the library gguf.
 import json
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,11 +17,11 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from ....calibrate.source import Source
-from ...errors import CompressError, UsageError
-from ..export.gguf_model import DENSE, PERMUTED, library
-from ..shards import NAMES, StoredTensor, TensorSpec
+from ....calibrate.model.safetensors_io import NAMES, StoredTensor, TensorSpec
+from ....calibrate.model.source import Source
+from ....errors import CompressError, UsageError
 from . import blocks, stored
+from .library import DENSE, PERMUTED, library
 
 NUMBERS = {name: NAMES[dtype] for dtype, name in DENSE.items()}  # GGUF's name of a float type -> that of safetensors
 OUTER = ("model.embed_tokens", "model.norm", "lm_head")
@@ -49,12 +50,9 @@ class GGUFSource(Source):
 
     def copy_companions(self, folder: Path) -> None:
         """Write the tokenizer of the metadata into `folder`, where transformers can make one of them."""
-        from ....calibrate.rows import load_tokenizer
-
-        try:
-            load_tokenizer(self.path).save_pretrained(folder)
-        except CompressError:
-            return  # the model is none the worse, and whoever needs a tokenizer is told so
+        # The model is complete without a tokenizer; an error is raised when one is needed.
+        with suppress(CompressError, OSError, ValueError, KeyError, ImportError):
+            tokenizer_of(self.path).save_pretrained(folder)
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ...scheme import QuantArgs
-from ...tensor import BlockTensor, CompressedTensor
-from ..shards import TensorSpec
+from ....calibrate.model.safetensors_io import TensorSpec
+from ....kernels.tensor import BlockTensor, CompressedTensor
+from ....recipes.scheme import QuantArgs
 from . import blocks
 
 NAME = "gguf-blocks"

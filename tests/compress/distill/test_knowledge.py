@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from lmpress.compress.distill.journal import Journal
-from lmpress.compress.distill.knowledge import Lessons, compare, teach
-from lmpress.compress.distill.watch import attention_scores
-from lmpress.compress.errors import UsageError
+from lmpress.compress.distill.feature_hooks import attention_scores
+from lmpress.compress.distill.knowledge import compare, train
+from lmpress.compress.distill.training_state import TrainingState
+from lmpress.errors import UsageError
+from lmpress.recipes.training import DistillConfig
 
 IDS = torch.randint(2, 12, (24, 10), generator=torch.Generator().manual_seed(0))
-LESSONS = Lessons(steps=12, batch=4, rate=5e-3, hidden=1.0, attention=1.0, checks=4)
+LESSONS = DistillConfig(steps=12, batch=4, rate=5e-3, hidden=1.0, attention=1.0, checks=4)
 
 
 def model(layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
@@ -59,9 +60,9 @@ def test_the_terms_of_an_identical_student() -> None:
 def test_the_terms_against_their_formulas() -> None:
     teacher = model()
     student = shallower(teacher)
-    lessons = replace(LESSONS, temperature=2.0)
+    config = replace(LESSONS, temperature=2.0)
     with torch.no_grad():
-        terms = compare(student, teacher, IDS, [(0, 0), (1, 2)], lessons)
+        terms = compare(student, teacher, IDS, [(0, 0), (1, 2)], config)
     with torch.no_grad():
         theirs = teacher(IDS, output_hidden_states=True)
         ours = student(IDS, output_hidden_states=True)
@@ -86,14 +87,14 @@ def test_scores_are_the_logarithms_of_the_attention_weights() -> None:
         assert torch.allclose((score + causal).softmax(-1), weight, atol=1e-6)
 
 
-def taught(folder: Path, lessons: Lessons = LESSONS) -> tuple[PreTrainedModel, list[tuple[int, float, float]]]:
+def taught(folder: Path, config: DistillConfig = LESSONS) -> tuple[PreTrainedModel, list[tuple[int, float, float]]]:
     folder.mkdir(exist_ok=True)
     teacher = model()
     before = {name: p.clone() for name, p in teacher.named_parameters()}
     student = shallower(teacher)
-    course = teach(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], lessons, Journal(folder))
+    history = train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], config, TrainingState(folder))
     assert all(torch.equal(p, before[name]) for name, p in teacher.named_parameters())
-    return student, course.curve
+    return student, history.curve
 
 
 def test_a_student_learns_and_is_left_as_it_was_best(tmp_path: Path) -> None:
@@ -124,7 +125,7 @@ def test_an_interrupted_training_ends_in_the_same_bits(tmp_path: Path) -> None:
     folder.mkdir()
     student = shallower(teacher)
     with pytest.raises(Killed):
-        teach(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], LESSONS, Journal(folder), kill)
+        train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], LESSONS, TrainingState(folder), kill)
     resumed, again = taught(folder)
     assert again == curve
     for a, b in zip(through.parameters(), resumed.parameters(), strict=True):
@@ -139,9 +140,9 @@ def test_zeros_stay(tmp_path: Path) -> None:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             masks[name] = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
             module.weight.data.masked_fill_(masks[name], 0)
-    lessons = replace(LESSONS, keep_zeros=True)
-    course = teach(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1), (2, 2)], lessons, Journal(tmp_path))
-    assert course.best_step > 0
+    config = replace(LESSONS, keep_zeros=True)
+    history = train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1), (2, 2)], config, TrainingState(tmp_path))
+    assert history.best_step > 0
     for name, mask in masks.items():
         weight = student.get_submodule(name).weight
         assert not weight[mask].any() and weight[~mask].all()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.compress.formats import shards
+from lmpress.calibrate.model import safetensors_io
 
 WORDS = "--keep-layers 1 --choice spread --mlp-width 16 --samples 48 --seq-len 16 --steps 6 --checks 3 --threads 1"
 TERMS = "--set hidden=1 --set attention=1 --set accumulate=2"
@@ -32,13 +32,13 @@ def test_two_processes_teach_what_one_does(tiny: Path, tmp_path: Path, launcher:
     for name, by in (("one", []), ("two", launcher)):
         done = distilled(tiny, text, tmp_path / name, by, batch=8)
         assert done.returncode == 0 and done.stderr.count("written to") == 1, done.stderr
-    one, two = (shards.read(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    one, two = (safetensors_io.read(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     assert one.keys() == two.keys()
     for name, tensor in one.items():
         torch.testing.assert_close(two[name], tensor, rtol=1e-4, atol=1e-5)
-    courses = [json.loads((tmp_path / name / "report.json").read_text())["course"] for name in ("one", "two")]
-    assert courses[0]["best_step"] == courses[1]["best_step"] > 0
-    torch.testing.assert_close(*(torch.tensor(course["curve"]) for course in courses), rtol=1e-4, atol=1e-5)
+    histories = [json.loads((tmp_path / name / "report.json").read_text())["history"] for name in ("one", "two")]
+    assert histories[0]["best_step"] == histories[1]["best_step"] > 0
+    torch.testing.assert_close(*(torch.tensor(course["curve"]) for course in histories), rtol=1e-4, atol=1e-5)
     refused = distilled(tiny, text, tmp_path / "three", launcher, batch=6)
     assert refused.returncode and "2 processes cannot share 3 rows evenly" in refused.stderr
     assert not list(tmp_path.glob("*three*"))

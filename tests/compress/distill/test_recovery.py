@@ -9,12 +9,13 @@ import torch
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, LlamaForCausalLM, PreTrainedModel
 
 import lmpress
+from lmpress.calibrate.model import safetensors_io
 from lmpress.compress.distill.adapters import attach
-from lmpress.compress.distill.journal import STATE, Journal
-from lmpress.compress.distill.knowledge import Lessons, teach, zeros
-from lmpress.compress.errors import UsageError
-from lmpress.compress.formats import shards
+from lmpress.compress.distill.knowledge import train, zeros
+from lmpress.compress.distill.training_state import STATE, TrainingState
 from lmpress.compress.formats.checkpoint import Checkpoint
+from lmpress.errors import UsageError
+from lmpress.recipes.training import DistillConfig
 
 TAUGHT: dict[str, Any] = {"steps": 12, "batch": 8, "checks": 4, "rate": 1e-2}
 IDS = torch.randint(2, 10, (24, 12), generator=torch.Generator().manual_seed(0))
@@ -44,7 +45,9 @@ def test_adapters_change_the_blocks_linears_by_matrices_of_their_rank(family: st
         for parameter in teacher.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     before, kinds = weights(student), [type(module) for module in student.modules()]
-    course = teach(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1)], Lessons(**TAUGHT, lora=2), Journal(tmp_path))
+    course = train(
+        student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1)], DistillConfig(**TAUGHT, lora=2), TrainingState(tmp_path)
+    )
     assert course.best_step > 0 and course.curve[-1][2] < course.curve[0][2]
     assert [type(module) for module in student.modules()] == kinds
     after = weights(student)
@@ -55,7 +58,7 @@ def test_adapters_change_the_blocks_linears_by_matrices_of_their_rank(family: st
     for name in changed:
         values = torch.linalg.svdvals((after[name] - before[name]).double())
         assert int((values > 1e-5 * values[0]).sum()) == 2
-    state = shards.read(tmp_path / STATE)
+    state = safetensors_io.read(tmp_path / STATE)
     assert all("lora_" in name for name in state if name != "notes")
 
 
@@ -84,7 +87,7 @@ def test_a_reduced_model_is_recovered_by_adapters_over_a_kill(tiny: Path, tmp_pa
             raise Killed
 
     report = lmpress.distill(tiny, tmp_path / "out", **words)
-    assert report.course.curve[-1][2] < report.course.curve[0][2]
+    assert report.history.curve[-1][2] < report.history.curve[0][2]
     with pytest.raises(Killed):
         lmpress.distill(tiny, tmp_path / "again", observer=kill, **words)
     lmpress.distill(tiny, tmp_path / "again", **words)
@@ -109,8 +112,11 @@ def test_a_pruned_model_learns_and_keeps_its_zeros_and_its_format(
     report = lmpress.distill(
         tmp_path / "pruned", tmp_path / "out", teacher=tiny, data=text, samples=64, seq_len=16, options=options
     )
-    assert report.course.best_step > 0 and report.course.curve[-1][2] < 0.9 * report.course.curve[0][2]
-    before, after = shards.read(tmp_path / "pruned/model.safetensors"), shards.read(tmp_path / "out/model.safetensors")
+    assert report.history.best_step > 0 and report.history.curve[-1][2] < 0.9 * report.history.curve[0][2]
+    before, after = (
+        safetensors_io.read(tmp_path / "pruned/model.safetensors"),
+        safetensors_io.read(tmp_path / "out/model.safetensors"),
+    )
     assert {n: (t.dtype, t.shape) for n, t in after.items()} == {n: (t.dtype, t.shape) for n, t in before.items()}
     old, new = Checkpoint.open(tmp_path / "pruned"), Checkpoint.open(tmp_path / "out")
     if words["format"] != "dense":
@@ -138,11 +144,11 @@ def test_what_counts_as_pruned(tiny: Path) -> None:
         student.model.layers[0].mlp.up_proj.weight[:8] = 0  # a third
         student.model.layers[1].mlp.up_proj.weight[0, 0] = 0
     first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
-    assert zeros(student, Lessons()).keys() == {first}
-    assert zeros(student, Lessons(keep_zeros=True)).keys() == {first, second}
-    assert not zeros(student, Lessons(keep_zeros=False))
+    assert zeros(student, DistillConfig()).keys() == {first}
+    assert zeros(student, DistillConfig(keep_zeros=True)).keys() == {first, second}
+    assert not zeros(student, DistillConfig(keep_zeros=False))
     with pytest.raises(UsageError, match="adapters would fill its zeros"):
-        zeros(student, Lessons(lora=4))
+        zeros(student, DistillConfig(lora=4))
 
 
 @pytest.mark.parametrize(
@@ -168,4 +174,4 @@ def test_refusals(tiny: Path, tmp_path: Path, text: str, made: str, words: dict[
 
 def test_impossible_ranks_are_refused() -> None:
     with pytest.raises(UsageError, match="rank -1"):
-        replace(Lessons(), lora=-1)
+        replace(DistillConfig(), lora=-1)

@@ -9,14 +9,14 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
-from lmpress.calibrate.source import open_source
-from lmpress.compress.errors import UsageError
-from lmpress.compress.formats.targets import check
+from lmpress.compress.formats.source import open_source
 from lmpress.compress.pipeline import plan
 from lmpress.compress.plan import LayerPlan
-from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.runtime_support import check
+from lmpress.errors import UsageError
 from lmpress.eval.verify import verify
 from lmpress.recipes.schema import parse
+from lmpress.recipes.scheme import QuantArgs
 
 COMMON = {
     "vocab_size": 31,

@@ -9,11 +9,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_in
 from compressed_tensors.quantization import QuantizationArgs, QuantizationConfig
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 
+from lmpress.calibrate.model.safetensors_io import NAMES, TensorSpec
 from lmpress.compress.formats import pack_quantized as packed
-from lmpress.compress.formats.shards import NAMES, TensorSpec
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs, ScaleDtype, Strategy
-from lmpress.compress.tensor import CompressedTensor
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.kernels.tensor import CompressedTensor
+from lmpress.recipes.scheme import QuantArgs, ScaleDtype, Strategy
 
 ROWS, COLUMNS = 19, 172  # odd sizes: streams along both axes end inside a word
 STRATEGIES: list[tuple[Strategy, int | None]] = [("group", 43), ("group", 4), ("channel", None), ("tensor", None)]

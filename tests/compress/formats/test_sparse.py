@@ -3,13 +3,13 @@
 import pytest
 import torch
 
-from lmpress.compress.errors import CompressError, UsageError
+from lmpress.calibrate.model.safetensors_io import TensorSpec
 from lmpress.compress.formats import sparse
-from lmpress.compress.formats.shards import TensorSpec
-from lmpress.compress.prune.masks import smallest
-from lmpress.compress.scheme import PruneArgs
-from lmpress.compress.tensor import PrunedTensor
+from lmpress.compress.methods.prune.masks import smallest
+from lmpress.errors import CompressError, UsageError
 from lmpress.kernels.modules.linear import PrunedLinear
+from lmpress.kernels.tensor import PrunedTensor
+from lmpress.recipes.scheme import PruneArgs
 
 
 def pruned(args: PruneArgs, rows: int, columns: int) -> PrunedTensor:

@@ -10,11 +10,11 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lmpress
 from lmpress.compress import pipeline
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.checkpoint import Checkpoint
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.errors import UsageError
 from lmpress.recipes import schema
+from lmpress.recipes.scheme import QuantArgs
 
 WEIGHTS = {"bits": 4, "symmetric": True, "strategy": "group", "group_size": 8}
 

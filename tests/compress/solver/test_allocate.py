@@ -5,8 +5,8 @@ from itertools import product
 import pytest
 import torch
 
-from lmpress.compress.errors import UsageError
 from lmpress.compress.solver.allocate import Option, allocate, measure, sparsity_levels
+from lmpress.errors import UsageError
 
 
 def database(layers: int, levels: int, seed: int = 0) -> dict[str, list[Option]]:

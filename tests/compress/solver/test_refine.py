@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.grid import Grid
-from lmpress.compress.scheme import QuantArgs
 from lmpress.compress.solver.factor import inverse_factor, solve_upper_, transposed_times_, upper_times_
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.compress.solver.refine import Descent, refine
-from lmpress.compress.tensor import of_grid
+from lmpress.kernels.tensor import of_grid
+from lmpress.kernels.tensor.grid import Grid
+from lmpress.recipes.scheme import QuantArgs
 
 
 def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor]:

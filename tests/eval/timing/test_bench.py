@@ -8,9 +8,9 @@ import torch
 from typer.testing import CliRunner
 
 from lmpress.cli import app
-from lmpress.compress.errors import UsageError
-from lmpress.eval.timing import bench, candidates, place, plot
-from lmpress.eval.timing.place import Place, as_a_graph, in_turns
+from lmpress.errors import UsageError
+from lmpress.eval.timing import bench, machine, plot, products
+from lmpress.eval.timing.machine import Place, as_a_graph, in_turns
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Unavailable
 
@@ -22,15 +22,15 @@ except Unavailable as error:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(place, "RING_BYTES", 1 << 20)
-    monkeypatch.setattr(place, "SQUARE", 64)
+    monkeypatch.setattr(machine, "RING_BYTES", 1 << 20)
+    monkeypatch.setattr(machine, "SQUARE", 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_candidate_multiplies_by_its_weight(dtype: torch.dtype) -> None:
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     names = []
-    for each in candidates.candidates(64, 256, "^(torch [bf]|c-)", dtype=dtype):
+    for each in products.candidates(64, 256, "^(torch [bf]|c-)", dtype=dtype):
         expected, ring = x.double() @ each.dense().double().T, each.ring(1 << 20)
         for work in ring[:2]:
             y = work(x)
@@ -42,7 +42,7 @@ def test_every_candidate_multiplies_by_its_weight(dtype: torch.dtype) -> None:
 
 
 def test_products_that_only_cpus_have_are_timed_there() -> None:
-    names = [each.name for each in candidates.candidates(64, 256, "torch")]
+    names = [each.name for each in products.candidates(64, 256, "torch")]
     assert {"torch dynamic int8", "torch int8, bfloat16"} < set(names)
 
 
@@ -62,13 +62,13 @@ def test_figures_follow_from_the_times() -> None:
 
 
 def test_a_wrong_product_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = candidates.candidates
+    real = products.candidates
 
     def with_a_wrong_one(*wanted):
         for each in real(*wanted):
             yield each
         right = each.make()
-        yield candidates.Candidate("halved", lambda: lambda x: right(x) / 2, each.bytes, each.dense, 1e-2)
+        yield products.Candidate("halved", lambda: lambda x: right(x) / 2, each.bytes, each.dense, 1e-2)
 
     monkeypatch.setattr(bench, "candidates", with_a_wrong_one)
     found = bench.bench(["64x128"], [1], rounds=1, only="w4a32")
@@ -135,14 +135,14 @@ def test_a_ring_is_larger_than_a_gpus_cache_and_timed_as_one_graph(monkeypatch: 
     assert log[log.index("capture begins") :] == ["capture begins", "one", "two", "three", "capture ends"]
     assert seconds() == pytest.approx(6e-3 / 3)
     assert log[-4:] == ["event record", "graph replay", "event record", "event synchronize"]
-    monkeypatch.setattr(place, "device_of", torch.device)
-    found = place.place_of("cuda")
+    monkeypatch.setattr(machine, "device_of", torch.device)
+    found = machine.place_of("cuda")
     assert (found.ring_bytes, found.baseline, found.timer) == (200 << 20, "torch bfloat16", as_a_graph)
 
 
 def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("triton")
-    from lmpress.kernels.kernel import Need
+    from lmpress.kernels.kernel import KernelSpec
     from lmpress.kernels.triton import tuned
     from lmpress.kernels.triton.product import TritonProduct
     from lmpress.kernels.weight import Weight
@@ -151,7 +151,7 @@ def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.Mon
     for function in (tuned.tuned_for, tuned._of_device):
         monkeypatch.setattr(tuned, function.__name__, function.__wrapped__)
     weight = Weight(torch.zeros(64, 64, dtype=torch.uint8), torch.ones(64, 1), None, 4, 64)
-    ring = [torch.nn.Sequential(TritonProduct(weight, Need.of(weight))) for _ in range(2)]
+    ring = [torch.nn.Sequential(TritonProduct(weight, KernelSpec.of(weight))) for _ in range(2)]
     seen: list[int] = []
 
     def timer(calls, x):

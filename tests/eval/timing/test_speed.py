@@ -9,10 +9,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 import lmpress
-from lmpress.calibrate.source import open_source
 from lmpress.cli import app
-from lmpress.compress.errors import UsageError
-from lmpress.eval.served import served
+from lmpress.compress.formats.source import open_source
+from lmpress.errors import UsageError
+from lmpress.eval.dispatch_report import served
 from lmpress.eval.timing import speed as module
 from lmpress.eval.timing.speed import speed
 from lmpress.kernels.modules.linear import PackedLinear, kernels_of

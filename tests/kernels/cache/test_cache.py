@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 import lmpress
-from lmpress.compress.errors import UsageError
-from lmpress.compress.scheme import CacheScheme, cache_args
+from lmpress.errors import UsageError
 from lmpress.kernels.cache.cache import PackedCache, PackedLayer, serve_cache
+from lmpress.recipes.scheme import CacheScheme, cache_args
 
 SMALL = CacheScheme(cache_args(4, "group", 8), cache_args(4, "token"), window=8)
 LENGTH = 30

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.errors import CompressError
-from lmpress.compress.scheme import QuantArgs
+from lmpress.errors import CompressError
 from lmpress.kernels.cache.packed import PackedStates, pack, unpack
+from lmpress.recipes.scheme import QuantArgs
 
 BITS = range(2, 9)
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.kernels import apart
 from lmpress.kernels.cpu import library
 from lmpress.kernels.cpu.product import KERNELS
-from lmpress.kernels.kernel import Need, Unavailable
+from lmpress.kernels.kernel import KernelSpec, Unavailable
+from lmpress.kernels.outliers import prepare
 from lmpress.kernels.weight import SparseRows, Weight
 
 # The 16 values of NF4 as published (QLoRA, appendix E), rounded to 4 digits: any table will do here.
@@ -85,11 +85,11 @@ def test_random_layers(kernel, seed: int) -> None:
         ("group", as_int8(x, group, steps)),
         ("token", as_int8(x, columns, steps)),
     ):
-        product = kernel.prepare(weight, Need.of(weight, activations, steps=steps))
+        product = kernel.prepare(weight, KernelSpec.of(weight, activations, steps=steps))
         assert error(product(x), inputs @ expected.T) < 2e-6, (bits, rows, columns, group, batch, activations)
         assert torch.equal(product.codes(), weight.codes)
     if group <= 128:
-        rounded = kernel.prepare(weight, Need.of(weight, "group"))(x)
+        rounded = kernel.prepare(weight, KernelSpec.of(weight, "group"))(x)
         assert error(rounded, x.double() @ expected.T) < 1e-2
 
 
@@ -98,7 +98,7 @@ def test_random_layers(kernel, seed: int) -> None:
 @pytest.mark.parametrize("activations", ["float", "group"])
 def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype, activations) -> None:
     weight = random_weight(20, 96, 4, 32, False, 1)
-    product = kernel.prepare(weight, Need.of(weight, activations, dtype))
+    product = kernel.prepare(weight, KernelSpec.of(weight, activations, dtype))
     base = torch.randn(96, 22, generator=torch.Generator().manual_seed(1)).to(dtype)
     layouts = {
         "transposed": base.T,
@@ -122,7 +122,7 @@ def test_codebooks(kernel, batch: int) -> None:
     weight = Weight(weight.codes, weight.scale, None, 4, 64, codebook=table)
     x = torch.randn(batch, 192, generator=torch.Generator().manual_seed(2))
     expected = dense(weight.codes, weight.scale, None, 4, 64, table)
-    y = kernel.prepare(weight, Need.of(weight))(x)
+    y = kernel.prepare(weight, KernelSpec.of(weight))(x)
     assert error(y, x.double() @ expected.T) < 2e-6
 
 
@@ -137,7 +137,7 @@ def test_extreme_codes_never_saturate(kernel, bits: int, batch: int) -> None:
         for value in (1.0, -1.0):
             x = torch.full((batch, columns), value)
             for activations in ("float", "token"):
-                y = kernel.prepare(weight, Need.of(weight, activations))(x)
+                y = kernel.prepare(weight, KernelSpec.of(weight, activations))(x)
                 assert y.double().allclose(torch.tensor(value * code * columns, dtype=torch.float64), rtol=1e-6)
 
 
@@ -149,7 +149,7 @@ def test_int8_sums_are_exact_integers(kernel) -> None:
     weight = Weight(weight.codes, torch.ones(3, 1), None, 8, columns)
     x = torch.randint(-127, 128, (2, columns), generator=torch.Generator().manual_seed(3)).float()
     x[:, 0] = 127  # the scale is one
-    y = kernel.prepare(weight, Need.of(weight, "token"))(x)
+    y = kernel.prepare(weight, KernelSpec.of(weight, "token"))(x)
     expected = x.long() @ (weight.codes.long() - 128).T
     assert torch.equal(y, expected.float())
 
@@ -160,7 +160,7 @@ def test_mean_of_the_inputs_costs_no_accuracy(kernel) -> None:
         weight = random_weight(16, 4096, bits, 4096, symmetric, 4)
         x = torch.rand(2, 4096, generator=torch.Generator().manual_seed(4)) + 3
         expected = x.double() @ weight.dequantize(torch.float64).T
-        assert error(kernel.prepare(weight, Need.of(weight))(x), expected) < 1e-5
+        assert error(kernel.prepare(weight, KernelSpec.of(weight))(x), expected) < 1e-5
 
 
 @each_kernel
@@ -170,7 +170,7 @@ def test_nan_and_infinity_stay_visible(kernel) -> None:
         for bad in (float("nan"), float("inf")):
             x = torch.ones(3, 64)
             x[1, 40] = bad
-            y = kernel.prepare(weight, Need.of(weight, activations))(x)
+            y = kernel.prepare(weight, KernelSpec.of(weight, activations))(x)
             assert not y[1].isfinite().any() and y[0].isfinite().all() and y[2].isfinite().all()
 
 
@@ -178,7 +178,7 @@ def test_nan_and_infinity_stay_visible(kernel) -> None:
 def test_no_rows_and_zero_rows(kernel) -> None:
     weight = random_weight(20, 64, 4, 32, False, 6)
     for activations in ("float", "group"):
-        product = kernel.prepare(weight, Need.of(weight, activations))
+        product = kernel.prepare(weight, KernelSpec.of(weight, activations))
         assert product(torch.empty(0, 64)).shape == (0, 20)
         assert torch.equal(product(torch.zeros(2, 64)), torch.zeros(2, 20))
 
@@ -187,7 +187,7 @@ def test_no_rows_and_zero_rows(kernel) -> None:
 @pytest.mark.parametrize("activations", ["float", "group"])
 def test_any_number_of_threads_gives_the_same_bits(kernel, activations) -> None:
     weight = random_weight(400, 1024, 4, 128, False, 7)
-    product = kernel.prepare(weight, Need.of(weight, activations))
+    product = kernel.prepare(weight, KernelSpec.of(weight, activations))
     x, before = torch.randn(3, 1024, generator=torch.Generator().manual_seed(7)), torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
@@ -202,7 +202,7 @@ def test_products_from_several_python_threads(kernel) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     weight = random_weight(300, 1024, 4, 128, True, 8)
-    product = kernel.prepare(weight, Need.of(weight))
+    product = kernel.prepare(weight, KernelSpec.of(weight))
     inputs = [torch.randn(2, 1024, generator=torch.Generator().manual_seed(seed)) for seed in range(16)]
     expected = [product(x) for x in inputs]
     with ThreadPoolExecutor(4) as pool:
@@ -226,11 +226,11 @@ def test_columns_kept_in_16_bits(kernel, batch: int) -> None:
         as_int8(rest, 256, 127.0) @ dense(base.codes, base.scale, None, 8, 256).T
         + x[:, columns].double() @ kept.double().T
     )
-    y = apart.prepare(kernel, weight, Need.of(weight, "token"))(x)
+    y = prepare(kernel, weight, KernelSpec.of(weight, "token"))(x)
     assert error(y, expected) < 2e-6
     exact = x.double() @ weight.dequantize(torch.float64).T
     assert error(y, exact) < 1e-2
-    assert error(apart.prepare(kernel, weight, Need.of(weight))(x), exact) < 2e-6
+    assert error(prepare(kernel, weight, KernelSpec.of(weight))(x), exact) < 2e-6
 
 
 @each_kernel
@@ -247,7 +247,7 @@ def test_sparse_residual(kernel, batch: int, share: float) -> None:
     x = torch.randn(batch, 160, generator=generator)
     full = dense(base.codes, base.scale, zero, 3, 16) + residual.double()
     for by in (kernel, replace(kernel, added=SparseRows.added)):  # the second as where there is no compiler
-        product = apart.prepare(by, weight, Need.of(weight))
+        product = prepare(by, weight, KernelSpec.of(weight))
         inputs = x.clone().requires_grad_()
         y = product(inputs)
         y.sum().backward()

@@ -6,15 +6,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmpress.compress.prune.args import PruneArgs
-from lmpress.compress.tensor import PrunedTensor
-from lmpress.kernels import apart, dispatch, ops
+from lmpress.kernels import dispatch, ops
 from lmpress.kernels.cpu import library, pruned
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import PrunedLinear, Serving
+from lmpress.kernels.outliers import prepare
+from lmpress.kernels.tensor import PrunedTensor
 from lmpress.kernels.weight import PrunedWeight
+from lmpress.recipes.scheme.prune_args import PruneArgs
 
-NEED = Need.pruned(torch.bfloat16)
+NEED = KernelSpec.pruned(torch.bfloat16)
 HERE = [kernel for kernel in dispatch.KERNELS if dispatch.refusal(kernel, NEED) is None]
 each_kernel = pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
 
@@ -45,7 +46,7 @@ def test_random_layers(kernel, seed: int) -> None:
     tensor = random_tensor(rows, columns, draw.choice([0.01, 0.1, 0.5, 0.9, 1.0]), dtype, seed)
     weight = PrunedWeight.of(tensor)
     x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed))
-    product = apart.prepare(kernel, weight, Need.of(weight))
+    product = prepare(kernel, weight, KernelSpec.of(weight))
     assert error(product(x), x.double() @ tensor.values.double().T) < 2e-6, (rows, columns, batch, dtype)
 
 
@@ -56,14 +57,14 @@ def test_wide_layers_of_either_storage(kernel, storage: str, batch: int) -> None
     tensor = random_tensor(300, 1024, 0.5, "bfloat16", 1, storage)
     weight = PrunedWeight.of(tensor)
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(1))
-    assert error(apart.prepare(kernel, weight, NEED)(x), x.double() @ tensor.values.double().T) < 2e-6
+    assert error(prepare(kernel, weight, NEED)(x), x.double() @ tensor.values.double().T) < 2e-6
 
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype) -> None:
     tensor = random_tensor(20, 96, 0.5, "float16", 2)
-    product = apart.prepare(kernel, PrunedWeight.of(tensor), Need.pruned(torch.float16, dtype=dtype))
+    product = prepare(kernel, PrunedWeight.of(tensor), KernelSpec.pruned(torch.float16, dtype=dtype))
     base = torch.randn(96, 22, generator=torch.Generator().manual_seed(2)).to(dtype)
     for x in (base.T, base.T[::2], base.repeat(2, 1).T[:, 96:]):
         y = product(x)
@@ -83,21 +84,21 @@ def test_special_values_of_16_bits(kernel) -> None:
             torch.ones(len(values), 1, dtype=torch.bool),
             PruneArgs(storage="bitmask", dtype=str(dtype)[6:]),
         )
-        y = apart.prepare(kernel, PrunedWeight.of(tensor), Need.pruned(dtype))(torch.ones(1, 1))
+        y = prepare(kernel, PrunedWeight.of(tensor), KernelSpec.pruned(dtype))(torch.ones(1, 1))
         assert torch.equal(y[0], values.float())
 
 
 @each_kernel
 def test_nothing_stored_and_no_rows_of_inputs(kernel) -> None:
     weight = PrunedWeight.of(random_tensor(10, 40, 0.0, "float32", 3))
-    product = apart.prepare(kernel, weight, Need.of(weight))
+    product = prepare(kernel, weight, KernelSpec.of(weight))
     assert torch.equal(product(torch.ones(2, 40)), torch.zeros(2, 10))
     assert product(torch.empty(0, 40)).shape == (0, 10)
 
 
 @each_kernel
 def test_any_number_of_threads_gives_the_same_bits(kernel) -> None:
-    product = apart.prepare(kernel, PrunedWeight.of(random_tensor(600, 512, 0.5, "bfloat16", 4)), NEED)
+    product = prepare(kernel, PrunedWeight.of(random_tensor(600, 512, 0.5, "bfloat16", 4)), NEED)
     x, before = torch.randn(3, 512, generator=torch.Generator().manual_seed(4)), torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 import lmpress
 from lmpress.kernels import dispatch
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.dense import DenseEmbedding, DenseLinear
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.reference import REFERENCE
@@ -20,7 +20,7 @@ IDS = torch.tensor([[3, 5, 7, 4, 9, 12]])
 Make = Callable[..., PreTrainedModel]
 
 pytestmark = pytest.mark.skipif(
-    dispatch.choose(Need.pruned(torch.bfloat16)).kernel is REFERENCE, reason="no compiled kernel runs here"
+    dispatch.choose(KernelSpec.pruned(torch.bfloat16)).kernel is REFERENCE, reason="no compiled kernel runs here"
 )
 
 

@@ -10,16 +10,16 @@ from torch import nn
 from transformers import PreTrainedModel
 
 import lmpress
-from lmpress.calibrate.rows import load_tokenizer
-from lmpress.compress.activations import decompose, fake_quantize
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.checkpoint import Checkpoint
-from lmpress.compress.tensor import CompressedTensor, MixedTensor
-from lmpress.eval.served import served
+from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.errors import UsageError
+from lmpress.eval.dispatch_report import served
 from lmpress.kernels import dispatch
+from lmpress.kernels.activations import decompose, fake_quantize
 from lmpress.kernels.modules.embedding import PackedEmbedding
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.modules.low_rank import LowRankLinear
+from lmpress.kernels.tensor import CompressedTensor, MixedTensor
 from lmpress.recipes.schema import build
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "sample_model"

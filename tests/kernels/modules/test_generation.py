@@ -8,7 +8,7 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 import lmpress
 from lmpress.kernels import dispatch
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "sample_model"
@@ -30,7 +30,7 @@ def prompt() -> torch.Tensor:
 def test_exact_kernels_answer_as_the_dequantized_weights_do(packed: PreTrainedModel, prompt: torch.Tensor) -> None:
     answers = {}
     for kernel in dispatch.KERNELS:
-        if dispatch.refusal(kernel, Need(4, 32)) is None:
+        if dispatch.refusal(kernel, KernelSpec(4, 32)) is None:
             serve(packed, Serving(kernel=kernel.name))
             assert set(kernels_of(packed)) == {f"{kernel.name} float"}
             answers[kernel.name] = packed.generate(prompt, max_new_tokens=64, min_new_tokens=64, do_sample=False)

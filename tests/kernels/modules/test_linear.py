@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
-from lmpress.compress.tensor import CompressedTensor
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.kernels.modules.linear import PackedLinear
 from lmpress.kernels.modules.replace import replace_linear
+from lmpress.kernels.tensor import CompressedTensor
+from lmpress.recipes.scheme import QuantArgs
 
 ROWS, COLUMNS = 19, 86
 

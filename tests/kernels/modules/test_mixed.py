@@ -8,15 +8,16 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel
 
 import lmpress
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.checkpoint import Checkpoint
-from lmpress.compress.tensor import MixedTensor
-from lmpress.kernels import apart, dispatch
-from lmpress.kernels.kernel import Need
+from lmpress.errors import UsageError
+from lmpress.kernels import dispatch
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
+from lmpress.kernels.outliers import prepare
+from lmpress.kernels.tensor import MixedTensor
 from lmpress.kernels.weight import Weight
 
-NEED = Need(8, 200, activations="token", parts=("columns",))
+NEED = KernelSpec(8, 200, activations="token", parts=("columns",))
 HERE = [kernel for kernel in dispatch.KERNELS if dispatch.refusal(kernel, NEED) is None]
 # The margin of each token of these two answers is 0.05 at least, a hundred times what rounding in another order does to a
 # logit, but for a code that takes the next step; and they need the columns and, the second, the threshold.
@@ -41,7 +42,7 @@ def test_whole_numbers_are_multiplied_exactly(kernel, threshold: float, batch: i
     weight = Weight(codes, torch.full((37, 1), 1 / 8), None, 8, 200, None, columns, outliers.half(), threshold)
     eighths = codes.long() - 128
     eighths[:, columns] = (outliers * 8).long()
-    y = apart.prepare(kernel, weight, Need.of(weight, "token"))(x.float())
+    y = prepare(kernel, weight, KernelSpec.of(weight, "token"))(x.float())
     assert torch.equal(y, (x @ eighths.T).float() / 8)
 
 

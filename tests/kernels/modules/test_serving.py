@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from lmpress.compress.errors import UsageError
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.errors import UsageError
 from lmpress.kernels import dispatch
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import PackedLinear, Serving, kernels_of, serve
+from lmpress.recipes.scheme import QuantArgs
 
 INT4 = QuantArgs(group_size=32)
 
@@ -58,7 +58,7 @@ def test_the_choice_is_visible_and_can_be_forced() -> None:
     assert kernels_of(model) == {"torch-dequantize float": 1}
     assert "kernel=torch-dequantize" in repr(model)
     serve(model, Serving())
-    chosen = dispatch.choose(Need(4, 32)).kernel.name
+    chosen = dispatch.choose(KernelSpec(4, 32)).kernel.name
     assert kernels_of(model) == {f"{chosen} float": 1}
     with pytest.raises(UsageError, match="bits 8 not served"):
         layer(QuantArgs(8, group_size=32)).serve(Serving(False, "torch-int4-bf16"))

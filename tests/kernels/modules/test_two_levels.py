@@ -6,21 +6,21 @@ import random
 import pytest
 import torch
 
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats import spqr
-from lmpress.compress.scheme import QuantArgs
-from lmpress.compress.tensor import SpQRTensor, TwoLevel
+from lmpress.errors import UsageError
 from lmpress.kernels import dispatch
-from lmpress.kernels.kernel import Need
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import Serving, SpQRLinear
+from lmpress.kernels.tensor import Bilevel, SpQRTensor
+from lmpress.recipes.scheme import QuantArgs
 
 
 def random_tensor(rows: int, columns: int, bits: int, group: int, share: float, seed: int) -> SpQRTensor:
     generator = torch.Generator().manual_seed(seed)
     args = QuantArgs(bits, False, "group", group, "spqr", scale_dtype="bilevel", outliers=share)
     groups = -(-columns // group)
-    scale = TwoLevel.fit(torch.rand(rows, groups, generator=generator) + 0.1)
-    zero = TwoLevel.fit(torch.rand(rows, groups, generator=generator) * args.maxq)
+    scale = Bilevel.fit(torch.rand(rows, groups, generator=generator) + 0.1)
+    zero = Bilevel.fit(torch.rand(rows, groups, generator=generator) * args.maxq)
     codes = torch.randint(0, 2**bits, (rows, columns), generator=generator, dtype=torch.uint8)
     kept = torch.rand(rows, columns, generator=generator) < share
     values = torch.randn(int(kept.sum()), generator=generator).half()
@@ -53,7 +53,7 @@ def test_random_layers(name: str, seed: int) -> None:
 
 
 def test_memory_holds_what_the_disk_holds() -> None:
-    if dispatch.choose(Need(4, 32, symmetric=False)).kernel.name == "torch-dequantize":
+    if dispatch.choose(KernelSpec(4, 32, symmetric=False)).kernel.name == "torch-dequantize":
         pytest.skip("no compiled kernels here")
     tensor = random_tensor(256, 1024, 4, 32, 0.01, 0)
     module = SpQRLinear(tensor, None)

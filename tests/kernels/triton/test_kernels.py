@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from lmpress.kernels import selftest
-from lmpress.kernels.kernel import Need, WrongMachine
+from lmpress.kernels.kernel import KernelSpec, WrongMachine
 from lmpress.kernels.triton import configs
 from lmpress.kernels.triton.layout import pack, unpack
 from lmpress.kernels.triton.product import TRITON, TritonProduct
@@ -72,7 +72,7 @@ def test_random_layers(seed: int, device: str) -> None:
     dtype = draw.choice([torch.float32, torch.float16])
     x = random_inputs(batch, columns, dtype)
     for activations, inputs in (("float", x.double()), ("group", as_int8(x, group)), ("token", as_int8(x, columns))):
-        product = TritonProduct(weight.to(device), Need.of(weight, activations, dtype))
+        product = TritonProduct(weight.to(device), KernelSpec.of(weight, activations, dtype))
         y = product(x.to(device))
         assert y.dtype == dtype
         assert error(y, inputs @ dense(weight).T) < (2e-6 if dtype == torch.float32 else 2e-3), (
@@ -84,16 +84,16 @@ def test_random_layers(seed: int, device: str) -> None:
 
 
 @pytest.mark.parametrize("need", [
-    Need(4, 32),
-    Need(4, 64, symmetric=False, dtype=torch.float16),
-    Need(4, 32, symmetric=False, activations="group"),
-    Need(3, 16, symmetric=False),
-    Need(8, 512, activations="token", steps=127.5),
-    Need(4, 64, codebook=True),
-    Need(8, 96, activations="token", parts=("columns",)),
-    Need(3, 16, symmetric=False, dtype=torch.float16, parts=("levels", "residual")),
+    KernelSpec(4, 32),
+    KernelSpec(4, 64, symmetric=False, dtype=torch.float16),
+    KernelSpec(4, 32, symmetric=False, activations="group"),
+    KernelSpec(3, 16, symmetric=False),
+    KernelSpec(8, 512, activations="token", steps=127.5),
+    KernelSpec(4, 64, codebook=True),
+    KernelSpec(8, 96, activations="token", parts=("columns",)),
+    KernelSpec(3, 16, symmetric=False, dtype=torch.float16, parts=("levels", "residual")),
 ], ids=str)  # fmt: skip
-def test_the_self_test_accepts_them(need: Need) -> None:
+def test_the_self_test_accepts_them(need: KernelSpec) -> None:
     assert selftest.failure(TRITON, need) is None
 
 
@@ -107,7 +107,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
         torch.arange(512).remainder(values).to(torch.uint8).expand(len(zero), -1)
     )  # every code in every part of a slab
     product = TritonProduct(
-        Weight(codes, torch.ones(len(zero), 1), zero, bits, 512).to(device), Need(bits, 512, dtype=dtype)
+        Weight(codes, torch.ones(len(zero), 1), zero, bits, 512).to(device), KernelSpec(bits, 512, dtype=dtype)
     )
     expected = codes.T.to(dtype) - zero.T.to(dtype)
     one_hot = torch.eye(512, dtype=dtype, device=device)
@@ -122,7 +122,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
 def test_codebooks(batch: int, device: str) -> None:
     weight = random_weight(20, 192, 4, 64)
     weight = Weight(weight.codes, weight.scale, None, 4, 64, codebook=NF4)
-    product = TritonProduct(weight.to(device), Need.of(weight))
+    product = TritonProduct(weight.to(device), KernelSpec.of(weight))
     assert (
         error(product(random_inputs(batch, 192).to(device)), random_inputs(batch, 192).double() @ dense(weight).T)
         < 1e-6
@@ -136,7 +136,10 @@ def test_many_rows_are_dequantized(zeros: str, group: int, device: str, monkeypa
     monkeypatch.setattr(launch, "SLAB", 32)
     weight = random_weight(70, 300, 3, group, zeros)
     x = random_inputs(5, 300)
-    assert error(TritonProduct(weight.to(device), Need.of(weight))(x.to(device)), x.double() @ dense(weight).T) < 1e-6
+    assert (
+        error(TritonProduct(weight.to(device), KernelSpec.of(weight))(x.to(device)), x.double() @ dense(weight).T)
+        < 1e-6
+    )
 
 
 @pytest.mark.parametrize("batch", [1, 3])
@@ -144,7 +147,7 @@ def test_many_rows_are_dequantized(zeros: str, group: int, device: str, monkeypa
 def test_split_sums_are_the_same_bits_every_time(batch: int, activations, device: str, monkeypatch) -> None:
     monkeypatch.setattr(launch, "splits", lambda tiles, slabs, programs: 3)
     weight = random_weight(40, 1000, 4, 1000, "integer")
-    product = TritonProduct(weight.to(device), Need.of(weight, activations))
+    product = TritonProduct(weight.to(device), KernelSpec.of(weight, activations))
     x = random_inputs(batch, 1000)
     inputs = x.double() if activations == "float" else as_int8(x, 1000)
     first = product(x.to(device))
@@ -158,7 +161,7 @@ def test_many_rows_of_int8_inputs(bits: int, group: int, activations, device: st
     weight = random_weight(140, 192, bits, group, "integer")
     x = random_inputs(70, 192, torch.float16)
     inputs = as_int8(x, group if activations == "group" else 192)
-    y = TritonProduct(weight.to(device), Need.of(weight, activations, torch.float16))(x.to(device))
+    y = TritonProduct(weight.to(device), KernelSpec.of(weight, activations, torch.float16))(x.to(device))
     assert error(y, inputs @ dense(weight).T) < 1e-3
 
 
@@ -166,7 +169,7 @@ def test_what_it_has_no_kernel_for_is_refused() -> None:
     table = Weight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), None, 4, 64, codebook=NF4)
     for activations in ("group", "token"):
         with pytest.raises(WrongMachine, match="codebooks"):
-            TritonProduct(table, Need.of(table, activations))
+            TritonProduct(table, KernelSpec.of(table, activations))
 
 
 def test_int8_sums_are_exact_integers(device: str) -> None:
@@ -176,13 +179,13 @@ def test_int8_sums_are_exact_integers(device: str) -> None:
     x[:, 0] = 127  # the scale is one
     x[0, :] = 127
     weight.codes[0] = 255
-    y = TritonProduct(weight.to(device), Need.of(weight, "token"))(x.to(device))
+    y = TritonProduct(weight.to(device), KernelSpec.of(weight, "token"))(x.to(device))
     assert torch.equal(y.cpu(), (x.long() @ (weight.codes.long() - 128).T).float())
 
 
 def test_strides_no_rows_and_gradients(device: str) -> None:
     weight = random_weight(20, 96, 4, 32, "integer")
-    product = TritonProduct(weight.to(device), Need.of(weight))
+    product = TritonProduct(weight.to(device), KernelSpec.of(weight))
     x = random_inputs(96, 6).to(device)
     assert torch.equal(product(x.T), product(x.T.contiguous()))
     assert torch.equal(product(x.T[::2]), product(x.T)[::2])
@@ -223,10 +226,10 @@ def test_kernels_start_where_their_tensors_are(device: str, monkeypatch: pytest.
     entered, around = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.device.type) or around(tensor))
     weight = random_weight(20, 96, 4, 32)
-    TritonProduct(weight.to(device), Need.of(weight, "group"))(random_inputs(3, 96).to(device))
+    TritonProduct(weight.to(device), KernelSpec.of(weight, "group"))(random_inputs(3, 96).to(device))
     assert entered == [device] * 2  # inputs become codes, and then the product
 
 
 def test_what_it_serves_is_a_gpu() -> None:
-    assert TRITON.serves.refusal(Need(4, 128)) == "device cpu not served"
-    assert TRITON.serves.refusal(Need(4, 128, device="cuda", dtype=torch.bfloat16)) is None
+    assert TRITON.serves.refusal(KernelSpec(4, 128)) == "device cpu not served"
+    assert TRITON.serves.refusal(KernelSpec(4, 128, device="cuda", dtype=torch.bfloat16)) is None

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.kernels.kernel import Need, Unavailable
+from lmpress.kernels.kernel import KernelSpec, Unavailable
 from lmpress.kernels.triton import configs, tuned
 from lmpress.kernels.triton.configs import GEMV, Config
 from lmpress.kernels.triton.product import TritonProduct
@@ -41,7 +41,7 @@ def product(activations="float", columns: int = 128) -> TritonProduct:
     generator = torch.Generator().manual_seed(0)
     codes = torch.randint(0, 16, (70, columns), generator=generator, dtype=torch.uint8)
     weight = Weight(codes, torch.rand(70, columns // 64, generator=generator), None, 4, 64)
-    return TritonProduct(weight, Need.of(weight, activations))
+    return TritonProduct(weight, KernelSpec.of(weight, activations))
 
 
 def test_another_process_finds_them() -> None:

@@ -11,8 +11,8 @@ from transformers import PreTrainedModel
 
 import lmpress
 from lmpress.compress import export
-from lmpress.compress.errors import CompressError
 from lmpress.compress.formats.checkpoint import Checkpoint
+from lmpress.errors import CompressError
 
 WIDE = {"hidden_size": 64, "intermediate_size": 96}
 CONV1D = {"n_embd": 64, "n_inner": 96}

@@ -16,12 +16,12 @@ from transformers import (
 )
 
 import lmpress
-from lmpress.calibrate.discovery import set_weight
-from lmpress.compress.formats import shards
+from lmpress.calibrate.model import safetensors_io
+from lmpress.calibrate.model.architecture import set_weight
 from lmpress.compress.formats.export import bitsandbytes as ours
-from lmpress.compress.quantize import llm_int8
-from lmpress.compress.quantize.nf4 import SCHEME
-from lmpress.compress.tensor import MixedTensor, NF4Tensor
+from lmpress.compress.methods.quantize import llm_int8
+from lmpress.compress.methods.quantize.nf4 import SCHEME
+from lmpress.kernels.tensor import MixedTensor, NF4Tensor
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -107,7 +107,7 @@ def test_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path, nested
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
     AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, quantization_config=kind).save_pretrained(tmp_path / "own")
     lmpress.quantize(llama, tmp_path / "out", method="nf4", options={} if nested else {"scale_dtype": "float32"})
-    left, right = (shards.read(tmp_path / name / "model.safetensors") for name in ("own", "out"))
+    left, right = (safetensors_io.read(tmp_path / name / "model.safetensors") for name in ("own", "out"))
     assert left.keys() == right.keys()
     assert [n for n in left if not n.endswith(ours.STATE) and not torch.equal(left[n], right[n])] == []
     assert torch.equal(logits(lmpress.load(tmp_path / "own")), logits(lmpress.load(tmp_path / "out")))
@@ -135,7 +135,7 @@ def test_llm_int8_is_exported_and_served_by_bitsandbytes(
     options = {"calib": str(tmp_path / "text.txt"), "samples": 4, "seq_len": 16}
     lmpress.quantize(llama, tmp_path / "mixed", method="llm-int8", quality="fast", **options)
     lmpress.export(tmp_path / "mixed", tmp_path / "out", format="bitsandbytes")
-    stored = shards.read(tmp_path / "out" / "model.safetensors")
+    stored = safetensors_io.read(tmp_path / "out" / "model.safetensors")
     weight = lmpress.load(llama).model.layers[0].self_attn.q_proj.weight
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
     ours_codes = stored["model.layers.0.self_attn.q_proj.weight"]
@@ -158,7 +158,7 @@ def test_llm_int8_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Pat
 
 def by_hand(model: Path, out: Path) -> nn.Module:
     """The original model with the weights that int8 codes and the largest magnitudes of their rows stand for."""
-    dense, stored = lmpress.load(model), shards.read(out / "model.safetensors")
+    dense, stored = lmpress.load(model), safetensors_io.read(out / "model.safetensors")
     layers = [name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")]
     assert len(layers) == 14
     for name in layers:

@@ -18,10 +18,10 @@ from transformers import (
 )
 
 import lmpress
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.gguf import blocks
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.errors import UsageError
+from lmpress.recipes.scheme import QuantArgs
 
 IDS = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(0))
 

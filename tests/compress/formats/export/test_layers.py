@@ -4,12 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.errors import CompressError
 from lmpress.compress.formats.export import awq, gptq
-from lmpress.compress.grid import Grid
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
-from lmpress.compress.tensor import CompressedTensor
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.errors import CompressError
+from lmpress.kernels.tensor import CompressedTensor
+from lmpress.kernels.tensor.grid import Grid
+from lmpress.recipes.scheme import QuantArgs
 
 ROWS, COLUMNS = 64, 96
 

@@ -7,10 +7,10 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import lmpress
-from lmpress.compress.errors import UsageError
 from lmpress.compress.formats.export import onnx
-from lmpress.compress.quantize.rtn import round_to_nearest
-from lmpress.compress.scheme import QuantArgs
+from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.errors import UsageError
+from lmpress.recipes.scheme import QuantArgs
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedModel
 
 import lmpress
-from lmpress.compress.errors import UsageError
+from lmpress.errors import UsageError
 
 
 @pytest.fixture

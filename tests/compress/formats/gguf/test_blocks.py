@@ -6,7 +6,7 @@ import torch
 from gguf.quants import dequantize, quantize
 
 from lmpress.compress.formats.gguf import blocks, stored
-from lmpress.compress.tensor import BlockTensor, CompressedTensor
+from lmpress.kernels.tensor import BlockTensor, CompressedTensor
 
 
 def theirs(packed: torch.Tensor, block: str) -> torch.Tensor:

@@ -11,18 +11,18 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import lmpress
-from lmpress.calibrate.skeleton import build
-from lmpress.calibrate.source import open_source
-from lmpress.compress.api import quantization_recipe
-from lmpress.compress.errors import UsageError
+from lmpress.calibrate.model.skeleton import build
 from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.compress.formats.gguf import blocks
-from lmpress.compress.formats.targets import check
-from lmpress.compress.grid import Grid, groups_of
+from lmpress.compress.formats.source import open_source
 from lmpress.compress.plan import make_plan
-from lmpress.compress.scheme import QuantArgs
-from lmpress.compress.tensor import BlockTensor, of_grid
+from lmpress.compress.runtime_support import check
+from lmpress.errors import UsageError
 from lmpress.kernels.modules.linear import PackedLinear
+from lmpress.kernels.tensor import BlockTensor, of_grid
+from lmpress.kernels.tensor.grid import Grid, groups_of
+from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.scheme import QuantArgs
 
 SUPER = {"formula": "ggml", "scale_dtype": "super"}
 Q4_K: dict[str, Any] = {"bits": 4, "symmetric": False, "group_size": 32}

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import lmpress
-from lmpress.calibrate.source import open_source
+from lmpress.compress.formats.source import open_source
 from lmpress.kernels.modules.linear import PackedLinear
 
 IDS = torch.arange(16)[None]

@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lmpress
-from lmpress.calibrate.rows import load_tokenizer
-from lmpress.compress.errors import CompressError, UsageError
+from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.errors import CompressError, UsageError
 from lmpress.eval.inspect import inspect
 from lmpress.kernels.modules.linear import PackedLinear
 

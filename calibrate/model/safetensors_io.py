@@ -1,0 +1,285 @@
+"""safetensors files: headers, exact sizes, and writing that streams.
+
+A file is an 8-byte little-endian header length, a JSON header that names every tensor's dtype, shape and byte range, and
+the bytes. Written here rather than by the library, because sizes must be known before a byte exists, and shards must be
+put together without holding them in memory.
+"""
+
+import errno
+import json
+import math
+import os
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from types import MappingProxyType
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from ...errors import CompressError, StorageError
+
+DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+SHARD_BYTES = 4 * 2**30
+CHUNK = 16 * 2**20
+INDEX = "model.safetensors.index.json"
+METADATA = {"format": "pt"}
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """What a tensor will be on disk: the format's dtype name and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> "TensorSpec":
+        """The spec of a tensor in memory."""
+        return cls(NAMES[tensor.dtype], tuple(tensor.shape))
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype in memory."""
+        return DTYPES[self.dtype]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the values."""
+        return math.prod(self.shape) * self.torch_dtype.itemsize
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies on disk: `start` is the offset of its first byte in `file`."""
+
+    file: Path
+    spec: TensorSpec
+    start: int
+
+    def read(self) -> Tensor:
+        """Its values, in memory of their own (a memory map would count as the process's memory page by page)."""
+        buffer = torch.empty(self.spec.nbytes, dtype=torch.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.start)
+            if self.spec.nbytes and file.readinto(buffer.numpy().data) != self.spec.nbytes:
+                raise _truncated(self.file)
+        return buffer.view(self.spec.torch_dtype).reshape(self.spec.shape)
+
+
+def read_header(file: Path) -> dict[str, StoredTensor]:
+    """The tensors of one file by name. Raises `CompressError` where it is truncated or no safetensors file."""
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        prefix = stream.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        if not 2 <= length <= size - 8:
+            raise _truncated(file)
+        try:
+            header = json.loads(stream.read(length))
+            entries = {name: _entry(file, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
+            _check_layout(entries)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CompressError(f"{file} is not a safetensors file ({error})", "fetch it again") from error
+    if max((t.start + t.spec.nbytes for t in entries.values()), default=0) > size:
+        raise _truncated(file)
+    return entries
+
+
+def _entry(file: Path, entry: dict[str, object], data: int) -> StoredTensor:
+    start, stop = entry["data_offsets"]  # type: ignore[misc]
+    if entry["dtype"] not in DTYPES:
+        raise ValueError(f"unknown dtype {entry['dtype']}")
+    spec = TensorSpec(str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type]
+    if stop - start != spec.nbytes or min((start, *spec.shape)) < 0:
+        raise ValueError(f"{spec} does not fill the bytes {start}..{stop}")
+    return StoredTensor(file, spec, data + start)
+
+
+def _check_layout(entries: Mapping[str, StoredTensor]) -> None:
+    """Raise `ValueError` where two tensors share bytes."""
+    ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].spec.nbytes))
+    for (name, tensor), (following, after) in pairwise(ordered):
+        if tensor.start + tensor.spec.nbytes > after.start:
+            raise ValueError(f"{name} and {following} overlap")
+
+
+def _truncated(file: Path) -> CompressError:
+    return CompressError(f"{file} is truncated: {file.stat().st_size:,} bytes are not all of it", "fetch it again")
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """All tensors of one file."""
+    return {name: stored.read() for name, stored in read_header(file).items()}
+
+
+def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write one file, complete or not at all. Raises `StorageError` where the disk refuses."""
+    specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+    with storage_errors(file), _appearing(file) as stream:
+        stream.write(_header(specs))
+        for name in _order(specs):
+            stream.write(_bytes(tensors[name]))
+
+
+@contextmanager
+def streamed(folder: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[str, Tensor], None]]:
+    """The shards of `folder`, laid out in advance: the function given takes each tensor of `specs` once, in any order.
+
+    Nothing is held: a tensor's bytes go to their place at once. Raises `StorageError` where the disk refuses.
+    """
+    shards = arrange(specs)
+    places: dict[str, tuple[BinaryIO, int]] = {}
+
+    def put(name: str, tensor: Tensor) -> None:
+        if TensorSpec.of(tensor) != specs[name]:
+            raise CompressError(f"{name} became {TensorSpec.of(tensor)}, planned was {specs[name]}", "report this")
+        stream, start = places.pop(name)
+        stream.seek(start)
+        stream.write(_bytes(tensor))
+
+    with storage_errors(folder), ExitStack() as files:
+        for number, shard in enumerate(shards, start=1):
+            stream = files.enter_context(_appearing(folder / _file_name(number, len(shards))))
+            position = stream.write(_header(shard))
+            for name in _order(shard):
+                places[name] = (stream, position)
+                position += shard[name].nbytes
+        yield put
+        if places:
+            raise CompressError(f"{next(iter(places))} was never written to {folder}", "report this")
+        _write_index(folder, shards)
+
+
+def assemble(parts: Iterable[Path], folder: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
+    """Put the tensors of all `parts` into the shards of `folder`, with an index where there are several."""
+    stored = {renamed.get(name, name): tensor for part in parts for name, tensor in read_header(part).items()}
+    shards = arrange({name: tensor.spec for name, tensor in stored.items()})
+    for number, specs in enumerate(shards, start=1):
+        with storage_errors(folder), _appearing(folder / _file_name(number, len(shards))) as stream:
+            stream.write(_header(specs))
+            for tensor in _order(specs):
+                _copy(stored[tensor], stream)
+    _write_index(folder, shards)
+
+
+def arrange(specs: Mapping[str, TensorSpec]) -> list[dict[str, TensorSpec]]:
+    """Distribute tensors over shards of at most `SHARD_BYTES`, in natural order of their names."""
+    shards: list[dict[str, TensorSpec]] = [{}]
+    filled = 0
+    for name in sorted(specs, key=_natural):
+        size = specs[name].nbytes
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = specs[name]
+        filled += size
+    return shards
+
+
+def nbytes(specs: Mapping[str, TensorSpec]) -> int:
+    """The exact size of the weight files that `assemble` makes of tensors with these specs."""
+    return sum(len(_header(shard)) + sum(s.nbytes for s in shard.values()) for shard in arrange(specs))
+
+
+@contextmanager
+def storage_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about a full or forbidden disk into a `StorageError` that names the place."""
+    full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    try:
+        yield
+    except OSError as error:
+        if error.errno in full:
+            message = f"the disk is full: {path} could not be written ({error.strerror})"
+            raise StorageError(
+                message, "free some space and repeat the same command: it goes on where it stopped"
+            ) from error
+        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
+            raise StorageError(f"{path} cannot be written ({error.strerror})", "choose another -o") from error
+        raise
+
+
+def _write_index(folder: Path, shards: list[dict[str, TensorSpec]]) -> None:
+    """Say which shard holds which tensor, where there are several."""
+    if len(shards) == 1:
+        return
+    weight_map = {name: _file_name(number, len(shards)) for number, specs in enumerate(shards, 1) for name in specs}
+    total = sum(spec.nbytes for specs in shards for spec in specs.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+
+
+def _header(specs: Mapping[str, TensorSpec]) -> bytes:
+    header: dict[str, object] = {"__metadata__": METADATA}
+    position = 0
+    for name in _order(specs):
+        spec = specs[name]
+        offsets = [position, position + spec.nbytes]
+        header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
+        position += spec.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the data begin aligned
+    return struct.pack("<Q", len(text)) + text
+
+
+def _order(specs: Mapping[str, TensorSpec]) -> list[str]:
+    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    return sorted(specs, key=lambda name: (-specs[name].torch_dtype.itemsize, _natural(name)))
+
+
+def _natural(name: str) -> list[tuple[int, int | str]]:
+    """Sort key: `layers.10` comes after `layers.9`."""
+    return [(0, int(part)) if part.isdigit() else (1, part) for part in name.split(".")]
+
+
+def _file_name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
+
+
+@contextmanager
+def _appearing(file: Path) -> Iterator[BinaryIO]:
+    """A stream whose file gets its name only when everything is written."""
+    partial = file.with_name(f"{file.name}.partial")
+    try:
+        with partial.open("wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _copy(tensor: StoredTensor, stream: BinaryIO) -> None:
+    left = tensor.spec.nbytes
+    with tensor.file.open("rb") as source:
+        source.seek(tensor.start)
+        while left:
+            chunk = source.read(min(CHUNK, left))
+            if not chunk:
+                raise _truncated(tensor.file)
+            stream.write(chunk)
+            left -= len(chunk)

@@ -1,0 +1,187 @@
+"""From a budget to a recipe: which layer gets how many bits, or how many zeros.
+
+Every layer is rounded (or loses its smallest weights) alone, at every level, and the model's own divergence is measured; the
+cheapest sum within the budget follows by dynamic programming. The result is an ordinary recipe whose `overrides` say what
+each layer gets: its plan is exact, and repeating it measures nothing. What it costs: the whole model in memory, and
+`layers * levels` forward passes over `tokens` tokens.
+"""
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ...calibrate.data.token_rows import TokenRows, calibration_rows
+from ...calibrate.model.architecture import weight_of
+from ...calibrate.model.safetensors_io import storage_errors
+from ...calibrate.model.skeleton import build, context_length
+from ...calibrate.model.source import Source
+from ...errors import UsageError
+from ...kernels.tensor.grid import Grid
+from ...recipes.schema import Allocation, Recipe
+from ...recipes.scheme import PruneArgs, QuantArgs, WeightArgs
+from ..formats.source import open_source
+from ..formats.tokenizer import load_tokenizer
+from ..load import load
+from ..methods.prune.masks import smallest
+from ..plan import LayerPlan, Plan, make_plan
+from ..report.progress import Event, Observer, silent
+from ..solver.allocate import Option, allocate
+from .sensitivity import Sensitivity
+
+BITS = (2, 3, 4, 5, 6, 8)
+STEPS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)  # of sparsity around the average
+MOST = 0.95  # sparsity
+Overrides = dict[str, dict[str, float]]
+
+
+@contextmanager
+def decided(
+    model: str | Path, out: Path, recipe: Recipe, device: str = "cpu", observer: Observer = silent
+) -> Iterator[Recipe]:
+    """The recipe that a run of `recipe` on `model` into `out` carries out: `recipe` itself where it has no budget to spend.
+
+    What was measured is kept in a hidden sibling of `out` until the context ends without an error, so that a run that was
+    killed goes on without measuring again.
+    """
+    if recipe.allocate is None:
+        yield recipe
+        return
+    source, note = open_source(model), out.parent / f".{out.name}.allocation.json"
+    rows = _rows(source, recipe, recipe.allocate)
+    request = {"recipe": recipe.model_dump(mode="json"), "source": source.fingerprint, "rows": rows.fingerprint}
+    known = json.loads(note.read_text()) if note.exists() else {}
+    if known.get("request") != request:
+        overrides = spend(source, recipe, recipe.allocate, rows, device, observer)
+        known = {"request": request, "overrides": overrides}
+        with storage_errors(note):
+            note.parent.mkdir(parents=True, exist_ok=True)
+            half = note.with_suffix(".partial")
+            half.write_text(json.dumps(known))
+            half.replace(note)
+    decisions = {name: recipe.overrides.get(name, {}) | chosen for name, chosen in known["overrides"].items()}
+    yield recipe.model_copy(update={"allocate": None, "overrides": recipe.overrides | decisions})
+    note.unlink(missing_ok=True)
+
+
+def most_bytes(planned: Plan, recipe: Recipe) -> int:
+    """What the compressed layers take at most once the budget is spent; `planned` is the plan of the uniform recipe."""
+    assert recipe.allocate is not None
+    layers = [layer for layer in planned.layers if layer.args is not None]
+    if isinstance(recipe.scheme.weights, PruneArgs):
+        return sum(layer.nbytes for layer in layers)
+    return int(_budget(layers, recipe, recipe.allocate))
+
+
+def uniform(recipe: Recipe) -> Recipe:
+    """`recipe` without its budget: every layer as the scheme says."""
+    return recipe.model_copy(update={"allocate": None})
+
+
+def spend(
+    source: Source,
+    recipe: Recipe,
+    allocation: Allocation,
+    rows: TokenRows,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> Overrides:
+    """Measure every layer at every level and choose. Raises `UsageError` where no choice fits the budget."""
+    offered = levels(recipe, allocation)
+    plans = [_at_level(source, recipe, level) for level in offered]
+    budget = _budget(plans[0], recipe, allocation)
+    if budget < sum(min(_cost(at) for at in variants) for variants in zip(*plans, strict=True)):
+        average = _average(recipe, allocation)
+        raise UsageError(f"no choice among {offered} averages {average:g}", "ask for another average, or other levels")
+    database = _measure(source, plans, rows, device, observer)
+    field = _field(recipe)
+    return {
+        name: {field: getattr(plans[i][n].args, field)}
+        for n, (name, i) in enumerate(allocate(database, budget).items())
+    }
+
+
+def levels(recipe: Recipe, allocation: Allocation) -> list[float]:
+    """The bits or sparsities that a layer may get."""
+    if allocation.levels:
+        return list(allocation.levels)
+    if isinstance(recipe.scheme.weights, PruneArgs):
+        around = _average(recipe, allocation)
+        return sorted({round(min(max(around + step, 0.0), MOST), 6) for step in STEPS})
+    return list(BITS)
+
+
+def _average(recipe: Recipe, allocation: Allocation) -> float:
+    weights = recipe.scheme.weights
+    if isinstance(weights, PruneArgs):
+        if weights.n_of_m is not None:
+            raise UsageError("a pattern fixes the sparsity of every layer", "give --sparsity instead of --pattern")
+        return weights.sparsity if allocation.average is None else allocation.average
+    if allocation.average is None:
+        raise UsageError("the budget of bits a weight is missing", "write `allocate: {average: 3.5}`")
+    return allocation.average
+
+
+def _budget(layers: Sequence[LayerPlan], recipe: Recipe, allocation: Allocation) -> float:
+    """Bytes on disk, scales included; when pruning, weights that stay."""
+    average = _average(recipe, allocation)
+    if isinstance(recipe.scheme.weights, PruneArgs):
+        return sum(_cost(replace(layer, args=replace(layer.args, sparsity=average))) for layer in layers if layer.args)
+    return sum(layer.shape[0] * layer.shape[1] for layer in layers) * average / 8
+
+
+def _at_level(source: Source, recipe: Recipe, level: float) -> list[LayerPlan]:
+    """What becomes of every layer that is compressed, all of them at `level` but for those that have one of their own."""
+    changed = {"*": {_field(recipe): level}} | recipe.overrides
+    planned = make_plan(source, build(source), recipe.model_copy(update={"overrides": changed, "allocate": None}))
+    return [layer for layer in planned.layers if layer.args is not None]
+
+
+def _field(recipe: Recipe) -> str:
+    return "sparsity" if isinstance(recipe.scheme.weights, PruneArgs) else "bits"
+
+
+def _cost(layer: LayerPlan) -> float:
+    if isinstance(layer.args, PruneArgs):
+        return layer.shape[0] * layer.shape[1] - layer.args.zeros(*layer.shape)
+    return layer.nbytes
+
+
+def _measure(
+    source: Source, plans: Sequence[Sequence[LayerPlan]], rows: TokenRows, device: str, observer: Observer
+) -> dict[str, list[Option]]:
+    model = load(source.path, device)
+    names = [layer.name for layer in plans[0]]
+    sensitivity = Sensitivity(model, rows.ids, rows.mask)
+    energies = sensitivity.energies(dict.fromkeys(names))
+    database: dict[str, list[Option]] = {}
+    for index, variants in enumerate(zip(*plans, strict=True)):
+        name = names[index]
+        observer(Event("allocate", index, len(names), name))
+        weight = weight_of(model.get_submodule(name)).detach().clone()
+        energy = energies.get(name, torch.ones_like(weight[0]))  # an expert that no token reached
+        database[name] = [
+            Option(_cost(at), sensitivity.loss(name, _stand_in(weight, at.args, energy))) for at in variants
+        ]
+    return database
+
+
+def _stand_in(weight: Tensor, args: WeightArgs | None, energy: Tensor) -> Tensor:
+    """The quick form of what a method makes of `weight` `[out, in]`: rounded, or without its smallest `|w| * ||x||`."""
+    if isinstance(args, PruneArgs):
+        return weight.masked_fill(smallest(weight.square() * energy, replace(args, scope="layer")), 0)
+    assert isinstance(args, QuantArgs)
+    grid = Grid.fit(weight, args, energy)
+    return grid.dequantize(grid.quantize(weight))
+
+
+def _rows(source: Source, recipe: Recipe, allocation: Allocation) -> TokenRows:
+    """The first calibration rows, `tokens` tokens of them."""
+    asked, limit = recipe.calibration, context_length(build(source).config)
+    length = min(asked.seq_len, allocation.tokens, *([] if limit is None else [limit]))
+    count = min(asked.samples, max(1, allocation.tokens // length))
+    return calibration_rows(asked.data, load_tokenizer(source.path), count, length, recipe.seed)

@@ -1,0 +1,182 @@
+"""A run as people see it: progress with the time left, warnings as they come, and everything in a log file."""
+
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.text import Text
+
+from ...calibrate.model.safetensors_io import storage_errors
+from ..export import ExportReport
+from ..pipeline import RunReport
+from ..plan import Plan
+from ..report.progress import Event, Observer
+from ..report.verdict import output_errors
+from ..structured.pipeline import DistillReport
+
+DOING = {
+    "plan": "planning",
+    "allocate": "measuring what each layer is worth",
+    "capture": "reading the calibration rows",
+    "load": "loading",
+    "collect": "collecting statistics",
+    "solve": "solving",
+    "forward": "running the compressed block",
+    "write": "writing",
+    "assemble": "putting the checkpoint together",
+    "evaluate": "evaluating",
+    "bench": "timing kernels",
+    "speed": "timing the models",
+    "distill": "distilling",
+}
+
+
+@contextmanager
+def watching(console: Console, log_file: Path | None = None) -> Iterator[Observer]:
+    """An observer that draws progress on `console` and writes a line per event to `log_file`."""
+    progress = Progress(
+        SpinnerColumn(),
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[left]}"),
+        console=console,
+        transient=True,
+        disable=console.quiet,
+    )
+    with _logger(log_file) as log, progress:
+        task = progress.add_task("starting", total=None, left="")
+        started: dict[str, float] = {}
+
+        def observe(event: Event) -> None:
+            log.info("%s", _line(event))
+            if event.phase == "warning":
+                console.print(Text.assemble(("warning: ", "yellow"), event.message or ""))
+                return
+            kind = event.phase if event.phase in ("evaluate", "allocate") else "run"
+            begun = started.setdefault(kind, time.monotonic())
+            finished = event.block + (event.phase == "block") if kind == "run" else event.block
+            progress.update(
+                task,
+                description=DOING.get(event.phase, event.phase),
+                completed=finished,
+                total=event.blocks or None,
+                left=_time_left(time.monotonic() - begun, finished, event.blocks),
+            )
+
+        yield observe
+
+
+def _time_left(elapsed: float, finished: int, total: int) -> str:
+    """The time that the rest will take if it goes on as so far; nothing before the first block is done."""
+    if not finished or finished >= total:
+        return ""
+    left = elapsed / finished * (total - finished)
+    return f"about {int(left) // 60}:{int(left) % 60:02d} left"
+
+
+def _line(event: Event) -> str:
+    where = f" {event.block + 1}/{event.blocks}" if event.block < event.blocks else ""
+    figures = " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in event.figures.items())
+    return " ".join(part for part in (event.phase + where, event.layer, event.message, figures) if part)
+
+
+@contextmanager
+def _logger(file: Path | None) -> Iterator[logging.Logger]:
+    logger = logging.getLogger("lmpress.run")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler: logging.Handler = logging.NullHandler()
+    if file is not None:
+        with storage_errors(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            handler = logging.FileHandler(file, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    logger.addHandler(handler)
+    try:
+        yield logger
+    finally:
+        logger.removeHandler(handler)
+        handler.close()
+
+
+def print_plan(console: Console, plan: Plan) -> None:
+    """What will be done, before it is done."""
+    console.print(
+        f"{len(plan.quantized)} layers in {plan.blocks} blocks to compress, {len(plan.dense)} kept dense; "
+        f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} exactly",
+        highlight=False,
+    )
+    for note in plan.notes:
+        console.print(Text(f"  {note}", style="yellow"))
+
+
+def print_report(console: Console, report: RunReport) -> None:
+    """The last lines of a run."""
+    share = report.bytes_after / report.bytes_before
+    verdict = report.verdict
+    lines = [
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({share:.1%}); "
+        f"{report.bits_per_weight:.2f} bits a compressed weight, scales included",
+        f"{report.seconds:.1f} s, peak memory {size(report.peak_bytes)}",
+        *_worst(report),
+        f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word,
+        f"written to {report.out}",
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
+
+
+def print_export(console: Console, report: ExportReport) -> None:
+    """What an export wrote, and where it is not the checkpoint bit for bit."""
+    for note in report.notes:
+        console.print(Text.assemble(("note: ", "yellow"), note))
+    console.print(
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} as {report.format}, {report.seconds:.1f} s\n"
+        f"written to {report.out}",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def print_distilled(console: Console, report: DistillReport) -> None:
+    """The last lines of a distillation."""
+    lines = [
+        f"layers {', '.join(map(str, report.kept))} stay; "
+        f"{report.parameters_before:,} -> {report.parameters_after:,} parameters, "
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)}"
+    ]
+    curve = report.history.curve
+    if curve:
+        best = next(kl for step, _, kl in curve if step == report.history.best_step)
+        lines.append(
+            f"KL divergence to the teacher on held-out rows {curve[0][2]:.4f} -> {best:.4f} "
+            f"(step {report.history.best_step} of {curve[-1][0]}), {report.seconds:.1f} s"
+        )
+    console.print("\n".join([*lines, f"written to {report.out}"]), highlight=False, markup=False, soft_wrap=True)
+
+
+def _worst(report: RunReport) -> list[str]:
+    """The layer with the largest relative output error, where errors were measured."""
+    errors = output_errors(report.layers)
+    if not errors:
+        return []
+    worst = max(errors, key=lambda name: errors[name])
+    when = " before training" if any("block_loss" in layer for layer in report.layers) else ""
+    median = sorted(errors.values())[len(errors) // 2]
+    return [f"output error{when}: median {median:.3f}, largest {errors[worst]:.3f} ({worst})"]
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, as file managers and model hubs show them."""
+    value, unit = float(nbytes), "B"
+    for unit in ("B", "kB", "MB", "GB", "TB"):
+        if value < 1000 or unit == "TB":
+            break
+        value /= 1000
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.2f} {unit}"

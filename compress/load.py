@@ -1,0 +1,136 @@
+"""Load a model directory: packed checkpoints with the weights packed in memory, others as transformers does."""
+
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from ..calibrate.model.skeleton import Names, device_of, materialise, read
+from ..calibrate.model.source import Source
+from ..errors import CompressError, UsageError
+from ..kernels.cache.cache import serve_cache
+from ..kernels.cache.ranges import attach
+from ..kernels.modules.dense import can_hold, hold
+from ..kernels.modules.fused_decode import fuse_decode_layers
+from ..kernels.modules.linear import Serving
+from ..kernels.modules.replace import replace_linear
+from ..recipes.scheme import CACHE_KEY, CacheScheme
+from .formats.checkpoint import Checkpoint
+from .formats.kv_cache import kv_scheme_from_config, stored_ranges
+from .formats.source import open_source
+from .memory import give_back
+
+GIVE_BACK_EVERY = 8  # layers
+FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is
+
+
+def load(
+    path: str | Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    *,
+    exact: bool = True,
+    kernel: str | None = None,
+    kv_bits: int | None = None,
+    kv_window: int | None = None,
+) -> PreTrainedModel:
+    """The causal language model at `path` (a directory, GGUF file or hub id), in eval mode, computing in `dtype` on `device`.
+
+    Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
+    faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
+    packs the keys and values of all but the latest `kv_window` tokens while the model generates, the keys by calibrated ranges
+    where the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
+
+    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
+    cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
+    """
+    device_of(device)
+    source = open_source(path)
+    if "quantization_config" in source.config or source.path.is_file():
+        model = _load_packed(source, device, Serving(exact, kernel, dtype))
+    else:
+        model = _load_dense(source, device, dtype)
+    _serve_cache(model, source, kv_bits, kv_window)
+    return model
+
+
+def _serve_cache(model: PreTrainedModel, source: Source, bits: int | None, window: int | None) -> None:
+    """Have the model pack its cache as asked, or as the checkpoint says, and its config say so."""
+    carried = getattr(model.config, CACHE_KEY, None)
+    if carried is None and bits != FULL_BITS:
+        elsewhere = kv_scheme_from_config(source.config.get("quantization_config", {}))
+        if elsewhere is not None:
+            setattr(model.config, CACHE_KEY, asdict(elsewhere))
+    scheme = cache_scheme(model.config, bits, window)
+    if scheme is not None:
+        if scheme.static:
+            attach(model, stored_ranges(source, model, scheme))
+        serve_cache(model, scheme)
+    packed = None if scheme is None else asdict(scheme)
+    if packed != getattr(model.config, CACHE_KEY, None):
+        setattr(model.config, CACHE_KEY, packed)
+
+
+def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
+    """How the cache of a model with this config is packed: as the config says, at `bits` and with a `window` where they are
+    given; None: not at all.
+
+    Raises `UsageError` for bits and windows that cannot be.
+    """
+    scheme = None if bits == FULL_BITS else CacheScheme.found_in(config)
+    if bits not in (None, FULL_BITS):
+        scheme = CacheScheme.of(bits) if scheme is None else scheme.at(bits)
+    if window is None or scheme is None:
+        if window is not None:
+            raise UsageError("a window of a cache that is not packed", "give --kv-bits 8 or 4 with --kv-window")
+        return scheme
+    return replace(scheme, window=window)
+
+
+def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
+    disable_progress_bar()
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source.path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (ValueError, OSError, RuntimeError) as error:
+        raise CompressError(f"{source.path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    model, info = loaded
+    wrong = [*sorted(info["missing_keys"]), *(str(key) for key in info["mismatched_keys"])]
+    if wrong:
+        raise CompressError(f"{source.path} lacks or mismatches {', '.join(wrong[:3])}", "the checkpoint is incomplete")
+    return model.to(device).eval()
+
+
+def _hold_dense(checkpoint: Checkpoint, names: Names, device: torch.device, dtype: torch.dtype) -> bool:
+    """Keep what is not quantized in the 16 bits that it is stored in, where kernels serve that; whether the head is tied."""
+    tied: dict[str, list[str]] = {}
+    for name, module in checkpoint.model.named_modules():
+        stored = None if name in checkpoint.layers else names.find(f"{name}.weight")
+        if stored is not None and can_hold(module, checkpoint.source.tensors[stored].spec.torch_dtype, device, dtype):
+            tied.setdefault(stored, []).append(name)
+    for stored, holders in tied.items():
+        like = checkpoint.model.get_submodule(holders[0]).get_parameter("weight")
+        hold(checkpoint.model, holders, read(checkpoint.source, stored, like, widen=False), dtype)
+    return any(len(holders) > 1 for holders in tied.values())
+
+
+def _load_packed(source: Source, device: str, serving: Serving) -> PreTrainedModel:
+    checkpoint = Checkpoint.open(source, serving.dtype)
+    model, source = checkpoint.model, checkpoint.source
+    names, head = Names(model, source), checkpoint.tied_head
+    tied = _hold_dense(checkpoint, names, device_of(device), serving.dtype)
+    if head is not None:
+        replace_linear(model, head, checkpoint.layer(checkpoint.embedding), serving, device)
+    for index, name in enumerate(checkpoint.layers):
+        replace_linear(model, name, checkpoint.layer(name), serving, device)
+        if index % GIVE_BACK_EVERY == 0:
+            give_back()
+    materialise(model, "", source, names, device)
+    if head is None and not tied:
+        model.tie_weights()
+    fuse_decode_layers(model)
+    return model

@@ -1,0 +1,43 @@
+"""The invariant of every calibrated quantizer: never worse than rounding to nearest on the layer's own objective."""
+
+from torch import Tensor
+
+from ....kernels.tensor import BlockTensor, Compressed, CompressedTensor, SpQRTensor
+from ...block import Linear
+from ...solver.loss import layer_loss
+from ...solver.target import DriftTarget
+from .rtn import round_to_nearest
+
+
+def keep_better(
+    linear: Linear,
+    hessian: Tensor,
+    target: DriftTarget | None = None,
+    rounded: CompressedTensor | BlockTensor | SpQRTensor | None = None,
+) -> None:
+    """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
+
+    `hessian` `[in, in]` is undamped; `W` is the weight that the solver aimed at, where it had a `target`. `rounded` is the
+    rounding to compare with where it is not the plain one, on a grid that is weighted where it is searched. Records
+    `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    """
+    assert linear.result is not None
+    dtype = hessian.dtype
+    weight = linear.weight.to(dtype)
+    if rounded is None:
+        rounded = round_to_nearest(linear.weight, linear.grid_args, hessian.diagonal().to(linear.weight.dtype))
+
+    def objective(tensor: Compressed) -> float:
+        delta = weight - tensor.dequantize(dtype)
+        return layer_loss(delta, hessian) + (target.excess(delta) if target else 0.0)
+
+    loss, rtn_loss = objective(linear.result), objective(rounded)
+    if not loss <= rtn_loss:
+        linear.result, loss = rounded, rtn_loss
+        linear.figures["fallback"] = "rtn"
+    energy = layer_loss(weight, hessian)
+    linear.figures |= {
+        "loss": loss,
+        "rtn_loss": rtn_loss,
+        "relative_error": (max(loss, 0.0) / energy) ** 0.5 if energy > 0 else 0.0,
+    }

@@ -1,0 +1,38 @@
+"""NF4 (QLoRA, Dettmers et al. 2023): 4 bits from the quantiles of a normal distribution, in the format of bitsandbytes.
+
+No calibration: a weight goes to the nearest of 16 values of its block of 64. The 64 share a float32 scale, by default itself
+quantized to 8 bits (double quantization): 4.127 bits a weight instead of 4.5.
+"""
+
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+
+from ....errors import UsageError
+from ....kernels.tensor import NF4Tensor
+from ....recipes.scheme import QuantArgs, Scheme
+from ...block import Block
+
+SCHEME = Scheme(QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested"))
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class NF4:
+    """Options of NF4: those of its scheme. `scale_dtype` `float32` leaves the scales as they are."""
+
+    scheme: Scheme = SCHEME
+    needs: ClassVar[frozenset[str]] = frozenset()
+    true_sequential: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        if self.scheme.weights.kind != "nf4":
+            raise UsageError(f"nf4 has no {self.scheme.weights.formula!r} grid", "leave the scheme out, or use rtn")
+        if self.scheme.inputs is not None:
+            raise UsageError("no format holds NF4 weights with quantized inputs", "leave the scheme of the inputs out")
+
+
+def apply(config: NF4, block: Block) -> None:
+    """Quantize every linear of the block."""
+    for linear in block.linears:
+        linear.result = NF4Tensor.of(linear.weight, linear.grid_args)

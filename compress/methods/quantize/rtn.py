@@ -1,0 +1,44 @@
+"""RTN: round every weight to the nearest point of its grid. No calibration, the yardstick of all other methods."""
+
+from dataclasses import replace
+from typing import ClassVar
+
+from pydantic import ConfigDict
+from pydantic.dataclasses import dataclass
+from torch import Tensor
+
+from ....kernels.tensor import BlockTensor, CompressedTensor, NF4Tensor, of_grid
+from ....kernels.tensor.grid import Grid
+from ....recipes.scheme import QuantArgs, Scheme
+from ...block import Block
+
+
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class RTN:
+    """Round to nearest."""
+
+    scheme: Scheme = Scheme()
+    needs: ClassVar[frozenset[str]] = frozenset()
+    true_sequential: ClassVar[bool] = False
+
+
+def apply(config: RTN, block: Block) -> None:
+    """Quantize every linear of the block."""
+    for linear in block.linears:
+        linear.result = round_to_nearest(linear.weight, linear.grid_args)
+
+
+def round_to_nearest(
+    weight: Tensor, args: QuantArgs, importance: Tensor | None = None
+) -> CompressedTensor | BlockTensor:
+    """The nearest codes of `weight` `[out, in]` on the grid that `args` and the `importance` `[in]` fit to it."""
+    grid = Grid.fit(weight, args, importance)
+    return of_grid(grid.quantize(weight), grid)
+
+
+def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
+    """What `weight` `[out, in]` becomes by rounding alone, of whatever kind it is to be; 16-bit columns are rounded too."""
+    args = replace(args, rank=0)
+    if args.kind == "nf4":
+        return NF4Tensor.of(weight, args).dequantize(weight.dtype)
+    return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()

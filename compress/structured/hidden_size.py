@@ -1,0 +1,276 @@
+"""A narrower residual stream: the same channels go from embeddings, norms, head and every layer that reads or writes the
+stream, and the readers make up for them by least squares. A plain dense model that every runtime loads.
+
+Which channels go is decided for the whole model at once, by what their absence costs all readers together, relative to what
+each gives. The root mean square of a norm is over the channels that stay: what that changes on average is folded into its
+gain. Nothing is rotated: tied embeddings stay tied. Where parameters are cut follows from the smaller config alone, by the
+axes whose length changes; every block and what is around the blocks are proven to compute what the larger ones compute with
+these channels at zero.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+
+from ...calibrate.channel_graph.links import find_channel_links
+from ...calibrate.channel_graph.probe import Probe
+from ...calibrate.channel_graph.probing import difference, is_norm
+from ...calibrate.data.token_rows import TokenRows
+from ...calibrate.model.architecture import find_blocks, find_linears, set_weight, weight_of
+from ...calibrate.model.safetensors_io import TensorSpec
+from ...calibrate.model.skeleton import assign, build, outside, release
+from ...calibrate.model.source import Source
+from ...calibrate.runner import Runner
+from ...calibrate.statistics.hessian import Hessian
+from ...errors import CompressError, UsageError
+from ..formats.source import open_source
+from ..methods.transform.rotate import subtracts_mean
+from ..report.progress import Event, Observer, silent
+from ..solver.channel_pruning import refit_channels, refit_gain, remove_shared
+from ..solver.damped_hessian import damped
+from ..workspace import appearing, check_target
+from .drop_layers import write_model
+from .width import DAMPING, SAME, share, skeleton_of
+
+GROUP = 64  # channels: the stream stays a multiple of it where it is one
+OUTLIER = 1000.0  # factor of the stream in a proof: norms ignore it, and their epsilon disappears
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A norm on the stream and the linears that read it, by full names; `hessian` float64 is that of the norm's output.
+
+    `offset` norms multiply by 1 + weight. A `tied` head's weight is the embedding and cannot move.
+    """
+
+    norm: str
+    linears: tuple[str, ...]
+    hessian: Tensor
+    offset: bool = False
+    tied: bool = False
+
+
+def prune_hidden_size(
+    model: str | Path,
+    out: Path,
+    size: float,
+    rows: TokenRows,
+    device: str = "cpu",
+    *,
+    refit: bool = True,
+    overwrite: bool = False,
+    observer: Observer = silent,
+) -> None:
+    """Write `model` with a stream of `size` channels (below 1: that share) into the directory `out`.
+
+    `refit` False only takes the channels out, for comparison. Raises `UsageError` where the architecture or its config cannot
+    have fewer, `CompressError` where the smaller model does not compute what it should.
+    """
+    source = open_source(model)
+    config = thinned(source, size)
+    check_target(out, overwrite)
+    with appearing(out) as folder:
+        skeleton = build(source)
+        runner = Runner(skeleton, source, rows, folder / "scratch", device)
+        runner.capture()
+        probe = Probe(skeleton, source, folder / "scratch/probe", device)
+        work = _Work(runner, skeleton_of(source, config, folder), probe, refit)
+        readers = work.readers(observer)
+        tensors = work.cut(readers, work.choose(readers), observer)
+        specs = {name: t.spec for name, t in source.tensors.items()}
+        specs |= {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
+        write_model(folder, source, config, specs, lambda name: tensors[name] if name in tensors else source.read(name))
+
+
+def thinned(source: Source, size: float) -> dict[str, Any]:
+    """The content of config.json of the model with `size` channels. Raises `UsageError` for sizes that cannot be."""
+    parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    text = parsed.get_text_config()
+    if text is not parsed:
+        raise UsageError(f"{source.path} holds a language model inside another one", "only its layers can be reduced")
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    key = text.attribute_map.get("hidden_size", "hidden_size")
+    return {**source.config, key: share("--hidden-size", size, text.hidden_size, GROUP), "head_dim": head}
+
+
+class _Work:
+    """One model on its way to a narrower stream."""
+
+    def __init__(self, runner: Runner, small: PreTrainedModel, probe: Probe, refit: bool) -> None:
+        self.runner, self.small, self.probe, self.refit = runner, small, probe, refit
+        self.model, self.names = runner.model, runner.names
+        self.width: int = self.model.config.get_text_config().hidden_size
+        self.size: int = small.config.get_text_config().hidden_size
+        self._offsets: dict[str, float] = {}  # of the norms that have their gains, by full name
+        for name, buffer in small.named_buffers():
+            assign(small, name, buffer.to(runner.device))
+
+    def readers(self, observer: Observer) -> list[Reader]:
+        """Every norm on the stream with the Hessian of what it gives; the last is that before the head."""
+        found = []
+        for index in range(len(self.runner.blocks)):
+            self.runner.load(index)
+            found += self._readers_inside(index)
+            self.runner.forward(index)
+            self.runner.unload(index)
+            observer(Event("block", index, len(self.runner.blocks)))
+        return [*found, self._before_the_head()]
+
+    @torch.no_grad()
+    def choose(self, readers: Sequence[Reader]) -> Tensor:
+        """Which channels go: bool `[width]`."""
+        free, fixed = [], []
+        for reader in readers:
+            gram = sum(
+                (w.double().T @ w.double() for w in map(self._stored, reader.linears)),
+                torch.zeros(self.width, self.width, dtype=torch.float64),
+            )
+            if reader.tied:
+                fixed.append(gram * reader.hessian)
+            else:
+                free.append((gram, damped(reader.hessian, DAMPING)))
+        return remove_shared(free, fixed, self.width - self.size)
+
+    @torch.no_grad()
+    def cut(self, readers: Sequence[Reader], gone: Tensor, observer: Observer) -> dict[str, Tensor]:
+        """The tensors that change, by their names in the checkpoint, proven; every dtype is the stored one."""
+        tensors: dict[str, Tensor] = {}
+        for index in range(len(self.runner.blocks)):
+            block, prefix = self.runner.load(index), f"{self.runner.block_name(index)}."
+            for reader in readers:
+                if reader.norm.startswith(prefix):
+                    self._settle(reader, gone)
+            tensors |= self._smaller(block, prefix, gone)
+            self._prove_block(index, gone)
+            self.runner.unload(index)
+            observer(Event("block", index, len(self.runner.blocks)))
+        with self.runner.without_blocks() as model:
+            self._settle(readers[-1], gone)
+            for name, module in outside(model, self.runner.blocks):
+                tensors |= self._smaller(module, f"{name}.", gone)
+            self._prove_outside()
+        stored = {self.names.find(name): tensor for name, tensor in tensors.items() if not self.names.ties(name)}
+        return {
+            name: tensor.cpu().to(self.runner.source.tensors[name].spec.torch_dtype).contiguous()
+            for name, tensor in stored.items()
+            if name is not None
+        }
+
+    def _readers_inside(self, index: int) -> Iterator[Reader]:
+        block, name = self.runner.blocks[index], self.runner.block_name(index)
+        call, hidden = self.probe.experiment(index)
+        feeds = {
+            f.source: f for f in find_channel_links(block, call, hidden) if f.kind != "linear" and f.size == self.width
+        }
+        for norm, module in block.named_modules():
+            if not self._is_on_stream(module):
+                continue
+            linears = [c.module for c in feeds[norm].consumers] if norm in feeds else []
+            linears = [n for n in linears if n in find_linears(block)]
+            if not linears or subtracts_mean(module):
+                raise UsageError(
+                    f"{name}.{norm} is no root mean square in front of linear layers",
+                    "this architecture keeps its hidden size: leave out --hidden-size",
+                )
+            hessian = self.runner.collect(index, {linears[0]}).hessians[linears[0]].matrix().double().cpu()
+            full = tuple(f"{name}.{linear}" for linear in linears)
+            yield Reader(f"{name}.{norm}", full, hessian, feeds[norm].kind == "offset-norm")
+
+    @torch.no_grad()
+    def _before_the_head(self) -> Reader:
+        head = self.model.get_output_embeddings()
+        name = next(n for n, m in self.model.named_modules() if m is head)
+        norms = [n for n, m in outside(self.model, self.runner.blocks) if self._is_on_stream(m)]
+        hessian = Hessian(self.width)
+        with self.runner.without_blocks() as model:
+            if len(norms) != 1 or subtracts_mean(model.get_submodule(norms[0])):
+                raise UsageError("no root mean square before the head", "leave out --hidden-size")
+            for _, hidden, mask in self.runner.samples(len(self.runner.blocks) - 1):
+                given = model.get_submodule(norms[0])(hidden)
+                hessian.update(given.flatten(0, 1) if mask is None else given[mask.bool()], len(given))
+        return Reader(norms[0], (name,), hessian.matrix().double().cpu(), tied=self.names.ties(f"{name}.weight"))
+
+    def _is_on_stream(self, module: nn.Module) -> bool:
+        return is_norm(module) and len(module.get_parameter("weight")) == self.width
+
+    def _stored(self, linear: str) -> Tensor:
+        """The weight `[out, in]` of a linear that need not be loaded."""
+        stored = self.names.find(f"{linear}.weight")
+        assert stored is not None
+        weight = self.runner.source.read(stored, check=True).float()
+        return weight if isinstance(self.model.get_submodule(linear), nn.Linear) else weight.T
+
+    def _settle(self, reader: Reader, gone: Tensor) -> None:
+        """Refit the loaded linears behind a norm, and give it the gain that it needs in the larger model without `gone`."""
+        norm = self.model.get_submodule(reader.norm)
+        weight = norm.get_parameter("weight")
+        gain = weight.double().cpu() + float(reader.offset)
+        energy = torch.where(gain == 0, 0.0, reader.hessian.diagonal() / gain.square())
+        # Of the whole stream's mean square, what the kept channels had; the larger norm still divides by all channels.
+        gain = gain * (energy[~gone].sum() / energy.sum()).sqrt()
+        solver = damped(reader.hessian, DAMPING)
+        for name in reader.linears if self.refit and not reader.tied else ():
+            linear = self.model.get_submodule(name)
+            set_weight(linear, refit_channels(weight_of(linear).detach().cpu(), solver, gone).to(weight.device))
+        if reader.tied and self.refit:
+            head = weight_of(self.model.get_submodule(reader.linears[0])).detach().cpu()
+            gain[~gone] *= refit_gain(reader.hessian, head, gone)
+        weight.copy_(gain.masked_fill(gone, 0) - float(reader.offset))
+        self._offsets[reader.norm] = float(reader.offset)
+
+    def _smaller(self, module: nn.Module, prefix: str, gone: Tensor) -> dict[str, Tensor]:
+        """The parameters of `module` that lose channels, by full name; in the module itself these channels become zero."""
+        tensors = {}
+        placeholders = dict(self.small.named_parameters(remove_duplicate=False))
+        for name, parameter in module.named_parameters():
+            wanted, kept = placeholders[f"{prefix}{name}"].shape, parameter.detach()
+            axes = [axis for axis, length in enumerate(parameter.shape) if length != wanted[axis]]
+            for axis in axes:
+                if parameter.shape[axis] != self.width or wanted[axis] != self.size:
+                    raise UsageError(
+                        f"{prefix}{name} would have shape {tuple(wanted)} instead of {tuple(parameter.shape)}",
+                        "this architecture cannot be narrowed so",
+                    )
+                kept = kept.index_select(axis, (~gone).nonzero().flatten().to(kept.device))
+            norm = f"{prefix}{name}".rpartition(".")[0]
+            if norm in self._offsets:  # which divides by the mean over fewer channels, and was given its gain already
+                offset = self._offsets[norm]
+                kept = (kept + offset) * (self.width / self.size) ** 0.5 - offset
+            else:
+                for axis in axes:
+                    parameter.data.index_fill_(axis, gone.nonzero().flatten().to(parameter.device), 0)
+            if axes:
+                tensors[f"{prefix}{name}"] = kept
+            assign(self.small, f"{prefix}{name}", kept)
+        return tensors
+
+    def _prove_block(self, index: int, gone: Tensor) -> None:
+        call, hidden = self.probe.experiment(index)
+        hidden = OUTLIER * hidden.masked_fill(gone.to(hidden.device), 0)
+        small = find_blocks(self.small)[1][index]
+        expected = call.replay(self.runner.blocks[index], hidden)
+        self._compare(f"block {index}", call.replay(small, hidden[..., ~gone]), expected[..., ~gone])
+        release(small)
+
+    def _prove_outside(self) -> None:
+        forward = self.runner.blocks[0].forward
+        for block in find_blocks(self.small)[1]:
+            block.forward = forward
+        ids, given = torch.arange(min(32, self.model.config.get_text_config().vocab_size)).unsqueeze(0), []
+        for model in (self.small, self.model):
+            table = model.get_input_embeddings()
+            assign(table, "weight", table.get_parameter("weight").detach() * OUTLIER)
+            given.append(model(input_ids=ids.to(self.runner.device), use_cache=False).logits)
+        self._compare("the head", *given)
+
+    def _compare(self, what: str, found: Tensor, expected: Tensor) -> None:
+        off = difference(found, expected)
+        if not off <= SAME:
+            raise CompressError(
+                f"{what} computes something else with fewer channels (by {off:.1e})", "report this architecture"
+            )

@@ -1,0 +1,353 @@
+"""`distill`: a smaller dense model out of a larger one, and the training that brings back what was lost.
+
+Layers go, widths shrink, then the student learns from its teacher. Every stage leaves a whole checkpoint in a hidden sibling
+of the target, the training its state, so that a run that was killed goes on from there.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from transformers import PreTrainedModel
+
+from ...calibrate.data.token_rows import TokenRows, calibration_rows
+from ...calibrate.model.architecture import find_blocks
+from ...calibrate.model.safetensors_io import storage_errors
+from ...calibrate.model.skeleton import Names, build, context_length, device_of
+from ...calibrate.model.source import Source
+from ...errors import CompressError, StorageError, UsageError
+from ...recipes.training import DistillConfig
+from ..distill.knowledge import TrainingHistory, train
+from ..distill.training_state import TrainingState
+from ..formats.source import open_source
+from ..formats.tokenizer import load_tokenizer
+from ..load import load
+from ..report.curve import save
+from ..report.progress import Event, Observer, silent
+from ..workspace import check_target, put_in_place
+from .drop_layers import check_layers, keep_layers, write_model
+from .hidden_size import prune_hidden_size, thinned
+from .layer_selection import check_choice, choose
+from .sparse import is_sparse, refold, unfold
+from .width import Width, narrowed, prune_width
+
+HELD_OUT = 16  # one row in so many is not trained on
+MANIFEST, REPORT, PICTURE = "manifest.json", "report.json", "loss.png"
+
+
+@dataclass(frozen=True)
+class Reduction:
+    """What goes: layers, then channels of those that stay.
+
+    layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many go (below 1: which share)
+    choice, choice_rows        which ones (see choice.py), and on how many rows that is judged
+    width, width_rows          what the blocks are narrowed to (see width.py), and on how many rows they are refitted
+    hidden                     channels of the residual stream that stay (below 1: that share; see hidden.py)
+    """
+
+    layers: tuple[int, ...] | None = None
+    keep_layers: int | None = None
+    drop: float | None = None
+    choice: str = "greedy"
+    choice_rows: int = 32
+    width: Width = field(default_factory=Width)
+    width_rows: int = 128
+    hidden: float | None = None
+
+    def __post_init__(self) -> None:
+        if sum(asked is not None for asked in (self.layers, self.keep_layers, self.drop)) > 1:
+            raise UsageError("layers are chosen in two ways", "give one of --layers, --keep-layers and --drop")
+        if self.drop is not None and self.drop >= 1 and self.drop % 1:
+            raise UsageError(f"--drop {self.drop:g} is no number of layers", "give 1, 2, ... or a share such as 0.25")
+
+    def wanted(self, layers: int) -> int | None:
+        """How many of `layers` layers are to be chosen; None where none is."""
+        if self.drop is not None:
+            return layers - round(self.drop * layers if self.drop < 1 else self.drop)
+        return self.keep_layers
+
+    @property
+    def shallower(self) -> bool:
+        """Whether it is about layers."""
+        return any(asked is not None for asked in (self.layers, self.keep_layers, self.drop))
+
+    @property
+    def asked(self) -> bool:
+        """Whether anything is to become smaller."""
+        return self.shallower or self.width.asked or self.hidden is not None
+
+
+@dataclass
+class DistillReport:
+    """What was made: the teacher's layers that stayed, parameters and bytes before and after, and how the training went."""
+
+    out: Path
+    kept: list[int]
+    parameters_before: int
+    parameters_after: int
+    bytes_before: int
+    bytes_after: int
+    seconds: float
+    history: TrainingHistory = field(default_factory=TrainingHistory)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"out": str(self.out)}
+
+
+def distill(
+    model: str | Path,
+    out: Path,
+    reduction: Reduction,
+    config: DistillConfig,
+    *,
+    teacher: str | Path | None = None,
+    data: str = "python-stdlib",
+    samples: int = 2048,
+    seq_len: int = 512,
+    overwrite: bool = False,
+    device: str = "cpu",
+    observer: Observer = silent,
+) -> DistillReport:
+    """Reduce `model`, teach what is left on `samples` rows of `data`, and write it as a dense checkpoint into `out`.
+
+    Where accelerate has launched several processes the first one reduces and writes, and all of them teach.
+
+    The teacher is `model` itself, or another one of the same vocabulary. Raises `UsageError` before anything is written.
+    """
+    started = time.monotonic()
+    team = PartialState(cpu=device_of(device).type == "cpu")
+    observer = observer if team.is_main_process else silent
+    source = open_source(model)
+    count = len(find_blocks(build(source))[1])
+    packed = is_sparse(source)
+    _check(reduction, config, source, count, teacher, packed)
+    check_target(out, overwrite)
+    rows = _rows(source, data, samples, seq_len, config.seed)
+    manifest = _manifest(source, teacher, reduction, config, rows)
+    with _working(out.parent / f".{out.name}.distill", manifest, overwrite, team) as work:
+        with team.main_process_first():  # the others find it done
+            kept, student = _reduced(work, source, count, reduction, rows, device, observer)
+            start = unfold(source, work / "unfolded") if packed else open_source(student)
+        history = TrainingHistory()
+        if config.steps:
+            pupil, history = _taught(start, teacher or model, kept, rows, config, TrainingState(work), device, observer)
+            student = work / "taught"
+            if team.is_main_process:
+                shutil.rmtree(student, ignore_errors=True)
+                student.mkdir()
+                write = refold if packed else _write
+                write(student, source if packed else start, pupil)
+        report = DistillReport(
+            out,
+            kept,
+            _parameters(source),
+            _parameters(start),
+            source.nbytes,
+            start.nbytes,
+            time.monotonic() - started,
+            history,
+        )
+        if team.is_main_process:
+            _finish(report, student, work, observer)
+        team.wait_for_everyone()
+    observer(Event("done"))
+    return report
+
+
+def _reduced(
+    work: Path, source: Source, count: int, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
+) -> tuple[list[int], Path]:
+    """Make the model smaller as asked, stage by stage; the layers that stayed, and where the result lies."""
+    kept, student = list(range(count)), source.path
+    if reduction.shallower:
+        kept, student = _shallower(work, source, count, reduction, rows, device, observer)
+    if reduction.width.asked:
+        student = _narrower(work, student, reduction, rows, device, observer)
+    if reduction.hidden is not None:
+        student = _thinner(work, student, reduction, rows, device, observer)
+    return kept, student
+
+
+def _finish(report: DistillReport, student: Path, work: Path, observer: Observer) -> None:
+    """Put the model at `student` in its place, with the documents beside it."""
+    history = report.history
+    content = {name: value for name, value in report.as_dict().items() if name != "out"}
+    (student / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    missing = save(history.curve, history.best_step, student / PICTURE) if history.curve else None
+    if missing is not None:
+        observer(Event("warning", message=missing))
+    with storage_errors(report.out):
+        put_in_place(student, report.out)
+        shutil.rmtree(work)
+
+
+def _check(
+    reduction: Reduction, config: DistillConfig, source: Source, count: int, teacher: str | Path | None, packed: bool
+) -> None:
+    """Raise `UsageError` for what shows before anything is computed."""
+    if not (reduction.asked or config.steps):
+        raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
+    if not reduction.asked and teacher is None:
+        raise UsageError("the model would learn from itself", "give --teacher, --drop or --mlp-width")
+    if packed and (reduction.asked or config.keep_zeros is False):
+        raise UsageError("the zeros of this model are packed and stay", "reduce first and prune the result")
+    if reduction.layers is not None:
+        check_layers(reduction.layers, count)
+    wanted = reduction.wanted(count)
+    if wanted is not None:
+        check_choice(reduction.choice, wanted, count)
+    narrowed(source, reduction.width)
+    if reduction.hidden is not None:
+        thinned(source, reduction.hidden)
+        if config.hidden:
+            raise UsageError("hidden states of different widths cannot be compared", "leave out --set hidden")
+    if config.steps and not packed:
+        _stored_names(build(source, split_experts=False), source)
+
+
+def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> TokenRows:
+    context = context_length(build(source).config)
+    length = seq_len if context is None else min(seq_len, context)
+    return calibration_rows(data, load_tokenizer(source.path), samples, length, seed, split="training")
+
+
+def _manifest(
+    source: Source, teacher: str | Path | None, reduction: Reduction, config: DistillConfig, rows: TokenRows
+) -> dict[str, Any]:
+    return {
+        "source": source.fingerprint,
+        "teacher": None if teacher is None else open_source(teacher).fingerprint,
+        "reduction": asdict(reduction),
+        "config": asdict(config),
+        "rows": rows.fingerprint,
+        "versions": {name: version(name) for name in ("lmpress", "torch", "transformers")},
+    }
+
+
+@contextmanager
+def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: PartialState) -> Iterator[Path]:
+    """The folder of this request, with what an unfinished run of the same one left.
+
+    Raises `UsageError` where another one is unfinished. Stays when the run is killed, and goes when the request cannot be
+    carried out.
+    """
+    text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
+    with team.main_process_first(), storage_errors(work):
+        known = found.read_text() if found.exists() else ""
+        if known not in ("", text) and not overwrite:
+            raise UsageError(
+                f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+            )
+        if known != text:
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        found.write_text(text)
+    try:
+        yield work
+    except CompressError as error:
+        if not isinstance(error, StorageError):
+            shutil.rmtree(work, ignore_errors=True)
+        raise
+
+
+def _shallower(
+    work: Path, source: Source, count: int, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
+) -> tuple[list[int], Path]:
+    """Leave layers out, or find that done; the layers that stayed, and where the model of them lies."""
+    place, note = work / "shallower", work / "kept.json"
+    if place.exists():
+        return json.loads(note.read_text()), place
+    wanted, kept = reduction.wanted(count), list(reduction.layers or ())
+    if wanted is not None:
+        few = _first(rows, reduction.choice_rows)
+        kept = choose(reduction.choice, wanted, source, few, work / "scratch", device, observer)
+    note.write_text(json.dumps(kept))
+    keep_layers(source.path, place, kept)
+    return kept, place
+
+
+def _narrower(work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer) -> Path:
+    """Narrow the blocks of `model`, or find that done; where the result lies."""
+    place = work / "narrower"
+    if not place.exists():
+        prune_width(model, place, reduction.width, _first(rows, reduction.width_rows), device, observer=observer)
+    return place
+
+
+def _thinner(work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer) -> Path:
+    """Narrow the residual stream of `model`, or find that done; where the result lies."""
+    place = work / "thinner"
+    if not place.exists():
+        assert reduction.hidden is not None
+        prune_hidden_size(model, place, reduction.hidden, _first(rows, reduction.width_rows), device, observer=observer)
+    return place
+
+
+def _first(rows: TokenRows, count: int) -> TokenRows:
+    return TokenRows(rows.ids[:count], rows.source, rows.vocabulary)
+
+
+def _taught(
+    start: Source,
+    teacher: str | Path,
+    kept: Sequence[int],
+    rows: TokenRows,
+    config: DistillConfig,
+    training_state: TrainingState,
+    device: str,
+    observer: Observer,
+) -> tuple[PreTrainedModel, TrainingHistory]:
+    """Train the student at `start`: itself as it was best, and how the training went."""
+    student, master = load(start.path, device), load(teacher, device)
+    _check_vocabularies(student, master)
+    count = max(1, len(rows.ids) // HELD_OUT)
+    layers = len(find_blocks(master)[1])
+    pairs = [(new, old) for new, old in enumerate(kept) if old < layers]
+    history = train(student, master, rows.ids[count:], rows.ids[:count], pairs, config, training_state, observer)
+    return student, history
+
+
+def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
+    """The trained student with the names and dtypes of the checkpoint that it started from."""
+    stored, parameters = _stored_names(student, start), dict(student.named_parameters())
+    trained = {stored[name]: parameter.detach() for name, parameter in parameters.items()}
+
+    def read(name: str) -> torch.Tensor:
+        found = trained.get(name)
+        return start.read(name) if found is None else found.cpu().to(start.tensors[name].spec.torch_dtype)
+
+    write_model(folder, start, start.config, {name: t.spec for name, t in start.tensors.items()}, read)
+
+
+def _stored_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
+    """What the checkpoint calls each parameter of `model`. Raises `UsageError` where it stores one in another form."""
+    names = Names(model, source)
+    found = {name: names.find(name) for name, _ in model.named_parameters()}
+    missing = next((name for name, stored in found.items() if stored is None), None)
+    if missing is not None:
+        raise UsageError(
+            f"{source.path} stores {missing} in another form than transformers trains it (such as expert by expert)",
+            "reduce it without training: --steps 0",
+        )
+    return {name: stored for name, stored in found.items() if stored is not None}
+
+
+def _parameters(source: Source) -> int:
+    return sum(p.numel() for p in build(source).parameters())
+
+
+def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> None:
+    sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
+    if sizes[0] != sizes[1]:
+        raise UsageError(
+            f"the student has {sizes[0]} tokens and the teacher {sizes[1]}", "give a teacher with the same tokenizer"
+        )

@@ -1,0 +1,37 @@
+"""The default name of a result, from what is asked."""
+
+from pathlib import Path
+
+from .schema import PassSpec, Recipe
+from .scheme.prune_args import Pruning
+
+
+def default_out(model: str | Path, recipe: Recipe) -> Path:
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory.
+
+    Passes that improve on what another one left are not named: `--quality` does not change where a result lies.
+    """
+    names = [entry.method for entry in recipe.passes if not refines_previous(entry)]
+    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
+    return _beside(model, f"{methods}-{_amount(recipe)}")
+
+
+def _beside(model: str | Path, suffix: str) -> Path:
+    path = Path(model)
+    return path.resolve().parent / f"{path.resolve().name}-{suffix}" if path.exists() else Path(f"{path.name}-{suffix}")
+
+
+def refines_previous(entry: PassSpec) -> bool:
+    return entry.method_entry.compresses and entry.config.scheme is None
+
+
+def _amount(recipe: Recipe) -> str:
+    scheme, shared = recipe.scheme, recipe.allocate
+    if isinstance(scheme, Pruning):
+        args = scheme.weights
+        amount = f"s{100 * args.sparsity:g}" + (f"-{args.pattern}" if args.block > 1 else "")
+        if args.n_of_m is not None:
+            amount = "{}of{}".format(*args.n_of_m)
+        return f"{amount}-allocated" if shared else amount
+    bits = scheme.weights.bits if shared is None else shared.average
+    return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")

@@ -69,10 +69,10 @@ def quantize(
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
-    keep: Keep = [],
+    keep: Keep = [],  # noqa: B006
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set observer=mse")
-    ] = [],
+    ] = [],  # noqa: B006
     recipe: Annotated[str | None, typer.Option(help="Recipe file or name, instead of the flags above.")] = None,
     evaluate_on: Eval = None,
     seed: Seed = 0,
@@ -137,10 +137,10 @@ def prune(
     calib: Calib = "python-stdlib",
     samples: Samples = 128,
     seq_len: SeqLen = 2048,
-    keep: Keep = [],
+    keep: Keep = [],  # noqa: B006
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the method, NAME=VALUE (repeatable): --set refit=true")
-    ] = [],
+    ] = [],  # noqa: B006
     evaluate_on: Eval = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,
@@ -213,7 +213,7 @@ def distill(
     checks: Annotated[int, typer.Option(min=1, help="How often the state is saved and held-out text looked at.")] = 10,
     options: Annotated[
         list[str], typer.Option("--set", help="Option of the training, NAME=VALUE (repeatable): --set hidden=1")
-    ] = [],
+    ] = [],  # noqa: B006
     evaluate_on: Eval = None,
     seed: Seed = 0,
     overwrite: Overwrite = False,

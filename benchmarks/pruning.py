@@ -99,7 +99,7 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
     return lines
 
 
-def _losses(weight, hessian, args) -> list[float]:
+def _losses(weight, hessian, args) -> list[float]:  # noqa: ANN001
     """DampedHessian losses, best method first by expectation."""
     rows = args if args.pattern else PruneArgs(args.sparsity, scope="row")  # what Wanda compares, for magnitude too
     swept, mask = sparsegpt.prune(weight, hessian, args)

@@ -84,7 +84,7 @@ def prune(
     sparsity: float | None = None,
     pattern: str | None = None,
     allocate: bool = False,
-    format: str = "dense",
+    format: str = "dense",  # noqa: A002
     calib: str = "python-stdlib",
     samples: int = 128,
     seq_len: int = 2048,

@@ -43,7 +43,7 @@ class ExportReport:
         return asdict(self) | {"out": str(self.out), "notes": list(self.notes)}
 
 
-def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: bool = False) -> ExportReport:
+def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: bool = False) -> ExportReport:  # noqa: A002
     """Write `checkpoint` (a directory that `load` reads) into the directory `out` in the format called `format`.
 
     Raises `UsageError` for an unknown format or one that cannot hold the checkpoint, naming the layer and the reason;

@@ -38,7 +38,7 @@ class Sensitivity:
         """The sum of squares of every input `[in]` of the linear `layers` over the rows."""
         found: dict[str, Tensor] = {}
 
-        def note(name: str):
+        def note(name: str):  # noqa: ANN202
             def gather(module: nn.Module, args: tuple[Tensor, ...]) -> None:
                 squares = args[0].detach().float().flatten(0, -2).square().sum(0)
                 found[name] = found[name] + squares if name in found else squares

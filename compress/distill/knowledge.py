@@ -97,8 +97,8 @@ def train(
 
     Processes that accelerate has launched share the rows of every update and the held-out ones, and end with equal students.
 
-    The state goes into `training_state` at every check, and a run that finds one there goes on from it, to the same bits. Raises
-    `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student and for rows that cannot be
+    The state goes into `training_state` at every check, and a run that finds one there goes on from it, to the same bits.
+    Raises `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student and for rows that cannot be
     shared out evenly.
     """
     accelerator = Accelerator(mixed_precision=config.precision, cpu=student.device.type == "cpu")

@@ -135,7 +135,7 @@ def _measure(
     errors = {c.name: _relative_error(rings[c.name][0](x), _in_float64(x, c.dense())) for c in found}
     right = [c.name for c in found if errors[c.name] <= c.tolerance]
     times: dict[str, list[float]] = {name: [] for name in right}
-    timers, order = {name: place.timer(rings[name], x) for name in right}, random.Random(m)
+    timers, order = {name: place.timer(rings[name], x) for name in right}, random.Random(m)  # noqa: S311
     for _ in range(rounds if m < MANY else max(3, rounds // 3)):
         for name in order.sample(right, len(right)):
             times[name].append(timers[name]())

@@ -83,7 +83,7 @@ def speed(
         models[name] = _loaded(**contestants[name])
     prompt = _prompt(list(models.values()))
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
-    order = random.Random(0)
+    order = random.Random(0)  # noqa: S311
     for turn in range(ROUNDS + 1):
         for name in order.sample(list(models), len(models)):
             seconds[name].append(_answer(models[name], prompt))
@@ -179,7 +179,7 @@ def _peak_elsewhere(arguments: dict[str, Any]) -> int:
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
     }
     command = [sys.executable, "-c", CHILD, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
     if done.returncode:
         raise CompressError(f"memory of {arguments['path']} could not be measured: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])

@@ -72,7 +72,7 @@ def private_folder() -> Path:
 
 def fingerprint(source: Path, compiler: str) -> str:
     """A hash of the source, the compiler and its version, the flags and the machine's architecture."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603
     parts = [source.read_bytes(), compiler.encode(), version, " ".join(FLAGS).encode(), platform.machine().encode()]
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
@@ -83,7 +83,7 @@ def _compile(source: Path, compiler: str, target: Path) -> None:
     built = Path(name)
     try:
         command = [compiler, *FLAGS, "-o", name, str(source)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)  # noqa: S603
         if run.returncode != 0:
             reason = next((line for line in run.stderr.splitlines() if "error" in line), "no message")
             raise Unavailable(f"{compiler} cannot compile {source.name}: {reason}")

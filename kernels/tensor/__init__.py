@@ -15,6 +15,7 @@ from .pruned import PrunedTensor
 __all__ = [
     "LEVEL",
     "TILE",
+    "Bilevel",
     "BlockTensor",
     "Compressed",
     "CompressedTensor",
@@ -25,7 +26,6 @@ __all__ = [
     "PrunedTensor",
     "Served",
     "SpQRTensor",
-    "Bilevel",
     "joined",
     "of_grid",
     "parts",

@@ -163,7 +163,7 @@ def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None
         return parameters(groups.amin(-1), groups.amax(-1), args)
     rows = max(1, CACHED // max(1, groups[:1].numel()))
     weights = repeat(None) if importance is None else importance.expand_as(groups).split(rows)
-    parts = [_fit_mse(part, args, weight) for part, weight in zip(groups.split(rows), weights)]
+    parts = [_fit_mse(part, args, weight) for part, weight in zip(groups.split(rows), weights)]  # noqa: B905
     scale, zero = (torch.cat(parameter) for parameter in zip(*parts, strict=True))
     return scale, zero
 

@@ -96,7 +96,7 @@ def patches(layer: Layer, inputs: Tensor) -> Tensor:
 def _hessians(model: nn.Module, layers: dict[str, Layer], batches: Sequence[Tensor]) -> dict[str, Hessian]:
     found = {name: Hessian(as_matrix(layer.weight).shape[1], torch.float64) for name, layer in layers.items()}
 
-    def hook(name: str):
+    def hook(name: str):  # noqa: ANN202
         def gather(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             found[name].update(patches(layers[name], args[0]), len(args[0]))
 

@@ -20,8 +20,8 @@ def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = F
     """Prune every linear of the block by its Hessian; with `refitted`, least squares on the mask follows.
 
     With a share `drift` of the drift, what is pruned is not the weight itself but the weight that repairs it,
-    `W + drift * G Hd^-1` (see `calibrate/statistics/drift.py`). Computed in float64. Records the loss and relative error of what is
-    stored, and the damping that was needed.
+    `W + drift * G Hd^-1` (`calibrate/statistics/drift.py`). Computed in float64. Records the loss and relative error of what
+    is stored, and the damping that was needed.
     """
     for linear, solved in _with_hessians(block, damping):
         args = linear.prune_args

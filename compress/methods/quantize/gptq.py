@@ -28,7 +28,7 @@ from ...solver.target import DriftTarget, half_square
 from .fallback import keep_better
 
 Order = Literal["natural", "act", "group"]
-COARSE = 3  # bits up to which grids fitted to the target lower the KL divergence by 4 %; at 4 bits by -3 to 6 %, and no more above
+COARSE = 3  # bits up to which grids fitted to the target lower the KL divergence by 4 %; at 4 bits by -3 to 6 %, above by nothing
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the damping that was asked for: what `held_out` chooses from
 
 
@@ -44,7 +44,7 @@ class GPTQ:
     true_sequential  gather the statistics of each linear after the linears before it in the block were quantized
     block_size       columns updated one by one before the rest of the matrix is; the result does not depend on it
     weighted_grid    grids with observer `mse` weigh the error of a column by its Hessian diagonal
-    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (see calibrate/statistics/drift.py)
+    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (calibrate/statistics/drift.py)
     aimed_grid       fit grids to what the solver aims at instead of the weight; None: where they have at most `COARSE` bits
     held_out         choose the damping, and the share of the drift as a share of `drift`, layer by layer: by the loss on
                      calibration batches that this choice keeps apart

@@ -38,7 +38,7 @@ class SpQR:
 
     damping          added to the Hessian's diagonal, relative to its mean (the published 1.0 is far too strong)
     true_sequential  gather the statistics of each linear after the linears before it in the block were quantized
-    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (see calibrate/statistics/drift.py)
+    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (calibrate/statistics/drift.py)
     refine           sweeps of descent over the codes after the column sweep (see solver/refine.py)
     """
 

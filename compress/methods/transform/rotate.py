@@ -193,7 +193,7 @@ def _on_stream(feed: ChannelLink, hidden: Tensor) -> bool:
     return feed.kind != "linear" and feed.size == hidden.shape[-1]
 
 
-class _run:
+class _run:  # noqa: N801  a run and what was seen in it
     """The model run on `ids`: the stream at the first block, what norms outside gave, what the head read, the logits."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:

@@ -24,6 +24,7 @@
  *
  * The kernels are written once, in the second half of this file, with the vector operators that gcc and clang share; the file
  * includes itself once per instruction set, which is as near as C comes to a template.
+ */
 #include "native/types.h"
 #include "native/threads.h"
 #include "native/products.h"

@@ -1,6 +1,4 @@
 /* The interface's types, which library.py repeats, and the geometry of a weight. */
-#ifndef LANES
-
 #include <pthread.h>
 #include <sched.h>
 #include <stdatomic.h>

@@ -1,29 +1,30 @@
-/* Exported: products with sparse rows. */
+/* Exported: products with sparse matrices in compressed rows. */
+
 typedef float Four __attribute__((vector_size(16)));
 
 typedef struct Sparse {
     const int64_t *starts;
-    const void *columns;    /* uint16, or uint32 where they are `wide` */
+    const void *columns;    /* uint16, or uint32 if `wide` */
     const uint16_t *values; /* float16 */
-    const float *x;         /* [m][width], or [width][8] for up to 8 rows side by side */
+    const float *x;         /* [m][width], or [width][8] for up to 8 interleaved rows */
     float *y;
     int64_t m, rows, width;
     int wide;
     float (*dot)(const struct Sparse *, int64_t start, int64_t end);
 } Sparse;
 
-enum { SPARSE_ROWS = 64, SPARSE_AHEAD = 256 };
+enum { SPARSE_ROWS = 64, SPARSE_PREFETCH = 256 };
 
 INLINE int64_t sparse_column(const Sparse *s, int64_t i) {
     return s->wide ? ((const uint32_t *)s->columns)[i] : ((const uint16_t *)s->columns)[i];
 }
 
-/* Four sums at a time: their loads are independent, and waiting for loads is all that this loop does. */
+/* Four sums at a time: their loads are independent, and this loop does little but wait for loads. */
 static float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
     float sum[4] = {0};
     for (; i + 4 <= end; i += 4)
-        for (int j = 0; j < 4; j++) sum[j] += from_half(s->values[i + j]) * s->x[sparse_column(s, i + j)];
-    for (; i < end; i++) sum[0] += from_half(s->values[i]) * s->x[sparse_column(s, i)];
+        for (int j = 0; j < 4; j++) sum[j] += half_to_float(s->values[i + j]) * s->x[sparse_column(s, i + j)];
+    for (; i < end; i++) sum[0] += half_to_float(s->values[i]) * s->x[sparse_column(s, i)];
     return (sum[0] + sum[1]) + (sum[2] + sum[3]);
 }
 
@@ -32,7 +33,7 @@ static float sparse_dot(const Sparse *s, int64_t i, int64_t end) {
 __attribute__((target("avx2,fma,f16c"))) static float sparse_dot_avx2(const Sparse *s, int64_t i, int64_t end) {
     __m256 sum = _mm256_setzero_ps();
     for (; i + 8 <= end; i += 8) {
-        __builtin_prefetch(s->values + i + SPARSE_AHEAD);
+        __builtin_prefetch(s->values + i + SPARSE_PREFETCH);
         __m256i columns;
         if (s->wide)
             columns = _mm256_loadu_si256((const __m256i *)((const uint32_t *)s->columns + i));
@@ -47,7 +48,7 @@ __attribute__((target("avx2,fma,f16c"))) static float sparse_dot_avx2(const Spar
 }
 #endif
 
-/* The same for 8 rows side by side: entries with even and with odd numbers add up apart, for the same reason. */
+/* The same for 8 interleaved rows: entries with even and with odd indices have separate sums, for the same reason. */
 INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
     Four sum[4] = {{0}};
     for (; i < end; i += 2)
@@ -56,7 +57,7 @@ INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
             if (i + j / 2 >= end) break;
             Four x;
             memcpy(&x, s->x + 8 * sparse_column(s, i + j / 2) + 4 * (j % 2), sizeof x);
-            sum[j] += from_half(s->values[i + j / 2]) * x;
+            sum[j] += half_to_float(s->values[i + j / 2]) * x;
         }
     sum[0] += sum[2];
     sum[1] += sum[3];
@@ -65,7 +66,7 @@ INLINE void sparse_dots(const Sparse *s, int64_t i, int64_t end, float *sums) {
 
 static void sparse_share(void *context, int64_t share) {
     const Sparse *s = context;
-    int64_t last = smaller(s->rows, (share + 1) * SPARSE_ROWS);
+    int64_t last = min64(s->rows, (share + 1) * SPARSE_ROWS);
     for (int64_t row = share * SPARSE_ROWS; row < last; row++) {
         if (s->m == 1) {
             s->y[row] += s->dot(s, s->starts[row], s->starts[row + 1]);
@@ -77,26 +78,26 @@ static void sparse_share(void *context, int64_t share) {
     }
 }
 
-/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns (uint32 where they are `wide`, else uint16)
- * and float16 values of its entries. Returns 0, or -1 where there is no memory to put the rows of x side by side. */
+/* y[m][rows] += x[m][width] S^T for S in compressed rows: starts[rows + 1], columns (uint32 if `wide`, else uint16)
+ * and float16 values of its entries. Returns 0, or -1 if there is no memory for interleaved rows of x. */
 int lmpress_add_sparse(int threads, const int64_t *starts, const void *columns, int wide, const uint16_t *values, int64_t rows,
                        int64_t width, const float *x, int64_t m, float *y) {
     float (*dot)(const Sparse *, int64_t, int64_t) = sparse_dot;
 #if defined(__x86_64__)
     if (has_avx2()) dot = sparse_dot_avx2; /* it has F16C too */
 #endif
-    float *side_by_side = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
-    if (m > 1 && !side_by_side) return -1;
+    float *interleaved = m > 1 ? malloc((size_t)width * 8 * sizeof(float)) : NULL;
+    if (m > 1 && !interleaved) return -1;
     for (int64_t done = 0; done < m; done += 8, x += 8 * width, y += 8 * rows) {
-        Sparse sparse = {starts, columns, values, x, y, smaller(8, m - done), rows, width, wide, dot};
+        Sparse sparse = {starts, columns, values, x, y, min64(8, m - done), rows, width, wide, dot};
         if (sparse.m > 1) {
-            sparse.x = side_by_side;
+            sparse.x = interleaved;
             for (int64_t k = 0; k < width; k++)
-                for (int64_t r = 0; r < 8; r++) side_by_side[8 * k + r] = r < sparse.m ? x[r * width + k] : 0;
+                for (int64_t r = 0; r < 8; r++) interleaved[8 * k + r] = r < sparse.m ? x[r * width + k] : 0;
         }
-        int helpers = (double)starts[rows] * (double)sparse.m < 1 << 16 ? 1 : threads;
-        parallel(helpers, ceil_div(rows, SPARSE_ROWS), sparse_share, &sparse);
+        int used = (double)starts[rows] * (double)sparse.m < 1 << 16 ? 1 : threads;
+        parallel(used, ceil_div(rows, SPARSE_ROWS), sparse_share, &sparse);
     }
-    free(side_by_side);
+    free(interleaved);
     return 0;
 }

@@ -1,26 +1,26 @@
-/* Shares of work on several threads. */
+/* Work on several threads. */
 /*
- * The OpenMP runtime of torch where the process has one: its threads stay awake after a product of torch's, on the cores that
- * others would need. Elsewhere a pool that grows to the largest number of threads asked for. Its workers spin for a moment
- * before they sleep, because the next layer of a model follows within microseconds. Whoever has not joined by the time the
- * work is taken is not waited for: on a busy machine a worker may wake late. One product at a time owns the pool; a second
- * one that comes from another thread meanwhile does its work alone.
+ * If the process has torch's OpenMP runtime, that one is used: its threads stay awake after a product of torch, on the cores
+ * that other threads would need. Otherwise a pool is used, which grows to the largest number of threads requested. Its workers
+ * spin for a moment before they sleep, because the next layer of a model follows within microseconds. A worker that has not
+ * started by the time all indices are taken is not waited for: on a busy machine it may wake late. One product at a time owns
+ * the pool; a second one that arrives from another thread meanwhile runs on its own thread alone.
  */
 typedef void (*Work)(void *context, int64_t index);
 
 typedef struct {
     Work work;
     void *context;
-    int64_t count, run; /* indices, and how many of them a thread takes at a time */
+    int64_t count, grain; /* indices, and how many of them a thread takes at a time */
     _Atomic int64_t next;
 } Job;
 
 static struct {
     pthread_mutex_t owner, lock;
     pthread_cond_t wake;
-    int workers, invited, forked;
+    int workers, wanted, forked;
     Job *job;
-    _Atomic int busy;
+    _Atomic int running;
     _Atomic unsigned round;
 } pool = {.owner = PTHREAD_MUTEX_INITIALIZER, .lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER};
 
@@ -28,8 +28,8 @@ static struct {
 extern void GOMP_parallel(void (*work)(void *), void *context, unsigned threads, unsigned flags) __attribute__((weak));
 #endif
 
-/* Runs of neighbours are memory that is read on and on; several of them for each thread, because one may wake late. */
-enum { SPINS = 4000, RUNS = 4 };
+/* A grain of neighbouring indices is memory that is read in order; a thread gets several, because another may wake late. */
+enum { SPINS = 4000, GRAINS_PER_THREAD = 4 };
 
 INLINE void pause_briefly(void) {
 #if defined(__x86_64__)
@@ -39,11 +39,11 @@ INLINE void pause_briefly(void) {
 #endif
 }
 
-static void take_shares(void *given) {
+static void run_grains(void *given) {
     Job *job = given;
     int64_t first;
-    while ((first = atomic_fetch_add(&job->next, job->run)) < job->count)
-        for (int64_t i = first; i < smaller(first + job->run, job->count); i++) job->work(job->context, i);
+    while ((first = atomic_fetch_add(&job->next, job->grain)) < job->count)
+        for (int64_t i = first; i < min64(first + job->grain, job->count); i++) job->work(job->context, i);
 }
 
 static void *worker(void *number) {
@@ -53,32 +53,32 @@ static void *worker(void *number) {
         pthread_mutex_lock(&pool.lock);
         while (atomic_load(&pool.round) == seen) pthread_cond_wait(&pool.wake, &pool.lock);
         seen = atomic_load(&pool.round);
-        int joins = (intptr_t)number < pool.invited;
+        int joins = (intptr_t)number < pool.wanted;
         Job *job = pool.job;
-        if (joins) atomic_fetch_add(&pool.busy, 1);
+        if (joins) atomic_fetch_add(&pool.running, 1);
         pthread_mutex_unlock(&pool.lock);
         if (!joins) continue;
-        take_shares(job);
-        atomic_fetch_sub(&pool.busy, 1);
+        run_grains(job);
+        atomic_fetch_sub(&pool.running, 1);
     }
     return NULL;
 }
 
-/* A forked child has the memory of the pool, and of OpenMP, but not their threads. */
-static void forget_workers(void) {
+/* A forked child has the memory of the pool and of OpenMP, but not their threads. */
+static void reset_after_fork(void) {
     pthread_mutex_init(&pool.owner, NULL);
     pthread_mutex_init(&pool.lock, NULL);
     pthread_cond_init(&pool.wake, NULL);
-    pool.workers = pool.invited = 0;
+    pool.workers = pool.wanted = 0;
     pool.forked = 1;
-    atomic_store(&pool.busy, 0);
+    atomic_store(&pool.running, 0);
     atomic_store(&pool.round, 0);
 }
 
-__attribute__((constructor)) static void watch_forks(void) { pthread_atfork(NULL, NULL, forget_workers); }
+__attribute__((constructor)) static void register_fork_handler(void) { pthread_atfork(NULL, NULL, reset_after_fork); }
 
-/* Start a worker that has seen every round so far; called with the pool at rest. */
-static int add_worker(void) {
+/* Start a worker; called while the pool is idle. Returns whether it started. */
+static int start_worker(void) {
     pthread_t thread;
     pthread_attr_t detached;
     pthread_attr_init(&detached);
@@ -89,11 +89,11 @@ static int add_worker(void) {
     return !failed;
 }
 
-/* Whether OpenMP's threads have done the job. */
-static int done_by_openmp(Job *job, int threads) {
+/* Run the job on OpenMP's threads if there are any. Returns whether it ran. */
+static int ran_on_openmp(Job *job, int threads) {
 #if defined(__linux__)
     if (GOMP_parallel && !pool.forked) {
-        GOMP_parallel(take_shares, job, (unsigned)threads, 0);
+        GOMP_parallel(run_grains, job, (unsigned)threads, 0);
         return 1;
     }
 #endif
@@ -101,27 +101,28 @@ static int done_by_openmp(Job *job, int threads) {
     return 0;
 }
 
-/* Call work(context, 0 .. count - 1), each index once, on up to `threads` threads including this one. */
+/* Call work(context, i) once for each i in 0 .. count - 1, on up to `threads` threads including this one. */
 static void parallel(int threads, int64_t count, Work work, void *context) {
     if (threads > count) threads = (int)count;
-    Job job = {.work = work, .context = context, .count = count, .run = threads > 1 ? ceil_div(count, threads * RUNS) : count};
-    if (threads > 1 && done_by_openmp(&job, threads)) return;
+    int64_t grain = threads > 1 ? ceil_div(count, threads * GRAINS_PER_THREAD) : count;
+    Job job = {.work = work, .context = context, .count = count, .grain = grain};
+    if (threads > 1 && ran_on_openmp(&job, threads)) return;
     if (threads < 2 || pthread_mutex_trylock(&pool.owner)) {
-        take_shares(&job);
+        run_grains(&job);
         return;
     }
-    while (pool.workers < threads - 1 && add_worker()) continue;
+    while (pool.workers < threads - 1 && start_worker()) continue;
     pthread_mutex_lock(&pool.lock);
     pool.job = &job;
-    pool.invited = threads - 1;
+    pool.wanted = threads - 1;
     atomic_fetch_add(&pool.round, 1);
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
-    take_shares(&job);
+    run_grains(&job);
     pthread_mutex_lock(&pool.lock);
-    pool.invited = 0;
+    pool.wanted = 0;
     pthread_mutex_unlock(&pool.lock);
-    for (int spin = 0; atomic_load(&pool.busy); spin++)
+    for (int spin = 0; atomic_load(&pool.running); spin++)
         if (spin < SPINS)
             pause_briefly();
         else

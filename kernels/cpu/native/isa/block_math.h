@@ -1,12 +1,14 @@
-/* The lanes of `a` where `mask` is -1, those of `b` where it is 0. */
-TARGET INLINE Floats ISA(choose)(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+/* The arithmetic of a decoder block besides its linears: norms, gates, attention. */
 
-/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its series. */
-TARGET INLINE Floats ISA(exponential)(Floats x) {
-    x = ISA(choose)(x < -87.0f, ISA(all)(-87.0f), x); /* what is not a number stays none */
-    x = ISA(choose)(x > 88.0f, ISA(all)(88.0f), x);
+/* Per lane: `a` if `mask` is -1, `b` if it is 0. */
+TARGET INLINE Floats ISA(select)(Ints mask, Floats a, Floats b) { return (Floats)((mask & (Ints)a) | (~mask & (Ints)b)); }
+
+/* e^x to 2 units in the last place: 2^n e^r with |r| <= ln 2 / 2, e^r by its Taylor series. */
+TARGET INLINE Floats ISA(exp)(Floats x) {
+    x = ISA(select)(x < -87.0f, ISA(broadcast)(-87.0f), x); /* NaN stays NaN */
+    x = ISA(select)(x > 88.0f, ISA(broadcast)(88.0f), x);
     Floats n = (x * 1.44269504f + 12582912.0f) - 12582912.0f, r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
-    Floats sum = ISA(all)(1.0f / 5040);
+    Floats sum = ISA(broadcast)(1.0f / 5040);
     const float inverse[] = {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
 #pragma GCC unroll 7
     for (int i = 0; i < 7; i++) sum = sum * r + inverse[i];
@@ -21,7 +23,7 @@ TARGET INLINE float ISA(dot_floats)(const float *a, const float *b, int64_t coun
         for (int way = 0; way < 4; way++)
             sums[way] += ISA(load_floats)(a + i + way * LANES) * ISA(load_floats)(b + i + way * LANES);
     for (; i + LANES <= count; i += LANES) sums[0] += ISA(load_floats)(a + i) * ISA(load_floats)(b + i);
-    float sum = ISA(across_registers)((sums[0] + sums[1]) + (sums[2] + sums[3]));
+    float sum = ISA(sum_lanes_in_registers)((sums[0] + sums[1]) + (sums[2] + sums[3]));
     for (; i < count; i++) sum += a[i] * b[i];
     return sum;
 }
@@ -35,16 +37,16 @@ TARGET static void ISA(norm)(const float *x, const float *weight, float epsilon,
 /* y *= silu(gates), where silu(g) = g / (1 + e^-g). */
 TARGET static void ISA(gate)(const float *gates, float *y, int64_t count) {
     for (int64_t i = 0; i < count; i += LANES) {
-        size_t bytes = (size_t)smaller(LANES, count - i) * sizeof(float);
+        size_t bytes = (size_t)min64(LANES, count - i) * sizeof(float);
         Floats g = {0}, value = {0};
         memcpy(&g, gates + i, bytes);
         memcpy(&value, y + i, bytes);
-        value *= g / (1.0f + ISA(exponential)(-g));
+        value *= g / (1.0f + ISA(exp)(-g));
         memcpy(y + i, &value, bytes);
     }
 }
 
-/* What one head of queries takes from the values: their mean under softmax(scaling * q k). */
+/* The attention of one query head: the mean of the values, weighted by softmax(scaling * q k). */
 TARGET static void ISA(attend)(const Attention *a, int64_t head) {
     const Block *b = a->block;
     int64_t size = b->head_size, shared = head / (b->heads / b->kv_heads);
@@ -57,14 +59,14 @@ TARGET static void ISA(attend)(const Attention *a, int64_t head) {
     }
     Floats total = {0};
     for (int64_t t = 0; t < a->length; t += LANES) {
-        size_t bytes = (size_t)smaller(LANES, a->length - t) * sizeof(float);
-        Floats scores = ISA(all)(-__builtin_inff());
+        size_t bytes = (size_t)min64(LANES, a->length - t) * sizeof(float);
+        Floats scores = ISA(broadcast)(-__builtin_inff());
         memcpy(&scores, weights + t, bytes);
-        Floats shares = ISA(exponential)(scores - most);
+        Floats shares = ISA(exp)(scores - most);
         memcpy(weights + t, &shares, bytes);
         total += shares;
     }
-    float sum = ISA(across_registers)(total);
+    float sum = ISA(sum_lanes_in_registers)(total);
     memset(y, 0, (size_t)size * sizeof(float));
     for (int64_t t = 0; t < a->length; t++)
         for (int64_t i = 0; i < size; i++) y[i] += weights[t] * values[t * size + i];

@@ -1,7 +1,9 @@
-/* Column `j` of quad `q` as numbers: what the table says, or code - center. */
+/* Products with float activations. */
+
+/* Column `j` of quad `q` as numbers: entries of the table, or code - center. */
 TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, int lookup, const float *table, float center) {
     if (lookup) {
-        /* The lookup reads 4 bits of an index; what is above them need not be cleared. */
+        /* The look-up reads 4 bits of an index; the bits above need not be cleared. */
         Words quad = bits == 4 ? ISA(load_words)(block) >> (4 * q) : ISA(quad)(block, q, bits);
         return ISA(lookup)(table, quad >> (8 * j));
     }
@@ -10,8 +12,8 @@ TARGET INLINE Floats ISA(decode)(const uint8_t *block, int q, int j, int bits, i
 
 TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const float *x, int bits, int rows, int lookup,
                                     const ISA(Table) * table, float center) {
-    fetch_ahead(codes, block_vectors(bits) * 4 * LANES);
-    int ways = rows == 1 ? 4 : 1; /* one row has but one sum per lane: four of them hide the latency of the additions */
+    prefetch(codes, block_vectors(bits) * 4 * LANES);
+    int accumulators = rows == 1 ? 4 : 1; /* a single row needs four sums per lane to hide the latency of additions */
 #pragma GCC unroll 8
     for (int q = 0; q < block_columns(bits) / 4; q++) {
         Floats w[4];
@@ -20,7 +22,7 @@ TARGET INLINE void ISA(float_block)(Floats *sums, const uint8_t *codes, const fl
         for (int j = 0; j < 4; j++) {
             if (!lookup) w[j] = ISA(decode)(codes, q, j, bits, 0, NULL, center);
 #pragma GCC unroll 8
-            for (int r = 0; r < rows; r++) sums[r + j % ways] += w[j] * x[(4 * q + j) * rows + r];
+            for (int r = 0; r < rows; r++) sums[r + j % accumulators] += w[j] * x[(4 * q + j) * rows + r];
         }
     }
 }
@@ -34,10 +36,10 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
     const uint8_t *codes = w->codes + panel * row_blocks(w) * block_bytes;
     const float *x = p->floats + start * p->padded;
     for (int64_t g = 0; g < p->groups; g++) {
-        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
-        /* Long groups add up in stretches, so that the error of a sum does not grow with the width of the layer. */
+        Floats offset, scale = ISA(scale_and_offset)(w, panel, p->groups, g, &offset);
+        /* Long groups are added up in segments, so that the error of a sum does not grow with the width of the layer. */
         for (int64_t left = blocks_of(w, g); left > 0;) {
-            int64_t blocks = smaller(left, STRETCH / block_columns(bits));
+            int64_t blocks = min64(left, SEGMENT / block_columns(bits));
             Floats sums[MAX_ROWS] = {{0}};
             left -= blocks;
             for (; blocks > 0; blocks--, codes += block_bytes, x += block_columns(bits) * rows)
@@ -55,12 +57,12 @@ TARGET INLINE void ISA(float_panel)(const Product *p, int64_t panel, int64_t sta
     }
 }
 
-TARGET static void ISA(arrange_floats)(Product *p, RowBlock block, int r) {
+TARGET static void ISA(pack_floats)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
+    const float *x = (p->masked_x ? p->masked_x : p->x) + (block.start + r) * w->columns;
     float *floats = p->floats + block.start * p->padded + r;
     for (int64_t g = 0; g < p->groups; g++, x += w->group) {
-        int64_t count = smaller(w->group, w->columns - g * w->group), room = blocks_of(w, g) * block_columns(w->bits);
+        int64_t count = min64(w->group, w->columns - g * w->group), room = blocks_of(w, g) * block_columns(w->bits);
         for (int64_t k = 0; k < count; k++) floats[k * block.rows] = x[k];
         for (int64_t k = count; k < room; k++) floats[k * block.rows] = 0;
         floats += room * block.rows;

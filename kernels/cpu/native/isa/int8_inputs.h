@@ -1,11 +1,13 @@
+/* Products with int8 activations. */
+
 /*
- * Integer sums of at most 8 quads, added to `sums`: the stretch that 16-bit sums survive. Where instructions cannot take
- * whole bytes, a byte is two nibbles, and its product is that of the low one plus 16 times that of the high one.
+ * Integer sums of at most 8 quads, added to `sums`: 16-bit sums do not overflow before that. If the instructions cannot
+ * multiply whole bytes, a byte is split into nibbles: its product is that of the low one plus 16 times that of the high one.
  */
 TARGET INLINE void ISA(dot_blocks)(Ints *sums, const uint8_t *codes, const int32_t *x, int blocks, int bits, int rows) {
     int quads = block_columns(bits) / 4, block_bytes = block_vectors(bits) * 4 * LANES;
     int nibbles = bits == 8 && !ISA(WHOLE_BYTES);
-    fetch_ahead(codes, blocks * block_bytes);
+    prefetch(codes, blocks * block_bytes);
 #pragma GCC unroll 2
     for (int part = 0; part <= nibbles; part++) {
         Ints run[MAX_ROWS] = {{0}};
@@ -38,11 +40,11 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
             ISA(dot_blocks)(sums, codes, x, run, bits, rows);
         for (; blocks > 0; blocks--, codes += block_bytes, x += block_quads * rows)
             ISA(dot_blocks)(sums, codes, x, 1, bits, rows);
-        Floats offset, scale = ISA(scale_of)(w, panel, p->groups, g, &offset);
+        Floats offset, scale = ISA(scale_and_offset)(w, panel, p->groups, g, &offset);
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int64_t at = start * p->groups + g * rows + r;
-            /* The center leaves in integers: in floats, what remains of two large sums would be their rounding. */
+            /* The center is subtracted in integers: in floats, two large sums would differ by their rounding errors. */
             Floats value = __builtin_convertvector(sums[r] - w->center * p->code_sums[at], Floats);
             if (has_offsets(w)) value -= offset * (float)p->code_sums[at];
             y[r] += value * (scale * p->scales[at]);
@@ -51,14 +53,14 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
     }
 }
 
-/* int8 codes of `count` activations under `scale`, as quads `stride` apart, zero beyond; returns the sum of the codes. */
+/* int8 codes of `count` activations with `scale`, as quads `stride` apart, padded with zeros; returns the sum of the codes. */
 TARGET static int32_t ISA(quantize)(const float *x, int64_t count, float scale, int32_t *quads, int stride) {
     int32_t sum = 0;
-    for (int64_t start = 0; start < count; start += STRETCH) {
-        int8_t codes[STRETCH] = {0};
-        int n = (int)smaller(STRETCH, count - start);
+    for (int64_t start = 0; start < count; start += SEGMENT) {
+        int8_t codes[SEGMENT] = {0};
+        int n = (int)min64(SEGMENT, count - start);
         for (int k = 0; k < n; k++) {
-            int32_t code = rounded(x[start + k] / scale);
+            int32_t code = round_to_int(x[start + k] / scale);
             code = code > 127 ? 127 : code < -128 ? -128 : code;
             codes[k] = (int8_t)code;
             sum += code;
@@ -68,24 +70,24 @@ TARGET static int32_t ISA(quantize)(const float *x, int64_t count, float scale, 
     return sum;
 }
 
-/* Without their sign, floats are ordered as integers are; NaN is the largest, so that it is not lost. */
+/* Without their sign, floats are ordered as integers are; NaN is the largest, so that it propagates. */
 TARGET static float ISA(absmax)(const float *x, int64_t count) {
     int32_t most = 0;
     for (int64_t k = 0; k < count; k++) {
-        int32_t size = (int32_t)(bits_of(x[k]) & 0x7fffffffu);
+        int32_t size = (int32_t)(float_to_bits(x[k]) & 0x7fffffffu);
         most = size > most ? size : most;
     }
-    return float_of((uint32_t)most);
+    return float_from_bits((uint32_t)most);
 }
 
-TARGET static void ISA(arrange_int8)(Product *p, RowBlock block, int r) {
+TARGET static void ISA(pack_int8)(Product *p, RowBlock block, int r) {
     const Weight *w = p->w;
-    const float *x = (p->rest ? p->rest : p->x) + (block.start + r) * w->columns;
+    const float *x = (p->masked_x ? p->masked_x : p->x) + (block.start + r) * w->columns;
     int32_t *quads = p->quads + block.start * p->padded / 4 + r;
     int64_t block_quads = block_columns(w->bits) / 4;
     float largest = p->mode->activations == INT8_TOKENS ? ISA(absmax)(x, w->columns) : 0;
     for (int64_t g = 0; g < p->groups; g++, x += w->group) {
-        int64_t count = smaller(w->group, w->columns - g * w->group), at = block.start * p->groups + g * block.rows + r;
+        int64_t count = min64(w->group, w->columns - g * w->group), at = block.start * p->groups + g * block.rows + r;
         if (p->mode->activations == INT8_GROUPS) largest = ISA(absmax)(x, count);
         p->scales[at] = largest != 0 ? largest / p->mode->steps : 1;
         int64_t room = blocks_of(w, g) * block_quads;

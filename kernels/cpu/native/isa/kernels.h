@@ -1,8 +1,12 @@
 /*
- * The kernels of one instruction set, LANES rows at a time: included once per instruction set, which is as near as C comes to a
- * template. Before it, SUFFIX names the set, LANES is the number of 32-bit lanes of a vector, TILE the number of rows of
- * activations that share a pass (1: no tiles of several), TARGET the attribute that allows the instructions, and DOT_PRODUCTS is
- * defined if Arm's dot products of bytes are among them.
+ * The kernels of one instruction set: included once per set, which is as near as C comes to a template. The file that includes
+ * it defines
+ *
+ *     SUFFIX        the name of the set, appended to every name in ISA()
+ *     LANES         32-bit lanes of a vector, which are rows of a panel
+ *     TILE          the largest number of rows of activations in one pass over the codes
+ *     TARGET        the attribute that lets a function use the instructions
+ *     DOT_PRODUCTS  if the set has Arm's dot products of bytes
  */
 #include "vectors.h"
 #include "int8_inputs.h"

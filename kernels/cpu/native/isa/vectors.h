@@ -1,3 +1,5 @@
+/* Vectors: their types, loads and conversions, products of bytes, look-ups, and the scales and codes of a panel. */
+
 typedef int32_t ISA(Ints) __attribute__((vector_size(4 * LANES)));
 typedef uint32_t ISA(Words) __attribute__((vector_size(4 * LANES)));
 typedef float ISA(Floats) __attribute__((vector_size(4 * LANES)));
@@ -5,7 +7,7 @@ typedef float ISA(Floats) __attribute__((vector_size(4 * LANES)));
 #define Words ISA(Words)
 #define Floats ISA(Floats)
 
-/* What the vector operators cannot say: dot products of bytes, a table of 16 floats. */
+/* What the vector operators lack: dot products of bytes, and look-ups in a table of 16 floats. */
 
 #if defined(__x86_64__) && LANES == 16
 
@@ -27,7 +29,7 @@ enum { ISA(WHOLE_BYTES) = 0, ISA(CHEAP_TABLE) = 0 };
 /* Sums of 16 bits: the instruction saturates, but 8 steps of 2 * 15 * 128 = 3840 stay below 2^15. */
 TARGET INLINE Ints ISA(dot)(Ints sum, Words codes, Words x) {
     sum = (Ints)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)codes, (__m256i)x));
-    __asm__("" : "+x"(sum)); /* or compilers add up in a tree, whose leaves do not fit the registers */
+    __asm__("" : "+x"(sum)); /* else compilers add up in a tree, whose leaves do not fit the registers */
     return sum;
 }
 TARGET INLINE Ints ISA(widen)(Ints sum) { return (Ints)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
@@ -58,10 +60,10 @@ TARGET INLINE Floats ISA(lookup)(const float *table, Words index) {
 
 #endif
 
-/* A table of 16 floats as the kernels hold it, and the four columns of a quad (each byte below 16) by it. */
+/* A table of 16 floats as the kernels hold it, and the four columns of a quad (each byte below 16) looked up in it. */
 #if defined(__x86_64__) && LANES == 8
 
-/* Bytes are looked up 32 at a time: one table for each byte of a float, whose results are joined again. */
+/* Bytes are looked up 32 at a time, in one table per byte of a float; the four results are joined again. */
 typedef struct {
     __m256i bytes[4];
 } ISA(Table);
@@ -69,15 +71,16 @@ typedef struct {
 TARGET INLINE ISA(Table) ISA(table_from)(const float *values) {
     uint8_t bytes[4][32];
     for (int at = 0; at < 64; at++)
-        for (int half = 0; half < 32; half += 16) bytes[at % 4][half + at / 4] = (uint8_t)(bits_of(values[at / 4]) >> (8 * (at % 4)));
+        for (int half = 0; half < 32; half += 16)
+            bytes[at % 4][half + at / 4] = (uint8_t)(float_to_bits(values[at / 4]) >> (8 * (at % 4)));
     ISA(Table) table;
     memcpy(table.bytes, bytes, sizeof bytes);
     return table;
 }
 
 TARGET INLINE void ISA(lookup_quad)(Floats *columns, const ISA(Table) * table, Words quad) {
-    const __m256i rows_together = _mm256_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0, 15, 11, 7, 3, 14, 10, 6, 2,
-                                                  13, 9, 5, 1, 12, 8, 4, 0);
+    const __m256i rows_together = _mm256_set_epi8(15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0,  /* high half */
+                                                  15, 11, 7, 3, 14, 10, 6, 2, 13, 9, 5, 1, 12, 8, 4, 0); /* low half */
     __m256i index = _mm256_shuffle_epi8((__m256i)quad, rows_together);
     __m256i first = _mm256_shuffle_epi8(table->bytes[0], index), second = _mm256_shuffle_epi8(table->bytes[1], index);
     __m256i third = _mm256_shuffle_epi8(table->bytes[2], index), fourth = _mm256_shuffle_epi8(table->bytes[3], index);
@@ -113,24 +116,24 @@ TARGET INLINE Floats ISA(load_floats)(const float *from) {
     memcpy(&floats, from, sizeof floats);
     return floats;
 }
-TARGET INLINE Floats ISA(all)(float value) { return value - (Floats){0}; }
+TARGET INLINE Floats ISA(broadcast)(float value) { return value - (Floats){0}; }
 
-/* LANES bytes, each in a lane of its own, and four float16 as floats. */
+/* LANES bytes, each widened to a lane, and four float16 as floats. */
 #if defined(__x86_64__) && LANES >= 8
-TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) {
+TARGET INLINE Words ISA(load_bytes)(const uint8_t *from) {
 #if LANES == 16
     return (Words)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
 #else
     return (Words)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
 #endif
 }
-TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
+TARGET INLINE void ISA(load_four_halves)(const uint16_t *from, float *four) {
     _mm_storeu_ps(four, _mm_cvtph_ps(_mm_loadl_epi64((const __m128i *)from)));
 }
 #else
-TARGET INLINE Words ISA(from_bytes)(const uint8_t *from) { return (Words){from[0], from[1], from[2], from[3]}; }
-TARGET INLINE void ISA(from_halves)(const uint16_t *from, float *four) {
-    for (int i = 0; i < 4; i++) four[i] = from_half(from[i]);
+TARGET INLINE Words ISA(load_bytes)(const uint8_t *from) { return (Words){from[0], from[1], from[2], from[3]}; }
+TARGET INLINE void ISA(load_four_halves)(const uint16_t *from, float *four) {
+    for (int i = 0; i < 4; i++) four[i] = half_to_float(from[i]);
 }
 #endif
 
@@ -144,29 +147,29 @@ TARGET INLINE Floats ISA(load_halves)(const uint16_t *from) {
     return (Floats)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from)));
 #else
     Floats floats;
-    for (int r = 0; r < LANES; r++) floats[r] = from_half(from[r]);
+    for (int r = 0; r < LANES; r++) floats[r] = half_to_float(from[r]);
     return floats;
 #endif
 }
 
-TARGET INLINE Floats ISA(load_either)(const void *from, int64_t at, int halves) {
-    return halves ? ISA(load_halves)((const uint16_t *)from + at) : ISA(load_floats)((const float *)from + at);
+TARGET INLINE Floats ISA(load_scales)(const void *from, int64_t at, int half_scales) {
+    return half_scales ? ISA(load_halves)((const uint16_t *)from + at) : ISA(load_floats)((const float *)from + at);
 }
 
-/* The scales of a panel's rows in group `g`, and their offsets: zeros minus center. */
-TARGET INLINE Floats ISA(scale_of)(const Weight *w, int64_t panel, int64_t groups, int64_t g, Floats *offset) {
+/* The scales of a panel's rows in group `g`, and their offsets: zero points minus center. */
+TARGET INLINE Floats ISA(scale_and_offset)(const Weight *w, int64_t panel, int64_t groups, int64_t g, Floats *offset) {
     int64_t at = panel * groups + g;
     *offset = (Floats){0};
-    if (!w->levels) {
-        if (w->offsets) *offset = ISA(load_either)(w->offsets, at * LANES, w->halves);
-        return ISA(load_either)(w->scales, at * LANES, w->halves);
+    if (!w->bilevel_codes) {
+        if (w->offsets) *offset = ISA(load_scales)(w->offsets, at * LANES, w->half_scales);
+        return ISA(load_scales)(w->scales, at * LANES, w->half_scales);
     }
     int64_t tile = panel * LANES / TILE_ROWS * groups + g;
-    Words levels = ISA(from_bytes)(w->levels + tile * TILE_ROWS + panel * LANES % TILE_ROWS);
+    Words codes = ISA(load_bytes)(w->bilevel_codes + tile * TILE_ROWS + panel * LANES % TILE_ROWS);
     float grid[4];
-    ISA(from_halves)(w->grids + 4 * tile, grid);
-    *offset = (__builtin_convertvector((Ints)(levels >> 4), Floats) - grid[3]) * grid[2] - (float)w->center;
-    return (__builtin_convertvector((Ints)(levels & 15), Floats) - grid[1]) * grid[0];
+    ISA(load_four_halves)(w->bilevel_grids + 4 * tile, grid);
+    *offset = (__builtin_convertvector((Ints)(codes >> 4), Floats) - grid[3]) * grid[2] - (float)w->center;
+    return (__builtin_convertvector((Ints)(codes & 15), Floats) - grid[1]) * grid[0];
 }
 
 /* Quad `q` of a block: 4 codes in the 4 bytes of every lane. */

@@ -95,7 +95,10 @@ def _load() -> ctypes.CDLL | Unavailable:
     except Unavailable as error:
         return error
     pointer, int64, int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-    calls.lmpress_instruction_set.argtypes, calls.lmpress_instruction_set.restype = (int32, ctypes.POINTER(int32)), ctypes.c_char_p
+    calls.lmpress_instruction_set.argtypes, calls.lmpress_instruction_set.restype = (
+        (int32, ctypes.POINTER(int32)),
+        ctypes.c_char_p,
+    )
     calls.lmpress_linear.argtypes = (int32, pointer, pointer, pointer, int64, pointer)
     calls.lmpress_dequantize.argtypes = (int32, pointer, int32, int64, int64, pointer, int64)
     calls.lmpress_dequantize.restype = None
@@ -190,8 +193,12 @@ class Block:
         _check(library().lmpress_decode_project(self._index, block, mode, *given), x)
         return queries, keys, values
 
-    def answer(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-        """The block's output for `x`, whose `queries` meet `keys` and `values` float32 `[1, kv_heads, length, head_size]`."""
+    def attend(self, x: Tensor, queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+        """The block's output for the token `x`, in the shape of `x`.
+
+        Its `queries` attend to `keys` and `values`, float `[1, kv_heads, length, head_size]`. Raises `MemoryError` if out of
+        memory.
+        """
         y = torch.empty_like(x)
         keys, values = _rows_together(keys), _rows_together(values)
         past = (keys.data_ptr(), keys.stride(1), values.data_ptr(), values.stride(1), keys.shape[2])
@@ -202,7 +209,7 @@ class Block:
 
 
 def dequantize(panels: Panels, instructions: InstructionSet, first: int, count: int, out: Tensor) -> None:
-    """Write panels `first .. first + count - 1` to `out` float32 `[columns, >= count * lanes]`, a row of the weight per column."""
+    """Write the transposed rows of the panels `first .. first + count - 1` to `out` float32 `[columns, >= count * lanes]`."""
     weight = _structure(panels)
     threads = torch.get_num_threads()
     library().lmpress_dequantize(
@@ -222,14 +229,16 @@ def pruned_linear(x: Tensor, pruned: Pruned, instructions: InstructionSet) -> Te
 def to_dense(pruned: Pruned, instructions: InstructionSet, first: int, out: Tensor) -> None:
     """Write the rows from `first` on to contiguous float32 `out` `[rows, columns]`."""
     weight, threads = _pruned_structure(pruned, out.shape[1]), torch.get_num_threads()
-    library().lmpress_pruned_to_dense(instructions.index, ctypes.byref(weight), threads, first, out.shape[0], out.data_ptr())
+    library().lmpress_pruned_to_dense(
+        instructions.index, ctypes.byref(weight), threads, first, out.shape[0], out.data_ptr()
+    )
 
 
 def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> None:
     """`y += x S^T` in place for contiguous float32 `y` `[m, rows]` and `x` `[m, columns]`.
 
-    S is in compressed rows: `starts` int64 `[rows + 1]`, `columns` int32 or uint16, `values` float16. Raises `MemoryError` if out
-    of memory.
+    S is in compressed rows: `starts` int64 `[rows + 1]`, `columns` int32 or uint16, `values` float16. Raises `MemoryError` if
+    out of memory.
     """
     entries = (columns.data_ptr(), columns.itemsize == 4, values.data_ptr())
     sparse = (starts.data_ptr(), *entries, y.shape[1], x.shape[1])
@@ -250,9 +259,7 @@ def _check(status: int, x: Tensor) -> None:
 
 def _structure(panels: Panels) -> _Weight:
     grid = (panels.packed, panels.scales, panels.offsets, panels.codebook, panels.bilevel_codes, panels.bilevel_grids)
-    pointers = [
-        None if each is None else each.data_ptr() for each in (*grid, panels.outlier_columns, panels.outliers)
-    ]
+    pointers = [None if each is None else each.data_ptr() for each in (*grid, panels.outlier_columns, panels.outliers)]
     outlier_count = 0 if panels.outlier_columns is None else len(panels.outlier_columns)
     half_scales = panels.scales is not None and panels.scales.dtype == torch.float16
     shape = (panels.rows, panels.columns, panels.group)

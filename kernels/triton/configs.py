@@ -31,14 +31,14 @@ class Config:
 GEMV = Config(32, 1, 4, 1, programs=8)
 
 
-def config(m: int, activations: Activations, bits: int, table: bool, capability: int) -> Config:
-    """The tile for `m` rows of inputs and a weight of `bits` bits, perhaps of a `table`, on GPUs of a major `capability`.
+def config(m: int, activations: Activations, bits: int, codebook: bool, capability: int) -> Config:
+    """The tile for `m` rows of inputs and a weight of `bits` bits, perhaps of a codebook, on GPUs of a major `capability`.
 
     Operands that are made in registers cannot be copied to where they are used: on Hopper the pipeline would load them 8
     bytes at a time, and anywhere the entries of a table one by one. Many programs hide each other's latency instead.
     """
     as_stored = activations != "float" and bits == 8
-    stages = 3 if as_stored or (capability < HOPPER and not table) else 1
+    stages = 3 if as_stored or (capability < HOPPER and not codebook) else 1
     if activations != "float" and m > 64:
         return Config(128, 128 if as_stored else 64, 8, stages, programs=1)
     return Config(64, 16 if m <= 16 else 32 if m <= 32 else 64, 4, stages)

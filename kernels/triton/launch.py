@@ -1,4 +1,4 @@
-"""The kernels as calls on tensors. Importing this module imports Triton; it asks no GPU anything."""
+"""The kernels as calls on tensors. Importing this module imports Triton, but needs no GPU."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -15,10 +15,11 @@ from .device.gemv import gemv
 from .device.linear import add_up, linear
 from .device.quantize import quantize
 from .device.sparse import add_sparse
+from .device.weight import Format, WeightArgs
 from .layout import Tiles
 from .tuned import Regime, tuned_on
 
-SLAB = 1024  # rows of the weight that are floats at a time
+SLAB = 1024  # rows of the weight that are dequantized at a time
 DEQUANTIZE_ROWS = 32
 ADD_UP_BLOCK = 1024
 QUANTIZE_BLOCK = 1024
@@ -53,8 +54,8 @@ def slabs(tiles: Tiles, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
         count = min(SLAB, tiles.rows - start)
         grid = (_ceil_div(count, DEQUANTIZE_ROWS), tiles.slabs)
         _run(
-            dequantize, grid, *_tensors(tiles), memory, start, count, tiles.rows, tiles.columns, tiles.group,
-            tiles.scales.shape[0], *_strides(tiles), **_constants(tiles, per_row=False), BLOCK_N=DEQUANTIZE_ROWS,
+            dequantize, grid, memory, _weight(tiles), start, count, tiles.columns, tiles.group,
+            FORMAT=_format(tiles, per_row=False), BLOCK_N=DEQUANTIZE_ROWS,
         )  # fmt: skip
         yield slice(start, start + count), memory[:count]
 
@@ -102,7 +103,7 @@ def _chosen(x: Tensor, tiles: Tiles, activations: Activations, dtype: torch.dtyp
 def _usual(x: Tensor, tiles: Tiles, activations: Activations) -> Config:
     if x.shape[0] == 1 and activations == "float":
         return configs.GEMV
-    return config(x.shape[0], activations, tiles.bits, tiles.table is not None, capability_of(x))
+    return config(x.shape[0], activations, tiles.bits, tiles.codebook is not None, capability_of(x))
 
 
 def _run(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
@@ -130,9 +131,9 @@ def _multiply_tiles(
     y = _output(x, (m, tiles.rows), split, dtype)
     grid = (_ceil_div(tiles.rows, chosen.block_n), _ceil_div(m, chosen.block_m), split)
     _run(
-        linear, grid, x, x if x_scales is None else x_scales, *_tensors(tiles), y, m, tiles.rows, x.shape[1],
-        tiles.scales.shape[0], *_strides(tiles), tiles.slabs, **_constants(tiles), INPUTS=activations,
-        BLOCK_N=chosen.block_n, BLOCK_M=chosen.block_m, SPLIT=split, num_warps=chosen.warps, num_stages=chosen.stages,
+        linear, grid, x, x if x_scales is None else x_scales, _weight(tiles), y, m, x.shape[1], FORMAT=_format(tiles),
+        INPUTS=activations, BLOCK_N=chosen.block_n, BLOCK_M=chosen.block_m, SPLIT=split,
+        num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return _added_up(y, dtype)
 
@@ -143,8 +144,7 @@ def _multiply_row(x: Tensor, tiles: Tiles) -> Tensor:
     y = _output(x, (1, tiles.rows), split, x.dtype)
     grid = (_ceil_div(tiles.rows, chosen.block_n), split)
     _run(
-        gemv, grid, x, *_tensors(tiles), y, tiles.rows, x.shape[1], tiles.scales.shape[0],
-        *_strides(tiles), tiles.slabs, **_constants(tiles), BLOCK_N=chosen.block_n, SPLIT=split,
+        gemv, grid, x, _weight(tiles), y, x.shape[1], FORMAT=_format(tiles), BLOCK_N=chosen.block_n, SPLIT=split,
         num_warps=chosen.warps, num_stages=chosen.stages,
     )  # fmt: skip
     return _added_up(y, x.dtype)
@@ -179,31 +179,28 @@ def _filled_up(x: Tensor, tiles: Tiles) -> Tensor:
     return F.pad(groups, (0, tiles.group_parts * tiles.width - tiles.group)).flatten(1)
 
 
-def _tensors(tiles: Tiles) -> tuple[Tensor, ...]:
-    """What stands in the place of an absent tensor is not read."""
-    low = tiles.low
-    return low, _or(tiles.high, low), tiles.scales, _or(tiles.zeros, tiles.scales), _or(tiles.table, low)
+def _weight(tiles: Tiles) -> WeightArgs:
+    """The arguments of a weight; another tensor stands in for an absent one."""
+    low, high = tiles.low, tiles.high
+    return WeightArgs(
+        low=low,
+        high=low if high is None else high,
+        scales=tiles.scales,
+        zeros=tiles.scales if tiles.zeros is None else tiles.zeros,
+        codebook=low if tiles.codebook is None else tiles.codebook,
+        rows=tiles.rows,
+        groups=tiles.scales.shape[0],
+        low_bytes=low.stride(0),
+        high_bytes=0 if high is None else high.stride(0),
+        slabs=tiles.slabs,
+    )
 
 
-def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
-    return other if tensor is None else tensor
-
-
-def _strides(tiles: Tiles) -> tuple[int, int]:
-    return tiles.low.stride(0), 0 if tiles.high is None else tiles.high.stride(0)
-
-
-def _constants(tiles: Tiles, per_row: bool = True) -> dict[str, Any]:
+def _format(tiles: Tiles, per_row: bool = True) -> Format:
+    """The constants of a weight; `per_row` lets a kernel treat a single group as one scale per row."""
     zeros = "none" if tiles.zeros is None else "real" if tiles.real else "integer"
-    alone = per_row and tiles.scales.shape[0] == 1
-    return {
-        "BITS": tiles.bits,
-        "WIDTH": tiles.width,
-        "PARTS": tiles.parts,
-        "GROUP_PARTS": 0 if alone else tiles.group_parts,
-        "ZEROS": zeros,
-        "TABLE": tiles.table is not None,
-    }
+    group_parts = 0 if per_row and tiles.scales.shape[0] == 1 else tiles.group_parts
+    return Format(tiles.bits, tiles.width, tiles.parts, group_parts, zeros, tiles.codebook is not None)
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -32,14 +32,14 @@ class Tiles:
     scales     `[groups, rows]`, in the dtype that the weight had
     zeros      `[groups, rows]`: zero minus center, None where all are 0; integers in the scales' dtype, or float32 where
                they are `real`
-    table      float32 `[2**bits]`, or None for a uniform grid
+    codebook   float32 `[2**bits]`, or None for a uniform grid
     """
 
     low: Tensor
     high: Tensor | None
     scales: Tensor
     zeros: Tensor | None
-    table: Tensor | None
+    codebook: Tensor | None
     rows: int
     columns: int
     group: int
@@ -95,7 +95,7 @@ def pack(weight: Weight, int8: bool = False) -> Tiles:
         high=planes[1] if len(planes) > 1 else None,
         scales=weight.scale.T.contiguous(),
         zeros=zeros,
-        table=weight.codebook,
+        codebook=weight.codebook,
         rows=rows,
         columns=columns,
         group=group,

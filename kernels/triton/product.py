@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..kernel import Activations, Capabilities, Kernel, KernelSpec, Unavailable, WrongMachine
-from ..packed_layout import PackedLayout, flat
+from ..packed_layout import PackedLayout, flatten_layout
 from ..weight import SparseRows, Weight
 from .layout import Tiles, pack, unpack
 
@@ -31,7 +31,7 @@ class TritonProduct(PackedLayout[Tiles]):
         from . import launch, ops  # noqa: F401  (registers the operator)
 
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            return torch.ops.lmpress.triton_linear(x, *flat(self.layout), self.activations, self.steps)
+            return torch.ops.lmpress.triton_linear(x, *flatten_layout(self.layout), self.activations, self.steps)
         return launch.multiply(x, self.layout, self.activations, self.steps)
 
     def codes(self) -> Tensor:

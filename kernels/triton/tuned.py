@@ -40,7 +40,7 @@ class Regime:
     group: int
     bits: int
     zeros: bool
-    table: bool
+    codebook: bool
     activations: Activations
     dtype: str
 
@@ -48,7 +48,7 @@ class Regime:
     def of(cls, m: int, tiles: Tiles, activations: Activations, dtype: torch.dtype) -> "Regime":
         """That of `m` rows of inputs of `dtype` and a weight in `tiles`."""
         inputs = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
-        parts = (tiles.zeros is not None, tiles.table is not None)
+        parts = (tiles.zeros is not None, tiles.codebook is not None)
         shape = (tiles.rows, tiles.columns, tiles.group, tiles.bits)
         if activations == "group" and tiles.scales.shape[0] == 1:
             activations = "token"  # of one group it is the same product

@@ -33,7 +33,7 @@ def multiply(x: Tensor, tiles: Tiles, activations: Activations, steps: float) ->
         return _multiply_int8(x, tiles, activations, steps)
     if x.shape[0] > configs.MOST_ROWS:
         return _multiply_by_slabs(x, tiles)
-    inputs = _filled_up(x, tiles) if tiles.padded else x
+    inputs = _pad_groups(x, tiles) if tiles.padded else x
     if x.shape[0] == 1:
         return _multiply_row(inputs, tiles)
     return _multiply_tiles(inputs, None, tiles, "float", x.dtype)
@@ -48,7 +48,7 @@ def multiply_transposed(grad: Tensor, tiles: Tiles) -> Tensor:
 
 
 def slabs(tiles: Tiles, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight as floats `[rows, columns]`, up to SLAB at a time, in memory that is used again."""
+    """Rows of the weight in `dtype` `[rows, columns]`, up to SLAB at a time, in memory that the next slab overwrites."""
     memory = torch.empty(min(SLAB, tiles.rows), tiles.columns, dtype=dtype, device=tiles.low.device)
     for start in range(0, tiles.rows, SLAB):
         count = min(SLAB, tiles.rows - start)
@@ -61,14 +61,14 @@ def slabs(tiles: Tiles, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
 
 
 def quantized(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -> tuple[Tensor, Tensor]:
-    """int8 codes of `x` in the columns of `tiles`, and their scales float32 `[m, spans]`."""
+    """int8 codes of `x` at the column positions of `tiles`, and their scales float32 `[m, spans]`."""
     m, columns = x.shape
     group_width = tiles.group_parts * tiles.width
     padded = tiles.scales.shape[0] * group_width
     span, padded_span = (tiles.group, group_width) if activations == "group" else (columns, padded)
     spans = _ceil_div(columns, span)
     if activations == "token" and tiles.padded:
-        x, span, columns = _filled_up(x, tiles), padded, padded
+        x, span, columns = _pad_groups(x, tiles), padded, padded
     codes = torch.empty(m, padded, dtype=torch.int8, device=x.device)
     scales = torch.empty(m, spans, dtype=torch.float32, device=x.device)
     block = min(QUANTIZE_BLOCK, _power_of_two(padded_span))
@@ -79,7 +79,7 @@ def quantized(x: Tensor, tiles: Tiles, activations: Activations, steps: float) -
 
 
 def added_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Tensor) -> Tensor:
-    """`y + x S^T` for S in compressed rows; `y` float32 `[m, rows]`, `x` `[m, width]`."""
+    """`y + x S^T` for S in compressed rows; `y` float32 `[m, rows]`, `x` `[m, width]`: float32 `[m, rows]`."""
     (m, n), x = y.shape, x.contiguous()
     total = torch.empty_like(y, memory_format=torch.contiguous_format)
     block = min(16, _power_of_two(max(1, m)))
@@ -90,12 +90,12 @@ def added_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: 
 
 
 def choices(x: Tensor, tiles: Tiles, activations: Activations) -> list[Config]:
-    """The tiles that a search may try for inputs like `x`, first the one that is taken without it."""
+    """The tiles that a search tries for inputs like `x`, first the usual one."""
     return variants(_usual(x, tiles, activations))
 
 
 def _chosen(x: Tensor, tiles: Tiles, activations: Activations, dtype: torch.dtype) -> Config:
-    """The tile that was found fastest on this GPU, or the usual one."""
+    """The tile that a search found fastest on this GPU, or the usual one."""
     regime = Regime.of(x.shape[0], tiles, activations, dtype)
     return tuned_on(x).get(regime) or _usual(x, tiles, activations)
 
@@ -107,8 +107,8 @@ def _usual(x: Tensor, tiles: Tiles, activations: Activations) -> Config:
 
 
 def _run(kernel: Any, grid: tuple[int, ...], first: Tensor, *arguments: Any, **constants: Any) -> None:
-    """Start `kernel` on a grid of programs, on the device of its first argument: Triton takes the current one, which of several
-    GPUs need not be it. Its own call is one that no type checker understands."""
+    """Start `kernel` on a grid of programs, on the device of its first argument: Triton uses the current device, which may be
+    another GPU. The types of Triton's own call cannot be checked."""
     with torch.cuda.device_of(first):
         kernel[grid](first, *arguments, **constants)
 
@@ -160,7 +160,7 @@ def _splits(x: Tensor, tiles: Tiles, chosen: Config) -> int:
 
 
 def _output(x: Tensor, shape: tuple[int, int], split: int, dtype: torch.dtype) -> Tensor:
-    """Where the kernel writes: the result, or a part of the sum for each split."""
+    """The output of a kernel: the result, or a part of the sum for each split."""
     return x.new_empty(shape, dtype=dtype) if split == 1 else x.new_empty((split, *shape), dtype=torch.float32)
 
 
@@ -173,8 +173,8 @@ def _added_up(y: Tensor, dtype: torch.dtype) -> Tensor:
     return total
 
 
-def _filled_up(x: Tensor, tiles: Tiles) -> Tensor:
-    """`x` with zeros where the weight's groups are filled up."""
+def _pad_groups(x: Tensor, tiles: Tiles) -> Tensor:
+    """`x` with zeros in the padding of the weight's groups."""
     groups = F.pad(x, (0, -x.shape[1] % tiles.group)).unflatten(1, (-1, tiles.group))
     return F.pad(groups, (0, tiles.group_parts * tiles.width - tiles.group)).flatten(1)
 
@@ -208,5 +208,5 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _power_of_two(n: int) -> int:
-    """The smallest power of two from `n` on."""
+    """The smallest power of two that is at least `n`."""
     return 1 << (n - 1).bit_length()

@@ -187,7 +187,7 @@ def test_a_model_without_ranges_says_so(make_model: Any) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match="calibrated ranges"):
         PackedCache.of(model, scheme())
-    with pytest.raises(UsageError, match="2 layers with static scales need as many ranges"):
+    with pytest.raises(UsageError, match="a KV cache with static scales needs the ranges of 2 layers"):
         PackedCache(model.config, scheme())
 
 

@@ -1,4 +1,4 @@
-"""The operators' contracts: schemas, shapes for tracing, gradients."""
+"""The contracts of the operators: schemas, shapes for tracing, gradients."""
 
 import pytest
 import torch

@@ -86,7 +86,9 @@ def linear(
                     sums += scale * tl.dot(ws, xs, input_precision="ieee")
                 else:
                     if INPUTS == "group":
-                        scale = scale * tl.load(x_scales + batch * weight.groups + group, mask=batch_ok, other=0.0)[None, :]
+                        scale = (
+                            scale * tl.load(x_scales + batch * weight.groups + group, mask=batch_ok, other=0.0)[None, :]
+                        )
                     sums += scale * tl.dot(ws, xs, out_dtype=tl.int32).to(tl.float32)
             if FORMAT.zeros == "real" or (FORMAT.zeros == "integer" and INPUTS != "float"):
                 total = tl.sum(xs.to(tl.float32 if INPUTS == "float" else tl.int32), axis=0).to(tl.float32)[None, :]

@@ -1,9 +1,9 @@
-"""Compiles the kernels to machine code, without a GPU, and prints what is in it as JSON.
+"""Compiles the kernels to machine code, without a GPU, and prints facts about it as JSON.
 
     python tests/kernels/triton/assemble.py [NAME ...]          all of them: tests/kernels/triton/machine_code.json
 
-The names are those of `CASES`. Pointers and sizes carry the divisibility by 16 that the
-run time finds in a real layer, without which no load would be wide.
+The names are those of `CASES`. Pointers and sizes are divisible by 16, as in a real
+layer; otherwise no load would be wide.
 """
 
 import json
@@ -109,7 +109,7 @@ CASES: dict[str, Case] = {
 
 
 def facts(case: Case, capability: int) -> dict[str, Any]:
-    """What the machine code of `case` for a GPU of `capability` is made of."""
+    """Facts about the machine code of `case` for a GPU of `capability`: registers, spills, kinds of instructions."""
     names = case.kernel.arg_names
     constants, tile = case.constants(capability), case.tile(capability)
     signature = {n: "constexpr" if n in constants else case.types.get(n, "i32") for n in names}

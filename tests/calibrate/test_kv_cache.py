@@ -100,8 +100,8 @@ def test_one_scale_serves_all_tokens_however_they_are_rearranged() -> None:
     parts = PackedStates.within(given[:, :, :32], static(), ends)
     parts.append(PackedStates.within(given[:, :, 32:], static(), ends))
     assert torch.equal(parts.states(torch.float32), whole)
-    parts.keep(40)
-    parts.choose(torch.tensor([1, 0, 1]))
+    parts.truncate(40)
+    parts.select(torch.tensor([1, 0, 1]))
     assert torch.equal(parts.states(torch.float32), whole[[1, 0, 1], :, :40])
 
 

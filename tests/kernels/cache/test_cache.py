@@ -252,6 +252,6 @@ def test_a_recipe_for_a_model_that_cannot_have_it_is_refused_before_any_work(
     make_model("gemma2").save_pretrained(tmp_path / "model")
     letters.save_pretrained(tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text("passes: [{method: rtn, scheme: {kv: {window: 16}}}]")
-    with pytest.raises(UsageError, match="layer .* is a DynamicSlidingWindowLayer"):
+    with pytest.raises(UsageError, match=r"layer \d is a DynamicSlidingWindowLayer"):
         lmpress.run(tmp_path / "model", tmp_path / "out", tmp_path / "recipe.yaml")
     assert not (tmp_path / "out").exists()

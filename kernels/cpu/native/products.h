@@ -25,9 +25,13 @@ INLINE int32_t round_to_int(float value) { return (int32_t)(float_to_bits(value 
 
 /* ------------------------------------------------------------------------------------------------------- packed activations */
 
-/* Rows of activations that are packed at a time, rows of the largest row block, columns whose products are added up in one
- * partial sum, bytes of codes between the load and its prefetch, rows of a weight that share a grid of the second level. */
-enum { CHUNK_ROWS = 64, MAX_ROWS = 8, SEGMENT = 256, PREFETCH_BYTES = 4096, TILE_ROWS = 16 };
+enum {
+    CHUNK_ROWS = 64,       /* rows of activations that are packed at a time */
+    MAX_ROWS = 8,          /* rows of the largest row block */
+    SEGMENT = 256,         /* columns whose products are added up in one partial sum */
+    PREFETCH_BYTES = 4096, /* bytes of codes between a load and its prefetch */
+    TILE_ROWS = 16,        /* rows of a weight that share a grid of the second level */
+};
 
 /*
  * Up to CHUNK_ROWS rows of activations, packed for the kernels in row blocks: within a block of `n` rows, element i of row r

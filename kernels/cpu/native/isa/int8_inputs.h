@@ -44,7 +44,7 @@ TARGET INLINE void ISA(int8_panel)(const Product *p, int64_t panel, int64_t star
 #pragma GCC unroll 8
         for (int r = 0; r < rows; r++) {
             int64_t at = start * p->groups + g * rows + r;
-            /* The center is subtracted in integers: in floats, two large sums would differ by their rounding errors. */
+            /* The center is subtracted in integers: a difference of two large floats would be mostly rounding error. */
             Floats value = __builtin_convertvector(sums[r] - w->center * p->code_sums[at], Floats);
             if (has_offsets(w)) value -= offset * (float)p->code_sums[at];
             y[r] += value * (scale * p->scales[at]);

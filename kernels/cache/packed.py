@@ -64,9 +64,10 @@ class PackedStates:
         States beyond the ends are clamped. Raises `CompressError` if the number of ranges is not that of the channels.
         """
         channels = _channels(states)
-        if len(ends) != (1 if args.strategy == "tensor" else channels.shape[1]):
+        expected = 1 if args.strategy == "tensor" else channels.shape[1]
+        if len(ends) != expected:
             raise CompressError(
-                f"the cache ranges are those of {len(ends)} channels, but the model has {channels.shape[1]}",
+                f"expected {expected} calibrated cache ranges, got {len(ends)}",
                 "load the checkpoint that the ranges were calibrated for",
             )
         scale, zero = parameters(ends[:, 0], ends[:, 1], args)

@@ -113,12 +113,12 @@ def test_one_scale_for_all_channels(symmetric: bool) -> None:
     step = given.abs().max() / 127 if symmetric else (given.max() - given.min()) / 255
     assert (packed.states(torch.float32) - given).abs().max() <= 0.51 * step + 1e-3
     assert packed.nbytes == given.numel() + (2 if symmetric else 4)
-    with pytest.raises(CompressError, match="ranges of 8 channels"):
+    with pytest.raises(CompressError, match="expected 1 calibrated cache ranges, got 8"):
         PackedStates.within(given, args, torch.zeros(8, 2))
 
 
 def test_ranges_of_other_channels_are_refused() -> None:
-    with pytest.raises(CompressError, match="6 channels for 8"):
+    with pytest.raises(CompressError, match="expected 8 calibrated cache ranges, got 6"):
         PackedStates.within(random_keys(), static(), torch.zeros(6, 2))
 
 

@@ -31,8 +31,8 @@ from ...errors import CompressError, UsageError
 from ..formats.source import open_source
 from ..methods.transform.rotate import subtracts_mean
 from ..report.progress import Event, Observer, silent
-from ..solver.channel_pruning import refit_channels, refit_gain, remove_shared
-from ..solver.damped_hessian import damped
+from ..solver.channel_pruning import refit_channels, refit_gain, shared_channels_to_remove
+from ..solver.damped_hessian import damp
 from ..workspace import appearing, check_target
 from .drop_layers import write_model
 from .width import DAMPING, SAME, share, skeleton_of
@@ -133,8 +133,8 @@ class _Work:
             if reader.tied:
                 fixed.append(gram * reader.hessian)
             else:
-                free.append((gram, damped(reader.hessian, DAMPING)))
-        return remove_shared(free, fixed, self.width - self.size)
+                free.append((gram, damp(reader.hessian, DAMPING)))
+        return shared_channels_to_remove(free, fixed, self.width - self.size)
 
     @torch.no_grad()
     def cut(self, readers: Sequence[Reader], gone: Tensor, observer: Observer) -> dict[str, Tensor]:
@@ -213,7 +213,7 @@ class _Work:
         energy = torch.where(gain == 0, 0.0, reader.hessian.diagonal() / gain.square())
         # Of the whole stream's mean square, what the kept channels had; the larger norm still divides by all channels.
         gain = gain * (energy[~gone].sum() / energy.sum()).sqrt()
-        solver = damped(reader.hessian, DAMPING)
+        solver = damp(reader.hessian, DAMPING)
         for name in reader.linears if self.refit and not reader.tied else ():
             linear = self.model.get_submodule(name)
             set_weight(linear, refit_channels(weight_of(linear).detach().cpu(), solver, gone).to(weight.device))

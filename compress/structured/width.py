@@ -25,8 +25,8 @@ from ...calibrate.runner import Runner
 from ...errors import CompressError, UsageError
 from ..formats.source import open_source
 from ..report.progress import Event, Observer, silent
-from ..solver.channel_pruning import refit_channels, remove_channels
-from ..solver.damped_hessian import damped
+from ..solver.channel_pruning import channels_to_remove, refit_channels
+from ..solver.damped_hessian import damp
 from ..workspace import appearing, check_target
 from .drop_layers import write_model
 from .slices import Cut, attention_cut, cut_tensors, mlp_cut
@@ -156,9 +156,9 @@ def _narrow_block(runner: Runner, index: int, small: PreTrainedModel, width: Wid
         wanted.append((mlp_cut(block, sharing, now), width.channels(now)))
     replaced: dict[str, Tensor] = {}
     for cut, kept in wanted:
-        hessian = damped(runner.collect(index, {cut.consumer}).hessians[cut.consumer].matrix(), DAMPING)
+        hessian = damp(runner.collect(index, {cut.consumer}).hessians[cut.consumer].matrix(), DAMPING)
         weight = weight_of(block.get_submodule(cut.consumer)).detach()
-        gone = remove_channels(weight, hessian, cut.size(block), cut.groups - kept)
+        gone = channels_to_remove(weight, hessian, cut.size(block), cut.groups - kept)
         columns = gone.repeat_interleave(cut.size(block))
         fitted = refit_channels(weight, hessian, columns) if width.refit else weight.masked_fill(columns, 0)
         set_weight(block.get_submodule(cut.consumer), fitted)

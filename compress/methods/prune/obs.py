@@ -17,7 +17,7 @@ from ....recipes.scheme import PruneArgs
 from ....recipes.scheme.prune_args import Pruning, Scope
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
-from ...solver.masked_lstsq import remove
+from ...solver.masked_lstsq import group_obs
 from ...solver.obs_elimination import eliminate
 from .layers import prune_linears
 from .masks import smallest
@@ -68,4 +68,4 @@ def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs, block: int) -
 def _compensated(weight: Tensor, inverses: list[Tensor], pruned: Tensor, block: int) -> Tensor:
     """Group OBS inside every block."""
     spans = zip(weight.split(block, 1), inverses, pruned.split(block, 1), strict=True)
-    return torch.cat([remove(part, inverse, mask) for part, inverse, mask in spans], dim=1)
+    return torch.cat([group_obs(part, inverse, mask) for part, inverse, mask in spans], dim=1)

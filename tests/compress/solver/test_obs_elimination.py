@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.solver.obs_elimination import ToGrid, Trace, eliminate
+from lmpress.compress.solver.obs_elimination import EliminationTrace, GridProjection, eliminate
 from lmpress.kernels.tensor.grid import Grid
 from lmpress.recipes.scheme import QuantArgs
 
@@ -140,7 +140,7 @@ def test_global_budget(sparsity: float, block: int) -> None:
 
 def test_a_cheap_tail_does_not_jump_the_queue() -> None:
     order = torch.tensor([[2, 0, 1]], dtype=torch.int32)
-    trace = Trace(order, torch.tensor([[5.0, 1.0, 9.0]]), torch.zeros(1, 3))
+    trace = EliminationTrace(order, torch.tensor([[5.0, 1.0, 9.0]]), torch.zeros(1, 3))
     assert trace.mask(1 / 3).tolist() == [[False, False, True]]  # one loss counts, the first step is taken
 
 
@@ -190,7 +190,7 @@ def test_to_grid_equals_the_plain_loop(bits: int) -> None:
     weight, hessian, inverse = problem(5, 50)
     args = QuantArgs(bits=bits, symmetric=False, strategy="channel", group_size=None)
     grid = Grid.fit(weight, args)
-    trace = eliminate(weight, inverse, ToGrid(grid))
+    trace = eliminate(weight, inverse, GridProjection(grid))
     for row in range(5):
         own = Grid(grid.scale[row : row + 1], grid.zero[row : row + 1], args)
         expected, loss = obq_row(weight[row], inverse, own)

@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
 from lmpress.calibrate.data.token_rows import TokenRows
-from lmpress.compress.solver.channel_pruning import refit_gain, remove_channels, remove_shared
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.channel_pruning import channels_to_remove, refit_gain, shared_channels_to_remove
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.structured.hidden_size import prune_hidden_size
 from lmpress.errors import UsageError
 
@@ -61,7 +61,7 @@ def relative_loss(weight: Tensor, matrix: Tensor, gone: list[int], fixed: bool) 
 
 def test_the_shared_choice_is_greedy_and_exact() -> None:
     free, fixed = [problem(seed) for seed in range(3)], [problem(seed) for seed in (3, 4)]
-    solved = [(weight, damped(matrix, 0.01)) for weight, matrix in free]
+    solved = [(weight, damp(matrix, 0.01)) for weight, matrix in free]
     gone: list[int] = []
     for _ in range(3):
         losses = {}
@@ -70,15 +70,15 @@ def test_the_shared_choice_is_greedy_and_exact() -> None:
             losses[channel] = sum(relative_loss(w, h.matrix, trial, fixed=False) for w, h in solved)
             losses[channel] += sum(relative_loss(w, h, trial, fixed=True) for w, h in fixed)
         gone.append(min(losses, key=lambda c: losses[c]))
-    found = remove_shared([(w.T @ w, h) for w, h in solved], [w.T @ w * h for w, h in fixed], 3)
+    found = shared_channels_to_remove([(w.T @ w, h) for w, h in solved], [w.T @ w * h for w, h in fixed], 3)
     assert found.nonzero().flatten().tolist() == sorted(gone)
 
 
 def test_one_reader_loses_what_it_would_lose_alone() -> None:
     weight, matrix = problem(0)
-    solved = damped(matrix, 0.01)
-    alone = remove_channels(weight, solved, 1, 4)
-    assert torch.equal(remove_shared([(weight.T @ weight, solved)], [], 4), alone)
+    solved = damp(matrix, 0.01)
+    alone = channels_to_remove(weight, solved, 1, 4)
+    assert torch.equal(shared_channels_to_remove([(weight.T @ weight, solved)], [], 4), alone)
 
 
 def test_the_gain_is_the_least_squares_one() -> None:

@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmpress.calibrate.data.token_rows import TokenRows
 from lmpress.calibrate.model.architecture import find_blocks, find_linears
-from lmpress.compress.solver.channel_pruning import group_costs, refit_channels, remove_channels
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.channel_pruning import channels_to_remove, group_costs, refit_channels
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.compress.structured.width import Width, prune_width
 from lmpress.errors import UsageError
@@ -64,7 +64,7 @@ def best_loss(weight: Tensor, matrix: Tensor, gone: list[int]) -> float:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_costs_are_the_losses_after_least_squares(size: int) -> None:
     weight, hessian = problem()
-    solved = damped(hessian, 0.01)
+    solved = damp(hessian, 0.01)
     costs = group_costs(weight, solved.inverse, size)
     for group in range(8 // size):
         columns = list(range(group * size, (group + 1) * size))
@@ -73,11 +73,11 @@ def test_costs_are_the_losses_after_least_squares(size: int) -> None:
 
 def test_the_elimination_is_greedy_and_exact() -> None:
     weight, hessian = problem()
-    solved, gone = damped(hessian, 0.01), []
+    solved, gone = damp(hessian, 0.01), []
     for _ in range(3):
         rest = [c for c in range(8) if c not in gone]
         gone.append(min(rest, key=lambda c: best_loss(weight, solved.matrix, [*gone, c])))
-    found = remove_channels(weight, solved, 1, 3)
+    found = channels_to_remove(weight, solved, 1, 3)
     assert found.nonzero().flatten().tolist() == sorted(gone)
     refitted = refit_channels(weight, solved, found)
     loss = best_loss(weight, solved.matrix, gone)
@@ -89,7 +89,7 @@ def test_the_elimination_is_greedy_and_exact() -> None:
 def test_dead_channels_go_first() -> None:
     weight, hessian = problem()
     hessian[[2, 5]], hessian[:, [2, 5]] = 0, 0
-    assert remove_channels(weight, damped(hessian, 0.01), 1, 2).nonzero().flatten().tolist() == [2, 5]
+    assert channels_to_remove(weight, damp(hessian, 0.01), 1, 2).nonzero().flatten().tolist() == [2, 5]
 
 
 def saved(family: str, folder: Path) -> Path:

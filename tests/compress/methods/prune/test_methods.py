@@ -11,8 +11,8 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.prune import exactobs, magnitude, obd, obs, sparsegpt, wanda
 from lmpress.compress.methods.prune.masks import smallest
-from lmpress.compress.solver.damped_hessian import damped
-from lmpress.compress.solver.masked_lstsq import refit, row_losses
+from lmpress.compress.solver.damped_hessian import damp
+from lmpress.compress.solver.masked_lstsq import masked_lstsq, row_losses
 from lmpress.compress.solver.sweep import sweep
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor import PrunedTensor
@@ -121,7 +121,7 @@ def test_obd_ranks_rows_as_wanda_does() -> None:
     weight, x = weights(8, 16), inputs(90, 16)
     found = result(run("obd", weight, x, PruneArgs(0.5, scope="row")))
     assert torch.equal(found.kept, result(run("wanda", weight, x, PruneArgs(0.5))).kept)
-    hessian = damped(2 * x.T.double() @ x.double(), 0.0)
+    hessian = damp(2 * x.T.double() @ x.double(), 0.0)
     total = layer_zeros(8 * 16, 0.5)
     scores = (weight.double() ** 2 * x.double().square().sum(0)).flatten()
     expected = set(scores.argsort()[:total].tolist())
@@ -151,7 +151,7 @@ def textbook_sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: 
 @pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
 def test_sparsegpt_equals_the_textbook(pattern: str | None) -> None:
     x, weight = inputs(700, 296).double(), weights(20, 296).double()
-    hessian, args = damped(2 * x.T @ x, 0.01), PruneArgs(0.5, pattern=pattern)
+    hessian, args = damp(2 * x.T @ x, 0.01), PruneArgs(0.5, pattern=pattern)
     found, pruned = sparsegpt.prune(weight, hessian, args)
     expected = textbook_sparsegpt(weight, hessian.upper, 0.5, args.n_of_m)
     assert torch.equal(pruned, expected == 0)
@@ -163,7 +163,7 @@ def test_sparsegpt_equals_the_textbook(pattern: str | None) -> None:
 def test_sparsegpt_bookkeeping(pattern: str | None, dtype: torch.dtype, tolerance: float) -> None:
     """Identity I1 in both precisions."""
     x, weight = inputs(500, 150).double(), weights(16, 150).to(dtype)
-    hessian = damped(2 * x.T @ x, 0.01)
+    hessian = damp(2 * x.T @ x, 0.01)
     upper, columns = hessian.upper.to(dtype), weight.T.contiguous()
     projection = sparsegpt.ZeroProjection(upper.diagonal(), PruneArgs(0.5, pattern=pattern), columns)
     errors = sweep(columns, upper, projection)
@@ -186,7 +186,7 @@ def test_sparsegpt_prunes_hardly_more_than_asked() -> None:
 def test_exactobs_is_the_optimum_on_its_mask(args: PruneArgs) -> None:
     """Identity I2 in float64, by a solve per row."""
     x, weight = inputs(300, 64).double(), weights(12, 64).double()
-    hessian = damped(2 * x.T @ x, 0.0)
+    hessian = damp(2 * x.T @ x, 0.0)
     found, pruned = exactobs.prune(weight, hessian, args)
     for row in range(12):
         kept = ~pruned[row]
@@ -196,7 +196,7 @@ def test_exactobs_is_the_optimum_on_its_mask(args: PruneArgs) -> None:
 
 def test_obs_in_one_block_is_nearly_exactobs() -> None:
     x, weight = inputs(300, 40).double(), weights(6, 40).double()
-    hessian = damped(2 * x.T @ x, 0.0)
+    hessian = damp(2 * x.T @ x, 0.0)
     whole, small = (obs.prune(weight, hessian, PruneArgs(0.5), block)[0] for block in (40, 10))
     exact = exactobs.prune(weight, hessian, PruneArgs(0.5))[0]
     losses = [float(row_losses(weight - q, hessian.matrix).sum()) for q in (exact, whole, small)]
@@ -219,10 +219,10 @@ def test_refit_keeps_the_mask_and_lowers_the_loss(name: str) -> None:
     weight, x = weights(16, 64), inputs(300, 64)
     plain, refitted = (run(name, weight, x, PruneArgs(0.5, dtype="float32"), refit=on) for on in (False, True))
     assert torch.equal(result(plain).kept, result(refitted).kept)
-    hessian = damped(statistic(x).matrix(), 0.01).matrix
+    hessian = damp(statistic(x).matrix(), 0.01).matrix
     before, after = (float(row_losses((weight - result(r).values).double(), hessian).sum()) for r in (plain, refitted))
     assert after < 0.9 * before
-    optimum = refit(weight.double(), hessian, ~result(plain).kept)
+    optimum = masked_lstsq(weight.double(), hessian, ~result(plain).kept)
     assert torch.allclose(result(refitted).values.double(), optimum, atol=1e-5)
 
 

@@ -20,11 +20,11 @@ def channels_to_remove(weight: Tensor, hessian: DampedHessian, size: int, count:
     One group at a time, always the cheapest, with weight and inverse updated after each. Float64, of the Hessian's size.
     """
     left, inverse = weight.double().masked_fill(hessian.dead, 0), hessian.inverse.clone()
-    gone = torch.zeros(left.shape[1] // size, dtype=torch.bool, device=left.device)
+    removed = torch.zeros(left.shape[1] // size, dtype=torch.bool, device=left.device)
     for _ in range(count):
-        costs = group_costs(left, inverse, size).masked_fill(gone, torch.inf)
+        costs = group_costs(left, inverse, size).masked_fill(removed, torch.inf)
         group = int(costs.argmin())
-        gone[group] = True
+        removed[group] = True
         span = slice(group * size, (group + 1) * size)
         solution = torch.linalg.solve(inverse[span, span], inverse[span])  # [size, in]
         left -= left[:, span] @ solution
@@ -32,7 +32,7 @@ def channels_to_remove(weight: Tensor, hessian: DampedHessian, size: int, count:
         left[:, span] = 0
         inverse[span], inverse[:, span] = 0, 0
         inverse.diagonal()[span] = 1  # an arbitrary value that keeps removed groups solvable
-    return gone
+    return removed
 
 
 def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
@@ -45,9 +45,9 @@ def group_costs(weight: Tensor, inverse: Tensor, size: int) -> Tensor:
     return (torch.linalg.solve(corners, columns) * columns).sum((1, 2)) / 2
 
 
-def refit_channels(weight: Tensor, hessian: DampedHessian, gone: Tensor) -> Tensor:
-    """`weight` `[out, in]` float64: zero in the columns `gone` (bool `[in]`), the least squares solution in the others."""
-    target, kept = weight.double().masked_fill(hessian.dead, 0), ~gone
+def refit_channels(weight: Tensor, hessian: DampedHessian, removed: Tensor) -> Tensor:
+    """`weight` `[out, in]` float64: zero in the columns `removed` (bool `[in]`), the least squares solution in the others."""
+    target, kept = weight.double().masked_fill(hessian.dead, 0), ~removed
     solved = torch.zeros_like(target)
     factor = torch.linalg.cholesky(hessian.matrix[kept][:, kept])
     solved[:, kept] = torch.cholesky_solve((target @ hessian.matrix[:, kept]).T, factor).T
@@ -66,15 +66,15 @@ def shared_channels_to_remove(
     states = [(g.clone(), h.inverse.clone(), float((g * h.matrix).sum()) / 2) for g, h in readers]
     fixed = [matrix.double() / matrix.double().sum() for matrix in fixed]
     size = len(states[0][0])
-    gone = torch.zeros(size, dtype=torch.bool, device=states[0][0].device)
+    removed = torch.zeros(size, dtype=torch.bool, device=states[0][0].device)
     for _ in range(count):
         costs = sum(g.diagonal() / a.diagonal() / 2 / total for g, a, total in states)
-        costs = costs + sum(m.diagonal() + 2 * m[:, gone].sum(1) for m in fixed)
-        channel = int(torch.as_tensor(costs).masked_fill(gone, torch.inf).argmin())
-        gone[channel] = True
+        costs = costs + sum(m.diagonal() + 2 * m[:, removed].sum(1) for m in fixed)
+        channel = int(torch.as_tensor(costs).masked_fill(removed, torch.inf).argmin())
+        removed[channel] = True
         for gram, inverse, _ in states:
             _drop(gram, inverse, channel)
-    return gone
+    return removed
 
 
 def _drop(gram: Tensor, inverse: Tensor, channel: int) -> None:
@@ -91,13 +91,13 @@ def _drop(gram: Tensor, inverse: Tensor, channel: int) -> None:
     inverse[channel, channel] = 1  # an arbitrary value that keeps the costs finite
 
 
-def refit_gain(hessian: Tensor, weight: Tensor, gone: Tensor) -> Tensor:
+def refit_gain(hessian: Tensor, weight: Tensor, removed: Tensor) -> Tensor:
     """Factors `[kept]` of the channels that stay, for a reader whose `weight` `[out, in]` cannot change.
 
     Least squares of `sum_K s_i x_i W_i` against `sum x_i W_i`, regularized towards 1 by the usual damping.
     """
     loss = hessian.double() * (weight.double().T @ weight.double())
-    kept = ~gone
+    kept = ~removed
     matrix = loss[kept][:, kept]
     shift = DAMPING * matrix.diagonal().mean()
     right = loss[kept].sum(1) + shift

@@ -79,10 +79,10 @@ def eliminate(
 ) -> EliminationTrace:
     """Settle the weights of every row of `weight` `[rows, cols]`, cheapest first; the others compensate each of them.
 
-    `inverse` is `Hd^-1` `[cols, cols]`, or one per row `[rows, cols, cols]`, in the dtype of `weight`. `projection` None
-    prunes. A `pattern` `(n, m)` settles `n` of every `m` neighbouring columns instead of all (`r * n // m` of a last group of `r`);
-    `block` neighbouring columns are pruned together. The result does not depend on `rows_at_once`. Raises `ValueError` if
-    blocks are combined with a projection or a pattern.
+    `inverse` is `Hd^-1` `[cols, cols]`, or one per row `[rows, cols, cols]`, in the dtype of `weight`. Without a `projection`
+    weights are pruned. A `pattern` `(n, m)` settles `n` of every `m` neighbouring columns instead of all (`r * n // m` of a
+    last group of `r`); `block` neighbouring columns are pruned together. The result does not depend on `rows_at_once`.
+    Raises `ValueError` if blocks are combined with a projection or a pattern.
     """
     rows, width = weight.shape
     if block > 1 and (projection is not None or pattern is not None):

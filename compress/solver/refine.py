@@ -67,7 +67,7 @@ class Descent:
         return cls(slope, hessian, shift, transposed, scale, zero, grid.args, grid.units)
 
     def sweep(self, last: bool) -> float:
-        """One pass over all groups; the fall of the damped loss. The `last` pass does not update the slope of columns behind."""
+        """One pass over all groups; the fall of the damped loss. The `last` one does not update the slope of columns behind."""
         width, size = len(self.hessian), self.args.columns_per_scale(len(self.hessian))
         fallen = torch.zeros(self.slope.shape[1], dtype=torch.float64, device=self.slope.device)
         step = size * max(1, BLOCK // size)

@@ -154,7 +154,7 @@ def test_what_counts_as_pruned(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("made", "words", "why"),
     [
-        ("tiny", {}, "learn from itself"),
+        ("tiny", {}, "its own teacher"),
         ("pruned", {"drop": 1}, "packed and stay"),
         ("pruned", {"options": {"keep_zeros": False}}, "packed and stay"),
         ("quantized", {}, "quantized: whatever is trained"),

@@ -209,5 +209,5 @@ def test_own_inverses_per_row() -> None:
 
 def test_blocks_take_no_pattern() -> None:
     weight, _, inverse = problem(2, 8)
-    with pytest.raises(ValueError, match="neither a grid nor a pattern"):
+    with pytest.raises(ValueError, match="cannot be combined with a projection or a pattern"):
         eliminate(weight, inverse, pattern=(2, 4), block=4)

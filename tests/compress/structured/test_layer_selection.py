@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmpress.calibrate.data.token_rows import TokenRows
 from lmpress.compress.formats.source import open_source
-from lmpress.compress.structured.layer_selection import choose, greedy, mapped, only
+from lmpress.compress.structured.layer_selection import fixed_selection, greedy_selection, only_layers, select_layers
 from lmpress.errors import UsageError
 
 LAYERS = 5
@@ -38,7 +38,7 @@ def model(tmp_path: Path) -> LlamaForCausalLM:
 
 
 def chosen(how: str, count: int, folder: Path) -> list[int]:
-    return choose(how, count, open_source(folder / "model"), TokenRows(IDS, "random", 20), folder / "scratch")
+    return select_layers(how, count, open_source(folder / "model"), TokenRows(IDS, "random", 20), folder / "scratch")
 
 
 def states(model: LlamaForCausalLM) -> list[torch.Tensor]:
@@ -87,13 +87,13 @@ def test_greedy_drops_what_costs_least(model: LlamaForCausalLM, tmp_path: Path) 
     for _ in range(2):
         kept = min(([k for k in kept if k != layer] for layer in kept), key=cost)
     assert 3 not in kept
-    assert chosen("greedy", 3, tmp_path) == greedy(model, IDS, 2) == kept
+    assert chosen("greedy", 3, tmp_path) == greedy_selection(model, IDS, 2) == kept
 
 
 def test_only_gives_the_model_back_as_it_was(model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         before = model(IDS).logits
-        with only(model, [0, 2]):
+        with only_layers(model, [0, 2]):
             assert len(model.model.layers) == model.config.num_hidden_layers == 2
         assert torch.equal(model(IDS).logits, before)
 
@@ -108,7 +108,7 @@ def test_only_gives_the_model_back_as_it_was(model: LlamaForCausalLM) -> None:
     ],
 )
 def test_maps(how: str, count: int, layers: int, expected: list[int]) -> None:
-    assert mapped(how, count, layers) == expected
+    assert fixed_selection(how, count, layers) == expected
 
 
 @pytest.mark.parametrize(("how", "count"), [("greedy", 0), ("influence", LAYERS), ("best", 2)])

@@ -142,8 +142,8 @@ def test_killed_runs_skip_finished_stages_and_end_in_the_same_bytes(tiny: Path, 
     assert ran.stdout.split() == [str(int(signal.SIGKILL))] * len(points)
     for number, point in enumerate(points):
         work = tmp_path / f".{number}.distill"
-        finished = {name for name in ("shallower", "narrower") if (work / name).exists()}
-        assert finished == ({"shallower"} if point == "block/0" else {"shallower", "narrower"})
+        finished = {name for name in ("layers", "width") if (work / name).exists()}
+        assert finished == ({"layers"} if point == "block/0" else {"layers", "width"})
         before = {name: (work / name / "model.safetensors").stat().st_mtime_ns for name in finished}
         seen: list[tuple[str, int]] = []
 

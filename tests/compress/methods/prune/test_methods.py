@@ -248,7 +248,7 @@ def test_the_drift_is_repaired() -> None:
 def test_scopes_that_make_no_sense_are_refused() -> None:
     with pytest.raises(UsageError, match="scope"):
         exactobs.ExactOBS(scheme=Pruning(PruneArgs(scope="block")))
-    with pytest.raises(UsageError, match="blocks of columns"):
+    with pytest.raises(UsageError, match="supports only the scope block"):
         sparsegpt.SparseGPT(scheme=Pruning(PruneArgs(scope="row")))
     linear = Linear("layer", weights(4, 8), QuantArgs(), statistic(inputs(20, 8)))
     with pytest.raises(UsageError, match="to be quantized"):

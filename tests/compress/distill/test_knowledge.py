@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lmpress.compress.distill.feature_hooks import attention_scores
-from lmpress.compress.distill.knowledge import compare, train
+from lmpress.compress.distill.knowledge import loss_terms, train
 from lmpress.compress.distill.training_state import TrainingState
 from lmpress.errors import UsageError
 from lmpress.recipes.training import DistillConfig
@@ -49,7 +49,7 @@ def shallower(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
 def test_the_terms_of_an_identical_student() -> None:
     teacher, pairs = model(), [(0, 0), (1, 1), (2, 2)]
     with torch.no_grad():
-        terms = compare(model(), teacher, IDS, pairs, LESSONS)
+        terms = loss_terms(model(), teacher, IDS, pairs, LESSONS)
     assert float(terms.hidden) == 0 and float(terms.attention) == 0
     with torch.no_grad():
         logs = teacher(IDS).logits.log_softmax(-1)
@@ -62,7 +62,7 @@ def test_the_terms_against_their_formulas() -> None:
     student = shallower(teacher)
     config = replace(LESSONS, temperature=2.0)
     with torch.no_grad():
-        terms = compare(student, teacher, IDS, [(0, 0), (1, 2)], config)
+        terms = loss_terms(student, teacher, IDS, [(0, 0), (1, 2)], config)
     with torch.no_grad():
         theirs = teacher(IDS, output_hidden_states=True)
         ours = student(IDS, output_hidden_states=True)
@@ -102,7 +102,7 @@ def test_a_student_learns_and_is_left_as_it_was_best(tmp_path: Path) -> None:
     losses = [loss for _, loss, _ in curve]
     assert min(losses) < 0.9 * losses[0]
     with torch.no_grad():
-        terms = compare(student, model(), IDS[:8], [(0, 0), (1, 2)], LESSONS)
+        terms = loss_terms(student, model(), IDS[:8], [(0, 0), (1, 2)], LESSONS)
     assert float(terms.loss(LESSONS)) == pytest.approx(min(losses), rel=1e-5)
 
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import lmpress
 from lmpress.calibrate.model import safetensors_io
-from lmpress.compress.distill.adapters import attach
-from lmpress.compress.distill.knowledge import train, zeros
+from lmpress.compress.distill.adapters import attach_adapters
+from lmpress.compress.distill.knowledge import pruned_masks, train
 from lmpress.compress.distill.training_state import STATE, TrainingState
 from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.errors import UsageError
@@ -68,7 +68,7 @@ def test_fresh_adapters_compute_the_same_and_fold_into_the_same_bits(tiny: Path)
     before = weights(student)
     with torch.no_grad():
         logits = student(IDS).logits
-        fold = attach(student, 4, seed=0)
+        fold = attach_adapters(student, 4, seed=0)
         assert torch.equal(student(IDS).logits, logits)
     fold()
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
@@ -144,19 +144,19 @@ def test_what_counts_as_pruned(tiny: Path) -> None:
         student.model.layers[0].mlp.up_proj.weight[:8] = 0  # a third
         student.model.layers[1].mlp.up_proj.weight[0, 0] = 0
     first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
-    assert zeros(student, DistillConfig()).keys() == {first}
-    assert zeros(student, DistillConfig(keep_zeros=True)).keys() == {first, second}
-    assert not zeros(student, DistillConfig(keep_zeros=False))
+    assert pruned_masks(student, DistillConfig()).keys() == {first}
+    assert pruned_masks(student, DistillConfig(keep_zeros=True)).keys() == {first, second}
+    assert not pruned_masks(student, DistillConfig(keep_zeros=False))
     with pytest.raises(UsageError, match="adapters would fill its zeros"):
-        zeros(student, DistillConfig(lora=4))
+        pruned_masks(student, DistillConfig(lora=4))
 
 
 @pytest.mark.parametrize(
     ("made", "words", "why"),
     [
         ("tiny", {}, "its own teacher"),
-        ("pruned", {"drop": 1}, "packed and stay"),
-        ("pruned", {"options": {"keep_zeros": False}}, "packed and stay"),
+        ("pruned", {"drop": 1}, "its zeros stay"),
+        ("pruned", {"options": {"keep_zeros": False}}, "its zeros stay"),
         ("quantized", {}, "quantized: whatever is trained"),
         ("quantized", {"drop": 1}, "quantized: whatever is trained"),
     ],

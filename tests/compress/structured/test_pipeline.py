@@ -69,7 +69,7 @@ def test_the_losses_are_drawn_or_said_to_be_missing(
 
 
 def test_shares_are_rounded_to_layers_and_to_whole_groups() -> None:
-    assert Reduction(drop=0.25).wanted(8) == Reduction(drop=2).wanted(8) == 6
+    assert Reduction(drop=0.25).layers_to_keep(8) == Reduction(drop=2).layers_to_keep(8) == 6
     assert Width(mlp=0.67).channels(768) == 512 and Width(mlp=0.67).channels(24) == 16
     assert Width(mlp=500).channels(768) == 500
 

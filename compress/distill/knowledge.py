@@ -164,7 +164,7 @@ class _Training:
                     break
 
     def _update(self, step: int, model: PreTrainedModel, optimiser: Optimizer, rows: Tensor) -> None:
-        """One update by the rows of `step`, in as many passes as `accumulate` says."""
+        """One update by the rows of `step`, in `accumulate` passes."""
         config = self.config
         for group in optimiser.param_groups:
             group["lr"] = config.rate * _schedule(step, config.steps)

@@ -166,7 +166,7 @@ class _Elimination:
         self._unit = torch.eye(
             block, dtype=weight.dtype, device=weight.device
         )  # replaces the diagonal block of a settled block
-        self._barred = weight.new_zeros(count, width // block)  # infinite where a block can no longer be chosen
+        self._barred = weight.new_zeros(count, width // block)  # infinite for blocks that can no longer be chosen
         self._groups = None if pattern is None else _PatternGroups(pattern, count, width, weight.device)
         self._steps = width
         if self._groups is not None:

@@ -128,8 +128,10 @@ def _mlp_width(text: PreTrainedConfig) -> tuple[str, int]:
 
 
 def kept_count(flag: str, asked: float, now: int, group: int) -> int:
-    """How many of `now` channels stay: `asked`, or if that is below 1 that share of them, in whole groups of `group` if `now`
-    has such. Raises `UsageError`, which names the `flag`, if that is not possible."""
+    """How many of `now` channels stay: `asked`, or if that is below 1 that share of them, as a multiple of `gcd(now, group)`.
+
+    Raises `UsageError`, which names the `flag`, if that is not possible.
+    """
     group = math.gcd(now, group)
     return _checked_count(flag, max(1, round(asked * now / group)) * group if 0 < asked < 1 else asked, now)
 

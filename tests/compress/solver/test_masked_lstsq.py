@@ -34,7 +34,7 @@ def masks(rows: int, width: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", ["random", "ragged", "same", "few"])
-def test_both_routes_are_the_optimum(name: str) -> None:
+def test_masked_lstsq_and_group_obs_are_the_optimum(name: str) -> None:
     weight, hessian = problem(23, 31)
     pruned = masks(23, 31)[name]
     expected = row_by_row(weight, hessian, pruned)
@@ -51,7 +51,7 @@ def test_small_batches_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_never_worse_than_the_start() -> None:
-    """A Hessian that cannot be factored must leave the rows as they are."""
+    """A Hessian that cannot be factored must leave the rows unchanged."""
     weight, hessian = problem(5, 8)
     pruned = torch.zeros(5, 8, dtype=torch.bool)
     pruned[:, 3] = True
@@ -69,7 +69,7 @@ def test_float32_weights_stay_float32() -> None:
     assert masked_lstsq(weight.float(), hessian, pruned).dtype == torch.float32
 
 
-def test_damped_names_its_parts() -> None:
+def test_the_parts_of_a_damped_hessian() -> None:
     _, hessian = problem(2, 6)
     hessian[4], hessian[:, 4] = 0, 0
     found = damp(hessian.float(), 0.01)

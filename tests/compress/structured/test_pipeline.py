@@ -1,4 +1,4 @@
-"""`distill` stage by stage: the same as its parts by hand, finished stages kept over a kill, nothing left by a refusal."""
+"""`distill` stage by stage: equal to its parts run by hand; finished stages survive a kill; a refusal leaves no files."""
 
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def test_width_alone_with_training(tiny: Path, tmp_path: Path, text: str) -> Non
     assert report.history.curve[0][0] == 0 and report.history.curve[0][2] > 0
 
 
-def test_the_losses_are_drawn_or_said_to_be_missing(
+def test_the_loss_curve_is_drawn_or_a_warning_is_given(
     tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str | None] = []

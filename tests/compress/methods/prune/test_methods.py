@@ -42,7 +42,7 @@ def statistic(x: Tensor) -> Hessian:
 
 
 def run(name: str, weight: Tensor, x: Tensor, args: PruneArgs, **options: object) -> Linear:
-    """The layer after the method `name` with `options`; nothing else changes but what `args` says."""
+    """The layer after the method `name` with `options`; only `args` differs."""
     known = method(name)
     resolved = args.for_layer(weight.shape[1], torch.float32, known.config.scope)
     linear = Linear("layer", weight, resolved, statistic(x))
@@ -107,7 +107,7 @@ def test_wanda_per_row_by_the_formula() -> None:
     for row in range(10):
         gone = sorted(range(31), key=lambda j: float(scores[row, j]))[: int(31 * 0.5)]
         assert set((~found.kept[row]).nonzero().flatten().tolist()) == set(gone)
-    assert torch.equal(found.values[found.kept], weight[found.kept])  # nothing is updated
+    assert torch.equal(found.values[found.kept], weight[found.kept])  # kept weights do not change
 
 
 def test_wanda_with_equal_norms_is_magnitude_per_row() -> None:
@@ -177,7 +177,7 @@ def test_sparsegpt_prunes_hardly_more_than_asked() -> None:
     assert block_zeros(128 * 10, 0.5) == 641
     weight = weights(10, 128)
     found = result(run("sparsegpt", weight, inputs(300, 128), PruneArgs(0.0)))
-    assert int((~found.kept).sum()) == 1  # the threshold itself goes, as published
+    assert int((~found.kept).sum()) == 1  # the threshold itself is pruned, as published
 
 
 @pytest.mark.parametrize(
@@ -226,8 +226,8 @@ def test_refit_keeps_the_mask_and_lowers_the_loss(name: str) -> None:
     assert torch.allclose(result(refitted).values.double(), optimum, atol=1e-5)
 
 
-def test_the_drift_is_repaired() -> None:
-    """Pruning nothing but one weight with compressed inputs: the output comes back to what the original inputs gave."""
+def test_the_drift_is_compensated() -> None:
+    """Pruning one weight only, with compressed inputs: the output equals that of the original inputs again."""
     generator = torch.Generator().manual_seed(5)
     original, weight = inputs(600, 24), weights(6, 24)
     here = original + 0.3 * torch.randn(600, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
@@ -245,7 +245,7 @@ def test_the_drift_is_repaired() -> None:
     assert least <= errors[1]
 
 
-def test_scopes_that_make_no_sense_are_refused() -> None:
+def test_unsupported_scopes_are_refused() -> None:
     with pytest.raises(UsageError, match="scope"):
         exactobs.ExactOBS(scheme=Pruning(PruneArgs(scope="block")))
     with pytest.raises(UsageError, match="supports only the scope block"):

@@ -22,17 +22,17 @@ class ActivationStore:
     def __init__(self, scratch: Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
         self._scratch = scratch
         self._budget = in_memory_bytes
-        self._held: dict[int, Tensor] = {}
+        self._in_memory: dict[int, Tensor] = {}
         self._files: dict[int, tuple[Path, torch.Size, torch.dtype]] = {}
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._files)
+        return len(self._in_memory) + len(self._files)
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
-        others = sum(t.nbytes for i, t in self._held.items() if i != index)
+        others = sum(t.nbytes for i, t in self._in_memory.items() if i != index)
         if index not in self._files and others + tensor.nbytes <= self._budget:
-            self._held[index] = tensor
+            self._in_memory[index] = tensor
             return
         self._scratch.mkdir(exist_ok=True)
         path = self._scratch / f"activations-{index:05d}.bin"
@@ -41,8 +41,8 @@ class ActivationStore:
         self._files[index] = (path, tensor.shape, tensor.dtype)
 
     def __getitem__(self, index: int) -> Tensor:
-        if index in self._held:
-            return self._held[index]
+        if index in self._in_memory:
+            return self._in_memory[index]
         path, shape, dtype = self._files[index]
         buffer = torch.empty(shape, dtype=dtype)
         with path.open("rb") as file:

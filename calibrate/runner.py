@@ -31,7 +31,7 @@ HELD_OUT = 8  # of so many batches the last is held out where a pass chooses by 
 TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # batches that a gradient is taken of: small, and enough to hold some out
 
 
-class _Reached(Exception):
+class _LastBlockReached(Exception):
     """The forward pass has come to the last block: nothing after it is needed."""
 
 
@@ -124,11 +124,11 @@ class Runner:
     def capture(self) -> None:
         """Run the model up to its blocks: record the first block's inputs and how every block is called."""
         self._calls = [[] for _ in self.blocks]
-        with self._outside_on_demand(), self._blocks_recording():
+        with self._loading_outside_on_demand(), self._blocks_recording():
             for i, ids in enumerate(self._ids):
                 try:
                     self.model(input_ids=ids.to(self.device), attention_mask=self._mask(i), use_cache=False)
-                except _Reached:
+                except _LastBlockReached:
                     continue
                 raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
 
@@ -228,7 +228,7 @@ class Runner:
         return {name: module for name, module in find_linears(self.blocks[index]).items() if name in wanted}
 
     @contextmanager
-    def _outside_on_demand(self) -> Iterator[None]:
+    def _loading_outside_on_demand(self) -> Iterator[None]:
         """Load a module outside the blocks when it is first called, so that the head and final norm never are."""
         loaded: list[nn.Module] = []
 
@@ -282,7 +282,7 @@ class Runner:
                 if self._reference is not None:
                     self._reference[len(calls) - 1] = hidden
             if index == len(self.blocks) - 1:
-                raise _Reached
+                raise _LastBlockReached
             return (hidden,) if as_tuple else hidden
 
         return record
@@ -293,12 +293,12 @@ class Runner:
 
         def look(module: nn.Module, args: object, output: object) -> None:
             answer.append(isinstance(output, tuple))
-            raise _Reached
+            raise _LastBlockReached
 
         hook = self.load(0).register_forward_hook(look)
         try:
             self.model(input_ids=self._ids[0][:1, :2].to(self.device), use_cache=False)
-        except _Reached:
+        except _LastBlockReached:
             pass
         finally:
             hook.remove()

@@ -1,6 +1,6 @@
-"""Who feeds whom in a block, found by experiment: no table of architectures, no names.
+"""Who links whom in a block, found by experiment: no table of architectures, no names.
 
-A source (a norm, a linear layer) feeds consumers when scaling one of its output channels scales the consumers' input
+A source (a norm, a linear layer) links consumers when scaling one of its output channels scales the consumers' input
 channels by just that factor. The experiment multiplies a source's output by powers of two, which floating point carries
 through products exactly, and looks who sees them. Nobody else may: undone at the consumers' doors, the factors must leave
 the block's output as it was. That excludes routers, parallel branches and residuals without knowing of any of them.
@@ -22,10 +22,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.architecture import find_linears
 from ..runner import Call
-from .probing import LEAK, Trial, difference, first_argument, is_norm, same, scaled_input, scaled_output
+from .probing import TOLERANCE, Trial, difference, map_first_argument, is_norm, outputs_match, scaled_input, scaled_output
 
-SCREENING = 6  # runs after which a pair that has shown no exact factor is given up
-CHANCE = 8  # bits of evidence beyond those that name a row: agreement by chance is 1 in 2**CHANCE
+SCREENING_RUNS = 6  # runs after which a pair that has shown no exact factor is given up
+EVIDENCE_BITS = 8  # bits of evidence beyond those that name a row: agreement by chance is 1 in 2**EVIDENCE_BITS
 Kind = Literal["norm", "offset-norm", "linear"]
 
 
@@ -57,22 +57,22 @@ class ChannelLink:
 
 @torch.no_grad()
 def find_channel_links(block: nn.Module, call: Call, hidden: Tensor) -> list[ChannelLink]:
-    """Every feed of the materialised `block`, in the order in which the sources run.
+    """Every link of the materialised `block`, in the order in which the sources run.
 
     `call` is how the model calls the block on rows like `hidden` `[rows, length, width]`, length at least 2.
     """
     trial = Trial(block, call, hidden)
-    feeds = []
+    links = []
     for name in trial.order:
         module = block.get_submodule(name)
-        found = _norm_feed(trial, name, module) if is_norm(module) else _linear_feed(trial, name, module)
-        if found is not None and _exclusive(trial, found):
-            feeds.append(found)
-    return feeds
+        found = _norm_link(trial, name, module) if is_norm(module) else _linear_link(trial, name, module)
+        if found is not None and _has_no_other_consumer(trial, found):
+            links.append(found)
+    return links
 
 
 @torch.no_grad()
-def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, feeds: list[ChannelLink]) -> set[str]:
+def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, links: list[ChannelLink]) -> set[str]:
     """Linears with rows that only decide where attention looks: queries and keys, alone or fused with the values.
 
     Such rows do not matter to a row's first token and do matter to later ones.
@@ -83,35 +83,35 @@ def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, feeds: list[
         if name not in trial.inputs or not trial.sees_all_tokens(name):
             continue
         factor = torch.randn(trial.outputs[name].shape[-1], generator=torch.Generator().manual_seed(0))
-        for feed in feeds:
-            if feed.source == name:
-                factor[feed.channels[feed.channels >= 0]] = 1.0
+        for link in links:
+            if link.producer == name:
+                factor[link.channels[link.channels >= 0]] = 1.0
         with scaled_output(module, factor.to(hidden)):
             output = trial.run()
         first = difference(output[:, :1], trial.output[:, :1])
-        if first < LEAK < difference(output[:, 1:], trial.output[:, 1:]):
+        if first < TOLERANCE < difference(output[:, 1:], trial.output[:, 1:]):
             found.add(name)
     return found
 
 
-def _norm_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
+def _norm_link(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
     output = trial.outputs[name]
     factor = _powers(output.shape[-1], seed=0).to(output)
     kind = _norm_kind(trial, name, module, factor)
     if kind is None:
         return None
-    readers = _readers(trial, name, factor)
+    readers = _consumer_modules(trial, name, factor)
     consumers: list[Consumer] = []
     for reader in sorted(readers, key=lambda n: not trial.sees_all_tokens(n)):
-        found = _consumed_by(trial, reader, factor)
+        found = _compensating_parameters(trial, reader, factor)
         if found is None:
             return None
         consumers += found
-    consumers += _idle_twins(trial, consumers)
+    consumers += _idle_experts(trial, consumers)
     return ChannelLink(name, kind, tuple(consumers), torch.arange(len(factor)), len(factor)) if consumers else None
 
 
-def _readers(trial: Trial, name: str, factor: Tensor) -> list[str]:
+def _consumer_modules(trial: Trial, name: str, factor: Tensor) -> list[str]:
     """The modules that read the norm's output: those who see its factors exactly.
 
     A router that sees them sends tokens elsewhere, so they are undone at the doors of the readers known so far, and the
@@ -121,21 +121,21 @@ def _readers(trial: Trial, name: str, factor: Tensor) -> list[str]:
     readers: list[str] = []
     while True:
         with ExitStack() as stack:
-            stack.enter_context(scaled_output(trial.readers[name], factor))
+            stack.enter_context(scaled_output(trial.modules[name], factor))
             for reader in readers:
-                stack.enter_context(scaled_input(trial.readers[reader], 1 / factor))
-            seen = trial.seen([n for n in candidates if n not in readers])
+                stack.enter_context(scaled_input(trial.modules[reader], 1 / factor))
+            seen = trial.record_inputs([n for n in candidates if n not in readers])
         new = [n for n, x in seen.items() if x.shape == candidates[n].shape and torch.equal(x, candidates[n] * factor)]
         if not new:
             return readers
         readers += new
 
 
-def _idle_twins(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
+def _idle_experts(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
     """The same parameters of modules that got no token in the experiment, but stand in a row with a consumer: idle experts."""
     found = []
     shapes = {(re.sub(r"\d+", "#", c.module), c.parameter, c.axis) for c in consumers}
-    for name in trial.readers.keys() - trial.called:
+    for name in trial.modules.keys() - trial.called:
         for pattern, parameter, axis in sorted(shapes):
             if re.sub(r"\d+", "#", name) == pattern:
                 found.append(Consumer(name, parameter, axis))
@@ -151,18 +151,18 @@ def _norm_kind(trial: Trial, name: str, module: nn.Module, factor: Tensor) -> Ki
     forms: dict[Kind, Tensor] = {"norm": weight * factor, "offset-norm": (1 + weight) * factor - 1}
     for kind, changed in forms.items():
         swaps = {"weight": changed} | ({"bias": bias * factor} if isinstance(bias, Tensor) else {})
-        if difference(torch.func.functional_call(module, swaps, args, kwargs), wanted) < LEAK:
+        if difference(torch.func.functional_call(module, swaps, args, kwargs), wanted) < TOLERANCE:
             return kind
     return None
 
 
-def _consumed_by(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | None:
+def _compensating_parameters(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | None:
     """The parameters of a reader that make up for its input's factor; None where none do."""
-    module = trial.readers[name]
+    module = trial.modules[name]
     if isinstance(module, nn.Linear | Conv1D):
         return [Consumer(name, "weight", 0 if isinstance(module, Conv1D) else 1)]
     args, kwargs = trial.calls[name]
-    scaled = first_argument(args, kwargs, lambda x: x * factor)
+    scaled = map_first_argument(args, kwargs, lambda x: x * factor)
     own = dict(module.named_parameters(recurse=False))
     places = [(n, axis) for n, p in own.items() if p.ndim > 1 for axis in (p.ndim - 1, p.ndim - 2)]
     places = [(n, axis) for n, axis in places if own[n].shape[axis] == len(factor)]
@@ -170,12 +170,12 @@ def _consumed_by(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | No
     for count in range(1, len(places) + 1):
         for chosen in combinations(places, count):
             undone = {n: own[n] / factor.reshape([-1] + [1] * (own[n].ndim - 1 - axis)) for n, axis in chosen}
-            if same(torch.func.functional_call(module, undone, *scaled), reference):
+            if outputs_match(torch.func.functional_call(module, undone, *scaled), reference):
                 return [Consumer(name, n, axis) for n, axis in chosen]
     return None
 
 
-def _linear_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
+def _linear_link(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
     """Which row of the linear stands behind each input channel of which other linear.
 
     Every row gets a random codeword; run by run, rows are doubled where their codeword says so. A channel that was doubled
@@ -183,19 +183,19 @@ def _linear_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | No
     matrix was doubled too) say nothing about it.
     """
     size = trial.outputs[name].shape[-1]
-    certain = math.ceil(math.log2(size)) + CHANCE
+    certain = math.ceil(math.log2(size)) + EVIDENCE_BITS
     codes = torch.rand(4 * certain, size, generator=torch.Generator().manual_seed(1)) < 0.5
     behind = trial.order[trial.order.index(name) + 1 :]
-    behind = [n for n in behind if not is_norm(trial.readers[n]) and trial.sees_all_tokens(n)]
+    behind = [n for n in behind if not is_norm(trial.modules[n]) and trial.sees_all_tokens(n)]
     before = {n: trial.first_tokens(trial.inputs[n]) for n in behind}
     evidence: dict[str, list[Tensor]] = {n: [] for n in before}  # [code] of [width]: 1 or 0 doubled or not, -1 neither
     found: dict[str, Tensor] = {}
     for count, code in enumerate(codes, start=1):
         with scaled_output(module, torch.where(code, 2.0, 1.0).to(trial.output)):
-            seen = trial.seen(evidence)
+            seen = trial.record_inputs(evidence)
         for n, x in seen.items():
             evidence[n].append(_doubled(trial.first_tokens(x), before[n]))
-        if count == SCREENING:
+        if count == SCREENING_RUNS:
             evidence = {n: runs for n, runs in evidence.items() if (torch.stack(runs) == 1).any()}
         if not evidence:
             return None
@@ -211,7 +211,7 @@ def _linear_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | No
     channels = next(iter(found.values()))
     if not all(torch.equal(channels, other) for other in found.values()):
         return None
-    consumers = [Consumer(n, "weight", 0 if isinstance(trial.readers[n], Conv1D) else 1) for n in found]
+    consumers = [Consumer(n, "weight", 0 if isinstance(trial.modules[n], Conv1D) else 1) for n in found]
     return ChannelLink(name, "linear", tuple(consumers), channels, size)
 
 
@@ -219,7 +219,7 @@ def _doubled(now: Tensor, before: Tensor) -> Tensor:
     """Per channel of `[samples, width]`: 1 where every sample doubled, 0 where none changed, -1 otherwise."""
     alive = before != 0
     double, same = ((now == 2 * before) | ~alive).all(0), ((now == before) | ~alive).all(0)
-    return torch.where(same, 0, torch.where(double, 1, -1)).masked_fill(~alive.any(0), -1).cpu()
+    return torch.where(outputs_match, 0, torch.where(double, 1, -1)).masked_fill(~alive.any(0), -1).cpu()
 
 
 def _decode(evidence: Tensor, codes: Tensor, certain: int, before: Tensor) -> Tensor | None:
@@ -238,17 +238,17 @@ def _decode(evidence: Tensor, codes: Tensor, certain: int, before: Tensor) -> Te
     return torch.where(known, fits.float().argmax(1), -1)
 
 
-def _exclusive(trial: Trial, feed: ChannelLink) -> bool:
+def _has_no_other_consumer(trial: Trial, link: ChannelLink) -> bool:
     """Whether factors at the source, undone at the consumers' inputs, leave the block's output alone."""
-    factor = torch.ones(feed.size)
-    used = feed.channels[feed.channels >= 0].unique()
+    factor = torch.ones(link.size)
+    used = link.channels[link.channels >= 0].unique()
     factor[used] = _powers(len(used), seed=2)
-    undo = 1 / torch.where(feed.channels >= 0, factor[feed.channels], 1.0)
+    undo = 1 / torch.where(link.channels >= 0, factor[link.channels], 1.0)
     with ExitStack() as stack:
-        stack.enter_context(scaled_output(trial.readers[feed.source], factor.to(trial.output)))
-        for name in dict.fromkeys(consumer.module for consumer in feed.consumers):
-            stack.enter_context(scaled_input(trial.readers[name], undo.to(trial.output)))
-        return difference(trial.run(), trial.output) < LEAK
+        stack.enter_context(scaled_output(trial.modules[link.producer], factor.to(trial.output)))
+        for name in dict.fromkeys(consumer.module for consumer in link.consumers):
+            stack.enter_context(scaled_input(trial.modules[name], undo.to(trial.output)))
+        return difference(trial.run(), trial.output) < TOLERANCE
 
 
 def _powers(size: int, seed: int) -> Tensor:

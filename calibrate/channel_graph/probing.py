@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..runner import Call
 
-LEAK = 1e-5  # of the largest output: a difference above it is somebody else's
+TOLERANCE = 1e-5  # of the largest output: a difference above it is somebody else's
 
 
 class Trial:
@@ -22,7 +22,7 @@ class Trial:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         self.calls: dict[str, tuple[tuple[Any, ...], dict[str, Any]]] = {}
-        self.readers = {n: m for n, m in block.named_modules() if n and any(True for _ in m.parameters(recurse=False))}
+        self.modules = {n: m for n, m in block.named_modules() if n and any(True for _ in m.parameters(recurse=False))}
         runs: dict[str, int] = {}
 
         def note(name: str) -> Callable[..., None]:
@@ -38,7 +38,7 @@ class Trial:
             return hook
 
         with ExitStack() as stack:
-            for name, module in self.readers.items():
+            for name, module in self.modules.items():
                 stack.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
             self.output = self.run()
         self.called = set(runs)
@@ -62,7 +62,7 @@ class Trial:
         rows, length, _ = self._hidden.shape
         return x.reshape(rows, length, -1)[:, 0]
 
-    def seen(self, names: Iterable[str]) -> dict[str, Tensor]:
+    def record_inputs(self, names: Iterable[str]) -> dict[str, Tensor]:
         """What the modules `names` read in a run under the hooks that are in place."""
         found: dict[str, Tensor] = {}
 
@@ -74,7 +74,7 @@ class Trial:
 
         with ExitStack() as stack:
             for name in names:
-                handle = self.readers[name].register_forward_pre_hook(note(name), with_kwargs=True)
+                handle = self.modules[name].register_forward_pre_hook(note(name), with_kwargs=True)
                 stack.callback(handle.remove)
             self.run()
         return found
@@ -102,7 +102,7 @@ def scaled_output(module: nn.Module, factor: Tensor) -> Iterator[None]:
 @contextmanager
 def scaled_input(module: nn.Module, factor: Tensor) -> Iterator[None]:
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return first_argument(args, kwargs, lambda x: x * factor)
+        return map_first_argument(args, kwargs, lambda x: x * factor)
 
     handle = module.register_forward_pre_hook(scale, with_kwargs=True)
     try:
@@ -111,7 +111,7 @@ def scaled_input(module: nn.Module, factor: Tensor) -> Iterator[None]:
         handle.remove()
 
 
-def first_argument(
+def map_first_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if args:
@@ -128,9 +128,9 @@ def difference(a: Tensor, b: Tensor) -> float:
     return float((a - b).abs().max()) / scale if scale else float((a != b).any())
 
 
-def same(a: object, b: object) -> bool:
+def outputs_match(a: object, b: object) -> bool:
     if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return difference(a.float(), b.float()) < LEAK
+        return difference(a.float(), b.float()) < TOLERANCE
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):
-        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+        return len(a) == len(b) and all(outputs_match(x, y) for x, y in zip(a, b, strict=True))
     return a == b

@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Literal
 
 from ...errors import CompressError, UsageError
-from .builtin_corpus import documents as built_in
+from .builtin_corpus import documents as builtin_documents
 
 Split = Literal["calibration", "training", "heldout"]
 
-BUILT_IN = "python-stdlib"
+BUILTIN_CORPUS = "python-stdlib"
 BOS = "bos"  # the value of `Documents.join` that puts one BOS before every document
 
 
@@ -35,8 +35,8 @@ def documents(data: str, split: Split) -> Documents:
     CompressError for content that cannot be used.
     """
     suffix = Path(data).suffix.lower()
-    if data == BUILT_IN:
-        found = Documents(built_in(split), f"{BUILT_IN}/{split}")
+    if data == BUILTIN_CORPUS:
+        found = Documents(builtin_documents(split), f"{BUILTIN_CORPUS}/{split}")
     elif suffix in READERS:
         if not Path(data).is_file():
             raise UsageError(f"{data}: no such file")
@@ -130,7 +130,7 @@ def _hub_documents(data: str, split: Split) -> Documents:
     name, _, config = data.partition(":")
     if data not in HUB and "/" not in name:
         raise UsageError(
-            f"{data}: no such data", f"give a file, {BUILT_IN}, {', '.join(HUB)} or org/name of a hub data set"
+            f"{data}: no such data", f"give a file, {BUILTIN_CORPUS}, {', '.join(HUB)} or org/name of a hub data set"
         )
     from datasets.exceptions import DatasetsError
 
@@ -142,7 +142,7 @@ def _hub_documents(data: str, split: Split) -> Documents:
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise CompressError(
             f"data set {data} ({part}) cannot be fetched from the hub ({' '.join(str(error).split())[:200]})",
-            f"give a local .txt, .jsonl or .parquet file, or {BUILT_IN}",
+            f"give a local .txt, .jsonl or .parquet file, or {BUILTIN_CORPUS}",
         ) from error
     return Documents(texts, f"{data}/{part}", wanted.join)
 

@@ -14,10 +14,10 @@ from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 
-PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
+FUSED_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 
 
-class Expert(nn.Module):
+class GatedMLP(nn.Module):
     """The weights of one gated feed-forward network."""
 
     def __init__(self, hidden: int, inner: int, like: Tensor) -> None:
@@ -28,19 +28,19 @@ class Expert(nn.Module):
         self.down_proj = nn.Linear(inner, hidden, **options)
 
 
-class Experts(nn.ModuleList):
+class SplitExperts(nn.ModuleList):
     """Takes the place of a fused module: called with hidden states, the experts chosen for each token, and their weights."""
 
     def __init__(self, fused: Any) -> None:
         count, hidden, inner = fused.down_proj.shape
-        super().__init__(Expert(hidden, inner, fused.down_proj) for _ in range(count))
+        super().__init__(GatedMLP(hidden, inner, fused.down_proj) for _ in range(count))
         self._gated = (fused,)  # in a tuple, so that its parameters are not this module's
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """`hidden_states` `[tokens, hidden]`, `top_k_index` and `top_k_weights` `[tokens, k]`; returns `[tokens, hidden]`."""
         total = torch.zeros_like(hidden_states)
         for index, expert in enumerate(self):
-            assert isinstance(expert, Expert)
+            assert isinstance(expert, GatedMLP)
             token, place = torch.where(top_k_index == index)
             if not len(token):
                 continue
@@ -51,29 +51,29 @@ class Experts(nn.ModuleList):
         return total
 
 
-def unfuse(model: nn.Module) -> None:
-    """Replace every fused module of experts in `model`, whose parameters are on the meta device, by `Experts`.
+def split_fused_experts(model: nn.Module) -> None:
+    """Replace every fused module of experts in `model`, whose parameters are on the meta device, by `SplitExperts`.
 
     Interleaved, transposed or biased layouts stay as they are.
     """
     for name, module in list(model.named_modules()):
         if is_fused(module):
             parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, Experts(module))
+            setattr(model.get_submodule(parent), leaf, SplitExperts(module))
 
 
 def is_fused(module: nn.Module) -> bool:
     """Whether `module` holds gated experts in the layout `[experts, 2 inner, hidden]` and `[experts, hidden, inner]`."""
     plain = not any(getattr(module, flag, True) for flag in ("has_bias", "is_transposed", "has_post_expert_norm"))
     gated = getattr(module, "has_gate", False) and getattr(module, "is_concatenated", False)
-    return bool(plain and gated and set(dict(module.named_parameters())) == PARTS.keys())
+    return bool(plain and gated and set(dict(module.named_parameters())) == FUSED_PARTS.keys())
 
 
 def routers(block: nn.Module) -> set[nn.Module]:
     """The layers beside experts that choose among them or weigh a shared one: too small and too delicate to touch."""
     found: set[nn.Module] = set()
     for module in block.modules():
-        experts = next((child for child in module.children() if isinstance(child, Experts)), None)
+        experts = next((child for child in module.children() if isinstance(child, SplitExperts)), None)
         if experts is not None:
             weights = {child: getattr(child, "weight", None) for child in module.children()}
             found |= {c for c, w in weights.items() if isinstance(w, Tensor) and len(w) in (1, len(experts))}
@@ -105,11 +105,11 @@ def _stored_names(
     return names
 
 
-def plain_modules(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
+def checkpoint_module_names(model: PreTrainedModel, modules: Iterable[str]) -> dict[str, str]:
     """What each of the model's `modules` in a mixture of experts is called in checkpoints that others read, where that differs,
-    such as `...block_sparse_moe.experts.0.w1`. The inverse of `own_names`."""
+    such as `...block_sparse_moe.experts.0.w1`. The inverse of `model_names`."""
     mixtures = tuple(
-        f"{name}." for name, module in model.named_modules() if any(isinstance(c, Experts) for c in module.children())
+        f"{name}." for name, module in model.named_modules() if any(isinstance(c, SplitExperts) for c in module.children())
     )
     renamings, converters = _conversions(model)
     found = {}
@@ -128,7 +128,7 @@ def renamed(name: str, modules: Mapping[str, str]) -> str:
     return f"{modules[module]}.{part}" if module in modules else name
 
 
-def own_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
+def model_names(model: PreTrainedModel, stored: Iterable[str]) -> dict[str, str]:
     """The model's name of each stored tensor of a layer in a mixture of experts that goes by another one, packed or not."""
     renamings, converters = _conversions(model)
     modules = {name: name.rpartition(".")[0] for name in stored}
@@ -147,7 +147,7 @@ def _candidates(weight: str, renamings: list[WeightRenaming], converters: list[W
     match = re.fullmatch(r"(.*)\.experts\.(\d+)\.(\w+)\.weight", weight)
     if match is not None:
         parent, number, part = match.groups()
-        for leaf, parts in PARTS.items():
+        for leaf, parts in FUSED_PARTS.items():
             for converter in converters:
                 merged = any(target.endswith(f".{leaf}") for target in converter.target_patterns)
                 if part in parts and merged and len(converter.source_patterns) == len(parts):
@@ -164,7 +164,7 @@ def _expert_name(stored: str, fused: str, pattern: str, converters: list[WeightC
     experts, _, leaf = fused.rpartition(".")
     sources = next(c.source_patterns for c in converters if pattern in c.source_patterns)
     number = re.search(re.escape(pattern).replace(r"\*", r"(\d+)"), stored)
-    parts = PARTS.get(leaf, ())
+    parts = FUSED_PARTS.get(leaf, ())
     if number is None or len(parts) != len(sources):
         return fused
     return f"{experts}.{number.group(1)}.{parts[sources.index(pattern)]}.weight"

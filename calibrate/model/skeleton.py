@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PretrainedConfig, PreTrainedModel
 
 from ...errors import CompressError, UsageError
-from .moe import stored_names, unfuse
+from .moe import stored_names, split_fused_experts
 from .source import Source
 
 
@@ -28,7 +28,7 @@ def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: 
     except ValueError as error:
         raise _no_model(source.path, error) from error
     if split_experts:
-        unfuse(model)
+        split_fused_experts(model)
     return model.eval()
 
 

@@ -273,21 +273,21 @@ def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: py
     names = set(find_linears(runner.load(0)))
     plain = runner.collect(0, names)
     both = runner.collect(0, names, hold_out=True)
-    assert both.held.keys() == names
-    assert not plain.held
+    assert both.held_out.keys() == names
+    assert not plain.held_out
     for name in names:
         assert torch.allclose(both.hessians[name].matrix(), plain.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
-        assert both.held[name].hessian.sequences == 2
+        assert both.held_out[name].hessian.sequences == 2
     ids = rows().ids
     runner = opened(tmp_path / "model", TokenRows(ids[[2, 5]], "test", 10), tmp_path / "two")
     runner.load(0)
     alone = runner.collect(0, names)
     for name in names:
-        assert torch.allclose(both.held[name].hessian.matrix(), alone.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(both.held_out[name].hessian.matrix(), alone.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
 
 
 def test_one_batch_cannot_be_held_out(tmp_path: Path) -> None:
     saved(tmp_path / "model", "llama")
     runner = opened(tmp_path / "model", rows(), tmp_path)
     names = set(find_linears(runner.load(0)))
-    assert not runner.collect(0, names, hold_out=True).held
+    assert not runner.collect(0, names, hold_out=True).held_out

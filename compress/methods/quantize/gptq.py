@@ -28,8 +28,8 @@ from ...solver.target import DriftTarget, half_square
 from .fallback import keep_better
 
 Order = Literal["natural", "act", "group"]
-COARSE = 3  # bits up to which grids fitted to the target lower the KL divergence by 4 %; at 4 bits by -3 to 6 %, above by nothing
-DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the damping that was asked for: what `held_out` chooses from
+COARSE_BITS = 3  # bits up to which grids fitted to the target lower the KL divergence by 4 %; at 4 bits by -3 to 6 %, above by nothing
+DAMPING_FACTORS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the damping that was asked for: what `held_out` chooses from
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -45,7 +45,7 @@ class GPTQ:
     block_size       columns updated one by one before the rest of the matrix is; the result does not depend on it
     weighted_grid    grids with observer `mse` weigh the error of a column by its Hessian diagonal
     drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (calibrate/statistics/drift.py)
-    aimed_grid       fit grids to what the solver aims at instead of the weight; None: where they have at most `COARSE` bits
+    aimed_grid       fit grids to what the solver aims at instead of the weight; None: where they have at most `COARSE_BITS` bits
     held_out         choose the damping, and the share of the drift as a share of `drift`, layer by layer: by the loss on
                      calibration batches that this choice keeps apart
     refine           sweeps of descent over scales and codes after the column sweep (see solver/refine.py)
@@ -87,8 +87,8 @@ class GPTQ:
 
 
 # `--quality`: options by preset; `best` is trained after it (`tune`). `benchmarks/quality.py` measures what each gains.
-BEYOND = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
-PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND, "best": BEYOND | {"aimed_grid": True}}
+EXTENSIONS = {"observer": "mse", "weighted_grid": True, "true_sequential": True, "drift": 0.5, "refine": 1}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": EXTENSIONS, "best": EXTENSIONS | {"aimed_grid": True}}
 
 
 def apply(config: GPTQ, block: Block) -> None:
@@ -99,10 +99,10 @@ def apply(config: GPTQ, block: Block) -> None:
         key = id(linear.hessian)
         if key not in prepared:
             sharing = [other for other in block.linears if other.hessian is linear.hessian]
-            options = replace(config, damping=best_damping(config, sharing)) if linear.held else config
+            options = replace(config, damping=best_damping(config, sharing)) if linear.held_out else config
             # one at a time: factors are large
             prepared = {key: prepare(linear.hessian.matrix(), linear.grid_args, options)}
-        share = config.drift * drift_that_lasts(linear, prepared[key].factor.damping) if linear.held else config.drift
+        share = config.drift * held_out_drift_share(linear, prepared[key].factor.damping) if linear.held_out else config.drift
         target = prepared[key].drift_target(linear.drift, share)
         solution = solve(linear.weight, prepared[key], linear.grid_args, config, target)
         linear.result = solution.tensor
@@ -117,8 +117,8 @@ def apply(config: GPTQ, block: Block) -> None:
 
 def best_damping(config: GPTQ, linears: list[Linear]) -> float:
     """The damping whose solution for the `linears`, which share their inputs, loses least on the tokens held out from it."""
-    assert linears[0].hessian is not None and linears[0].held is not None
-    held = linears[0].held.hessian
+    assert linears[0].hessian is not None and linears[0].held_out is not None
+    held = linears[0].held_out.hessian
     rest = linears[0].hessian.without(held)
 
     def loss(damping: float) -> float:
@@ -131,17 +131,17 @@ def best_damping(config: GPTQ, linears: list[Linear]) -> float:
         )
         return sum(layer_loss(delta, held.matrix()) for delta in deltas)
 
-    return min((config.damping * factor for factor in DAMPINGS), key=loss)
+    return min((config.damping * factor for factor in DAMPING_FACTORS), key=loss)
 
 
-def drift_that_lasts(linear: Linear, damping: float) -> float:
+def held_out_drift_share(linear: Linear, damping: float) -> float:
     """The share of the correction `G Hd^-1`, 0 to 1, that helps most on tokens which it was not computed from.
 
     With `D` that correction from the other tokens, and `G`, `H` of those held out, the loss falls by
     `a tr(D G^T) - a^2/2 tr(D H D^T)`, which is largest at `a = tr(D G^T) / tr(D H D^T)`.
     """
-    assert linear.hessian is not None and linear.held is not None
-    held = linear.held
+    assert linear.hessian is not None and linear.held_out is not None
+    held = linear.held_out
     if linear.drift is None or held.drift is None:
         return 1.0
     factor = inverse_factor(linear.hessian.without(held.hessian), damping)
@@ -174,11 +174,11 @@ class Prepared:
             else None
         )
 
-    def fitted_to(
+    def grid_target(
         self, weight: Tensor, args: QuantArgs, target: DriftTarget | None, aimed: bool | None = None
     ) -> Tensor:
         """The weight `[out, in]` that grids are fitted to: where `aimed` what the solver aims at, which costs a product."""
-        wanted = args.bits <= COARSE if aimed is None else aimed
+        wanted = args.bits <= COARSE_BITS if aimed is None else aimed
         return target.weight(weight, self.factor.upper, self.order) if target and wanted else weight
 
     def slope_(self, errors: Tensor) -> Tensor:
@@ -223,7 +223,7 @@ def solve(
 ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
     alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
-    codes, grid, errors = swept(alive, prepared, args, config, target)
+    codes, grid, errors = sweep_columns(alive, prepared, args, config, target)
     loss = half_square(errors)
     if config.refine:
         slope = prepared.slope_(errors)
@@ -233,12 +233,12 @@ def solve(
     return Solution(of_grid(codes, grid), loss)
 
 
-def swept(
+def sweep_columns(
     weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, target: DriftTarget | None = None
 ) -> tuple[Tensor, Grid, Tensor]:
     """The published method alone: codes `[out, in]`, their grid, and the scaled errors `E^T` `[in, out]` of the sweep."""
     importance = prepared.hessian.diagonal() if config.weighted_grid else None
-    fitted = prepared.fitted_to(weight, args, target, config.aimed_grid)
+    fitted = prepared.grid_target(weight, args, target, config.aimed_grid)
     projection = GridProjection(fitted, prepared.order, args, config.groups == "dynamic", importance)
     columns = weight.T.contiguous()[prepared.order]
     errors = sweep(columns, prepared.factor.upper, projection, config.block_size, target.errors if target else None)

@@ -70,15 +70,15 @@ def apply(config: LLMInt8, block: Block) -> None:
     for name, linear in block.local().items():
         assert linear.inputs is not None
         values, places = loud[name]
-        columns = choose(values, places, *_size(linear))
-        linear.result = mix(linear, columns, linear.inputs)
+        columns = choose_columns(values, places, *_size(linear))
+        linear.result = quantize_with_outliers(linear, columns, linear.inputs)
         linear.figures |= {
             "loud": int(places[values >= linear.inputs.threshold].unique().numel()),
             "kept": len(columns),
         }
 
 
-def choose(values: Tensor, places: Tensor, count: int, width: int) -> Tensor:
+def choose_columns(values: Tensor, places: Tensor, count: int, width: int) -> Tensor:
     """The `count` of `width` columns without which tokens are quietest: one after another, that by which the sum of the
     squared largest magnitudes of all tokens falls most. int64 `[count]`, ascending.
 
@@ -98,7 +98,7 @@ def choose(values: Tensor, places: Tensor, count: int, width: int) -> Tensor:
     return torch.tensor(sorted(chosen), device=values.device)
 
 
-def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
+def quantize_with_outliers(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
     """The weight of `linear` in int8, `columns` in 16 bits as well; solved where its Hessian is there."""
     args, weight = replace(linear.grid_args, outliers=0.0), linear.weight
     if linear.hessian is None:
@@ -107,7 +107,7 @@ def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
         return MixedTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
     hessian = linear.hessian.matrix()
     others = torch.ones_like(hessian[0], dtype=torch.bool).index_fill_(0, columns, False)
-    repair, left = eliminated(hessian, columns, others)
+    repair, left = eliminate_columns(hessian, columns, others)
     grid = solve(weight[:, others], prepare(left, args, SOLVER), args, SOLVER).tensor
     assert isinstance(grid, CompressedTensor)
     kept = (weight[:, columns] + (weight[:, others] - grid.dequantize(weight.dtype)) @ repair).half()
@@ -119,7 +119,7 @@ def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
     return MixedTensor(codes, grid.scale, columns, kept, linear.grid_args, inputs)
 
 
-def eliminated(hessian: Tensor, columns: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+def eliminate_columns(hessian: Tensor, columns: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
     """What 16-bit `columns` do for the `others` (bool `[in]`): the repair `R` `[others, kept]` and the Hessian left over.
 
     The minimum over `Q_K` of `tr((W - Q) H (W - Q)^T)` is at `Q_K = W_K + (W - Q)_N R` with `R = H_NK H_KK^-1`; the loss is

@@ -22,8 +22,8 @@ from ....recipes.scheme import QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
 
-EXACT = 1024  # rows up to which all eigenvectors are computed
-EXTRA, ITERATIONS = 8, 16  # of the subspace iteration above
+EXACT_ROWS = 1024  # rows up to which all eigenvectors are computed
+OVERSAMPLING, ITERATIONS = 8, 16  # of the subspace iteration above
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -73,22 +73,22 @@ def low_rank(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]
 
     The sizes of both are balanced, and B is fitted anew to the A that is stored.
     """
-    basis = leading(error, hessian, rank).double()
+    basis = leading_eigenvectors(error, hessian, rank).double()
     size = (basis.T @ error.double()).norm(dim=1).sqrt()
     left = (basis * size).half()
     right = torch.linalg.pinv(left.double()) @ error.double()
     return left, right.half()
 
 
-def leading(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of `error hessian error^T`, orthonormal columns `[out, rank]`.
 
     Exact for few rows; for many by subspace iteration, which finds a subspace as good where it does not find the same.
     """
-    if len(error) <= EXACT:
+    if len(error) <= EXACT_ROWS:
         wide = error.double()
         return torch.linalg.eigh(wide @ hessian.double() @ wide.T).eigenvectors.flip(1)[:, :rank]
-    start = torch.randn(len(error), 2 * rank + EXTRA, generator=torch.Generator().manual_seed(0)).to(error)
+    start = torch.randn(len(error), 2 * rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0)).to(error)
     basis = torch.linalg.qr(start).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(error @ (hessian @ (error.T @ basis))).Q

@@ -85,11 +85,11 @@ def quantize(
     if pruned is None:
         settled = eliminate(weight, hessian.inverse, target).settled
     else:
-        settled = _eliminate_kept(weight, hessian.matrix, grid, rank, ~pruned)
+        settled = _eliminate_unpruned(weight, hessian.matrix, grid, rank, ~pruned)
     return of_grid(grid.quantize(settled), grid)
 
 
-def _eliminate_kept(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | None, kept: Tensor) -> Tensor:
+def _eliminate_unpruned(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | None, kept: Tensor) -> Tensor:
     """The settled weights when every row has its own inverse: of the Hessian without its pruned columns."""
     step = max(1, BATCH_BYTES // (matrix.numel() * matrix.element_size()))
     parts = []

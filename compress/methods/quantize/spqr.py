@@ -62,11 +62,11 @@ class SpQR:
 
 # `--quality`: options by preset; the first line of each is SpQR's grid.
 _GRID = {"symmetric": False, "group_size": 32, "formula": "spqr", "scale_dtype": "bilevel", "outliers": 0.004}
-_BEYOND = {"observer": "mse", "true_sequential": True, "drift": 0.5}
+_EXTENSIONS = {"observer": "mse", "true_sequential": True, "drift": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": _GRID,
-    "balanced": {**_GRID, **_BEYOND, "refine": 1},
-    "best": {**_GRID, **_BEYOND, "refine": 4},
+    "balanced": {**_GRID, **_EXTENSIONS, "refine": 1},
+    "best": {**_GRID, **_EXTENSIONS, "refine": 4},
 }
 
 
@@ -88,7 +88,7 @@ def solve(
     alive = weight.masked_fill(prepared.dead, 0.0)
     sensitivity = torch.empty_like(prepared.hessian.diagonal())
     sensitivity[prepared.order] = prepared.factor.upper.diagonal() ** -2
-    groups = _Groups(prepared.fitted_to(alive, args, target), sensitivity, args)
+    groups = _Groups(prepared.grid_target(alive, args, target), sensitivity, args)
     outlier = choose_outliers(groups, entries(args, *weight.shape))
     scale, zero = groups.fit(outlier)
     levels = Bilevel.fit(scale), Bilevel.fit(zero)

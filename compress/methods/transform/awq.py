@@ -25,8 +25,8 @@ from ....kernels.tensor.grid import encode, fit_groups
 from ....recipes.scheme import QuantArgs, Scheme
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
-from .recording import Recording, inspected, record
-from .rescale import TOLERANCE, Rescale, fold_checked, gather, spread
+from .recording import Recording, module_to_inspect, record
+from .rescale import TOLERANCE, Rescale, fold_or_revert, reduce_channels, expand_channels
 
 CLIP_STEPS, CLIP_POINTS = 20, 10  # largest weights of 1, 19/20, ... 11/20 of the original are tried
 SMALLEST = 1e-4  # of a factor before it is normalised, as published
@@ -59,7 +59,7 @@ class AWQ:
 
 
 @plain_dataclass(frozen=True)
-class Choice:
+class Candidate:
     """One point of the search: exponents of activations and weights, factors per source channel, and the loss."""
 
     ratio: float
@@ -70,46 +70,46 @@ class Choice:
 
 @torch.no_grad()
 def apply(config: AWQ, block: Block) -> None:
-    """Scale, and perhaps clip, the weights of the block's linears; norms and linears that feed them take up the factors."""
+    """Scale, and perhaps clip, the weights of the block's linears; norms and linears that link them take up the factors."""
     assert block.context is not None
-    feeds = find_channel_links(block.module, *block.context.trial)
-    for feed in feeds:
-        linears = consuming(block, feed)
+    links = find_channel_links(block.module, *block.context.trial)
+    for link in links:
+        linears = consumer_linears(block, link)
         if not linears:
             continue
-        recording = record(block, inspected(block.module, feed), feed.consumers[0].module, config.search_tokens)
-        choices = search(recording, block.module, linears, feed, config)
+        recording = record(block, module_to_inspect(block.module, link), link.consumers[0].module, config.search_tokens)
+        choices = search(recording, block.module, linears, link, config)
         best = min(choices, key=lambda choice: choice.loss)  # the first of equals
         figures = {"awq_ratio": best.ratio, "awq_loss": best.loss, "awq_rtn_loss": choices[0].loss}
-        dtype = block.context.dtypes.get(f"{feed.source}.weight", torch.float32)
-        moved = fold_checked(block.module, Rescale(feed, best.scale), *block.context.trial, dtype)
+        dtype = block.context.dtypes.get(f"{link.producer}.weight", torch.float32)
+        moved = fold_or_revert(block.module, Rescale(link, best.scale), *block.context.trial, dtype)
         if not moved <= TOLERANCE:
             figures = {"awq_unfolded": moved}
         for linear in linears.values():
             linear.figures |= figures
     if config.clip:
-        _clip_block(block, query_key_linears(block.module, *block.context.trial, feeds), config.search_tokens)
+        _clip_block(block, query_key_linears(block.module, *block.context.trial, links), config.search_tokens)
 
 
-def consuming(block: Block, feed: ChannelLink) -> dict[str, Linear]:
-    """The linears of this stage among the feed's consumers, by their names inside the block."""
-    names = {consumer.module for consumer in feed.consumers}
+def consumer_linears(block: Block, link: ChannelLink) -> dict[str, Linear]:
+    """The linears of this stage among the link's consumers, by their names inside the block."""
+    names = {consumer.module for consumer in link.consumers}
     return {name: linear for name, linear in block.local().items() if name in names}
 
 
 def search(
-    recording: Recording, block: nn.Module, linears: dict[str, Linear], feed: ChannelLink, config: AWQ
-) -> list[Choice]:
+    recording: Recording, block: nn.Module, linears: dict[str, Linear], link: ChannelLink, config: AWQ
+) -> list[Candidate]:
     """Judge every point of the lattice by rounding the linears' scaled weights. The first point is plain rounding."""
-    activations = gather(recording.inputs.abs().mean(0), feed, "mean")
-    share = gather(_weight_share(block, linears), feed, "mean")
+    activations = reduce_channels(recording.inputs.abs().mean(0), link, "mean")
+    share = reduce_channels(_weight_share(block, linears), link, "mean")
     choices = []
     for step in range(config.ratios + 1):
         ratio = step / config.ratios
         for power in (0.0, 1 - ratio) if config.weight_term and ratio < 1 else (0.0,):
             scale = factors(activations, share, ratio, power)
-            with _rounded(block, linears, spread(scale, feed.channels)):
-                choices.append(Choice(ratio, power, scale, recording.loss()))
+            with _rounded(block, linears, expand_channels(scale, link.channels)):
+                choices.append(Candidate(ratio, power, scale, recording.loss()))
     return choices
 
 
@@ -141,7 +141,7 @@ def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Ite
     modules = {block.get_submodule(name): linear.grid_args for name, linear in linears.items()}
     saved = {module: weight_of(module).clone() for module in modules}
     for module, args in modules.items():
-        set_weight(module, rounded(saved[module] * scale, quick(args)) / scale)
+        set_weight(module, rounded(saved[module] * scale, minmax_args(args)) / scale)
     try:
         yield
     finally:
@@ -149,7 +149,7 @@ def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Ite
             set_weight(module, weight)
 
 
-def quick(args: QuantArgs) -> QuantArgs:
+def minmax_args(args: QuantArgs) -> QuantArgs:
     """The same grid on the plain range: a search inside a search would take eighty times as long."""
     return replace(args, observer="minmax")
 
@@ -189,7 +189,7 @@ def clip_limits(weight: Tensor, products: Tensor, args: QuantArgs) -> Tensor:
     It minimises the squared error of the group's part of the dot product, `d X_g^T X_g d` with `d = Q(clip(w)) - w`;
     `products` `[groups, n, n]` are the `X_g^T X_g`. The widest of equals wins.
     """
-    return torch.cat([_limits(rows, products, quick(args)) for rows in _chunks(weight, len(products))])
+    return torch.cat([_limits(rows, products, minmax_args(args)) for rows in _chunks(weight, len(products))])
 
 
 def _chunks(weight: Tensor, groups: int) -> Iterator[Tensor]:

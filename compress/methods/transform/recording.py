@@ -60,19 +60,19 @@ def record(block: Block, name: str, reader: str, limit: int) -> Recording:
     return Recording(module, calls, torch.cat(inputs), outputs)
 
 
-def inspected(block: nn.Module, feed: ChannelLink, with_source: bool = False) -> str:
-    """The module whose output judges a choice for `feed`: the smallest one that holds all consumers.
+def module_to_inspect(block: nn.Module, link: ChannelLink, with_producer: bool = False) -> str:
+    """The module whose output judges a choice for `link`: the smallest one that holds all consumers.
 
     A single linear behind another linear is judged by itself; behind a norm by its parent (attention for a fused
     projection), unless that is the whole block.
-    `with_source` asks for a module that holds the source as well.
+    `with_producer` asks for a module that holds the source as well.
     """
-    names = [consumer.module for consumer in feed.consumers] + [feed.source] * with_source
+    names = [consumer.module for consumer in link.consumers] + [link.producer] * with_producer
     paths = [name.split(".") for name in names]
     if len({tuple(path) for path in paths}) == 1:
-        name = feed.consumers[0].module
+        name = link.consumers[0].module
         parent = name.rpartition(".")[0]
-        return parent if feed.kind != "linear" and parent and isinstance(block.get_submodule(name), LINEAR) else name
+        return parent if link.kind != "linear" and parent and isinstance(block.get_submodule(name), LINEAR) else name
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:

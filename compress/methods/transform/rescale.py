@@ -20,15 +20,15 @@ TOLERANCE = 1e-4  # I6: of the largest output value, in float32
 
 @dataclass(frozen=True)
 class Rescale:
-    """The factor `scale` `[feed.size]`, positive, one for each output channel of the source; 1 where nothing is moved."""
+    """The factor `scale` `[link.size]`, positive, one for each output channel of the source; 1 where nothing is moved."""
 
-    feed: ChannelLink
+    link: ChannelLink
     scale: Tensor
 
     @property
     def columns(self) -> Tensor:
         """The factor of each input channel of the consumers `[width]`."""
-        return spread(self.scale, self.feed.channels)
+        return expand_channels(self.scale, self.link.channels)
 
 
 @torch.no_grad()
@@ -38,14 +38,14 @@ def fold(block: nn.Module, rescale: Rescale, stored: torch.dtype = torch.float32
     A norm's weight will be stored in the dtype `stored`: it is rounded to it here, and the consumers get what it has really
     lost, so that a coarse dtype costs nothing.
     """
-    feed, scale = rescale.feed, rescale.scale.double()
-    source = block.get_submodule(feed.source)
+    link, scale = rescale.link, rescale.scale.double()
+    source = block.get_submodule(link.producer)
     weight = source.weight
     assert isinstance(weight, Tensor)
-    if feed.kind == "linear":
+    if link.kind == "linear":
         weight_of(source).div_(scale.to(weight).unsqueeze(1))
     else:
-        offset = 1.0 if feed.kind == "offset-norm" else 0.0
+        offset = 1.0 if link.kind == "offset-norm" else 0.0
         gain = weight.double() + offset
         reduced = (gain / scale - offset).to(stored).to(weight.dtype)
         effective = gain / (reduced.double() + offset)
@@ -53,25 +53,25 @@ def fold(block: nn.Module, rescale: Rescale, stored: torch.dtype = torch.float32
         weight.copy_(reduced)
     if isinstance(bias := getattr(source, "bias", None), Tensor):
         bias.copy_(bias.double() / scale)
-    columns = spread(scale, feed.channels)
-    for consumer in feed.consumers:
+    columns = expand_channels(scale, link.channels)
+    for consumer in link.consumers:
         parameter = parameter_of(block, consumer)
-        parameter.mul_(along(columns, consumer.axis, parameter.ndim).to(parameter))
+        parameter.mul_(broadcast_along(columns, consumer.axis, parameter.ndim).to(parameter))
     return columns
 
 
-def fold_checked(
+def fold_or_revert(
     block: nn.Module, rescale: Rescale, call: Call, hidden: Tensor, stored: torch.dtype = torch.float32
 ) -> float:
     """`fold`, kept only if the block's output on `hidden` changes by no more than `TOLERANCE`.
 
     Returns the largest change relative to the largest output value; above `TOLERANCE` the weights are as they were.
     """
-    return checked(lambda: fold(block, rescale, stored), touched(block, rescale.feed), block, call, hidden)
+    return apply_or_revert(lambda: fold(block, rescale, stored), folded_parameters(block, rescale.link), block, call, hidden)
 
 
 @torch.no_grad()
-def checked(
+def apply_or_revert(
     change: Callable[[], object],
     parameters: list[Tensor],
     block: nn.Module,
@@ -94,10 +94,10 @@ def relative_difference(output: Tensor, reference: Tensor) -> float:
     return float((output - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
 
 
-def touched(block: nn.Module, feed: ChannelLink) -> list[Tensor]:
+def folded_parameters(block: nn.Module, link: ChannelLink) -> list[Tensor]:
     """The parameters that folding rewrites."""
-    own = block.get_submodule(feed.source).parameters(recurse=False)
-    return [*own, *(parameter_of(block, consumer) for consumer in feed.consumers)]
+    own = block.get_submodule(link.producer).parameters(recurse=False)
+    return [*own, *(parameter_of(block, consumer) for consumer in link.consumers)]
 
 
 def parameter_of(block: nn.Module, consumer: Consumer) -> Tensor:
@@ -105,26 +105,26 @@ def parameter_of(block: nn.Module, consumer: Consumer) -> Tensor:
     return block.get_submodule(consumer.module).get_parameter(consumer.parameter)
 
 
-def fed_weights(block: nn.Module, feed: ChannelLink) -> Iterator[Tensor]:
+def consumer_weights(block: nn.Module, link: ChannelLink) -> Iterator[Tensor]:
     """The consumers' parameters as matrices `[outputs, width]`."""
-    for consumer in feed.consumers:
+    for consumer in link.consumers:
         yield parameter_of(block, consumer).movedim(consumer.axis, -1).flatten(0, -2)
 
 
-def spread(scale: Tensor, channels: Tensor) -> Tensor:
+def expand_channels(scale: Tensor, channels: Tensor) -> Tensor:
     """Factors per source channel `[size]` to factors per consumer channel `[width]`; 1 where the channel is unknown."""
     channels = channels.to(scale.device)
     return torch.where(channels >= 0, scale[channels], 1.0)
 
 
-def gather(values: Tensor, feed: ChannelLink, reduce: str) -> Tensor:
+def reduce_channels(values: Tensor, link: ChannelLink, reduce: str) -> Tensor:
     """Per consumer channel `[width]` to per source channel `[size]` by `reduce` (`mean` or `amax`); 0 where none is fed."""
-    channels = feed.channels.to(values.device)
+    channels = link.channels.to(values.device)
     known = channels >= 0
-    out = values.new_zeros(feed.size)
+    out = values.new_zeros(link.size)
     return out.scatter_reduce_(0, channels[known], values[known], reduce, include_self=False)
 
 
-def along(values: Tensor, axis: int, ndim: int) -> Tensor:
+def broadcast_along(values: Tensor, axis: int, ndim: int) -> Tensor:
     """`values` `[n]` shaped to broadcast along `axis` of `ndim` axes."""
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])

@@ -27,7 +27,7 @@ from ....calibrate.runner import Call
 from ....errors import CompressError
 from ...block import Block
 from .hadamard import random_rotation
-from .rescale import TOLERANCE, checked, parameter_of, relative_difference
+from .rescale import TOLERANCE, apply_or_revert, parameter_of, relative_difference
 
 HINT = "leave the rotate pass out: this architecture would need operations at run time"
 
@@ -51,45 +51,45 @@ def apply(config: Rotate, block: Block) -> None:
     """Rotate a block, which afterwards expects and gives rotated hidden states."""
     assert block.context is not None
     call, hidden = block.context.trial
-    feeds = find_channel_links(block.module, call, hidden)
+    links = find_channel_links(block.module, call, hidden)
     if config.heads:
-        for feed in feeds:
-            if feed.kind == "linear":
-                rotate_heads(block.module, feed, block.context.head_size, config.seed, call, hidden)
-    norms = [block.module.get_submodule(feed.source) for feed in feeds if _on_stream(feed, hidden)]
+        for link in links:
+            if link.kind == "linear":
+                rotate_heads(block.module, link, block.context.head_size, config.seed, call, hidden)
+    norms = [block.module.get_submodule(link.producer) for link in links if _reads_residual_stream(link, hidden)]
     rotation = stream_rotation(hidden.shape[-1], config.seed, any(map(subtracts_mean, norms))).to(hidden.device)
-    expected = turned(call.replay(block.module, hidden), rotation)
-    rotate_stream(block.module, [feed for feed in feeds if _on_stream(feed, hidden)], rotation)
-    moved = relative_difference(call.replay(block.module, turned(hidden, rotation)), expected)
+    expected = rotated(call.replay(block.module, hidden), rotation)
+    rotate_stream(block.module, [link for link in links if _reads_residual_stream(link, hidden)], rotation)
+    moved = relative_difference(call.replay(block.module, rotated(hidden, rotation)), expected)
     if not moved <= TOLERANCE:
         raise CompressError(f"{block.name} does not compute the same when rotated ({moved:.1e} of its output)", HINT)
 
 
-def rotate_stream(block: nn.Module, feeds: list[ChannelLink], rotation: Tensor) -> None:
-    """Rotate what reads and writes the residual stream; `feeds` are those of the norms on it."""
+def rotate_stream(block: nn.Module, links: list[ChannelLink], rotation: Tensor) -> None:
+    """Rotate what reads and writes the residual stream; `links` are those of the norms on it."""
     readers: dict[str, set[str]] = {}
-    for feed in feeds:
-        gain = _take_gain(block.get_submodule(feed.source), feed.kind == "offset-norm", rotation)
-        for consumer in feed.consumers:
-            turn(parameter_of(block, consumer), consumer.axis, gain.unsqueeze(1) * rotation)
+    for link in links:
+        gain = _remove_gain(block.get_submodule(link.producer), link.kind == "offset-norm", rotation)
+        for consumer in link.consumers:
+            rotate_parameter(parameter_of(block, consumer), consumer.axis, gain.unsqueeze(1) * rotation)
             readers.setdefault(consumer.module, set()).add(consumer.parameter)
     for name, linear in find_linears(block).items():
         if name not in readers and weight_of(linear).shape[0] == len(rotation):
-            turn(linear.get_parameter("weight"), 1 if isinstance(linear, Conv1D) else 0, rotation)
+            rotate_parameter(linear.get_parameter("weight"), 1 if isinstance(linear, Conv1D) else 0, rotation)
             if linear.bias is not None:
-                turn(linear.get_parameter("bias"), 0, rotation)
+                rotate_parameter(linear.get_parameter("bias"), 0, rotation)
     for name, read in readers.items():
         if not isinstance(module := block.get_submodule(name), nn.Linear | Conv1D):
-            _turn_written(module, read, rotation)
+            _rotate_other_parameters(module, read, rotation)
 
 
-def rotate_heads(block: nn.Module, feed: ChannelLink, head_size: int, seed: int, call: Call, hidden: Tensor) -> None:
-    """Rotate value rows and output columns of every head alike, where `feed` is that pair; other pairs stay as they are."""
-    if bool((feed.channels < 0).any()) or len(feed.channels) % head_size:
+def rotate_heads(block: nn.Module, link: ChannelLink, head_size: int, seed: int, call: Call, hidden: Tensor) -> None:
+    """Rotate value rows and output columns of every head alike, where `link` is that pair; other pairs stay as they are."""
+    if bool((link.channels < 0).any()) or len(link.channels) % head_size:
         return
     rotation = random_rotation(head_size, seed + 1).to(hidden.device)
-    source = block.get_submodule(feed.source)
-    heads = feed.channels.view(-1, head_size).to(hidden.device)
+    source = block.get_submodule(link.producer)
+    heads = link.channels.view(-1, head_size).to(hidden.device)
 
     def change() -> None:
         for rows in heads.unique(dim=0):  # query heads that share values see them turned once
@@ -97,12 +97,12 @@ def rotate_heads(block: nn.Module, feed: ChannelLink, head_size: int, seed: int,
             if source.bias is not None:
                 bias = source.get_parameter("bias")
                 bias[rows] = (bias[rows].double() @ rotation).to(bias.dtype)
-        for consumer in feed.consumers:
+        for consumer in link.consumers:
             every_head = torch.block_diag(*[rotation] * len(heads))
-            turn(parameter_of(block, consumer), consumer.axis, every_head)
+            rotate_parameter(parameter_of(block, consumer), consumer.axis, every_head)
 
-    parameters = [*source.parameters(recurse=False), *(parameter_of(block, consumer) for consumer in feed.consumers)]
-    checked(change, parameters, block, call, hidden)
+    parameters = [*source.parameters(recurse=False), *(parameter_of(block, consumer) for consumer in link.consumers)]
+    apply_or_revert(change, parameters, block, call, hidden)
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def apply_outside(config: Rotate, model: PreTrainedModel, ids: Tensor) -> tuple[
     check. Returns the rotation of the stream and the names of the parameters that changed. A tied head must be untied."""
     head = model.get_output_embeddings()
     outer = {n: m for n, m in outside(model, find_blocks(model)[1]) if m is not head}
-    before = _run(model, ids)
+    before = _RecordedRun(model, ids)
     norms = [n for n, m in outer.items() if is_norm(m) and torch.equal(before.given.get(n, ids), before.read)]
     if head is None or len(norms) != 1:
         raise CompressError(f"no norm directly before the head of {type(model).__name__}", HINT)
@@ -119,12 +119,12 @@ def apply_outside(config: Rotate, model: PreTrainedModel, ids: Tensor) -> tuple[
     rotation = stream_rotation(before.stream.shape[-1], config.seed, subtracts_mean(norm)).to(ids.device)
     embeddings = {n: m for n, m in outer.items() if isinstance(m, nn.Embedding) and m.embedding_dim == len(rotation)}
     for module in embeddings.values():
-        turn(module.get_parameter("weight"), 1, rotation)
-    gain = _take_gain(norm, _adds_one(norm), rotation)
-    turn(head.get_parameter("weight"), 1, gain.unsqueeze(1) * rotation)
-    after = _run(model, ids)
+        rotate_parameter(module.get_parameter("weight"), 1, rotation)
+    gain = _remove_gain(norm, _has_unit_offset(norm), rotation)
+    rotate_parameter(head.get_parameter("weight"), 1, gain.unsqueeze(1) * rotation)
+    after = _RecordedRun(model, ids)
     moved = max(
-        relative_difference(after.stream, turned(before.stream, rotation)),
+        relative_difference(after.stream, rotated(before.stream, rotation)),
         relative_difference(after.logits, before.logits),
     )
     if not moved <= TOLERANCE:
@@ -142,12 +142,12 @@ def stream_rotation(size: int, seed: int, keep_mean: bool) -> Tensor:
     return random_rotation(size, seed, keep_mean)
 
 
-def turned(hidden: Tensor, rotation: Tensor) -> Tensor:
+def rotated(hidden: Tensor, rotation: Tensor) -> Tensor:
     """`hidden R` in the dtype of `hidden`."""
     return (hidden.double() @ rotation).to(hidden.dtype)
 
 
-def turn(parameter: Tensor, axis: int, matrix: Tensor) -> None:
+def rotate_parameter(parameter: Tensor, axis: int, matrix: Tensor) -> None:
     """Multiply `parameter` by `matrix` from the right along `axis`, in place; computed in float64."""
     moved = parameter.movedim(axis, -1)
     moved.copy_(moved.double() @ matrix)
@@ -160,7 +160,7 @@ def subtracts_mean(norm: nn.Module) -> bool:
     return relative_difference(norm(x + 3), norm(x)) < TOLERANCE
 
 
-def _adds_one(norm: nn.Module) -> bool:
+def _has_unit_offset(norm: nn.Module) -> bool:
     """Whether a zero weight still lets the input through."""
     weight = norm.get_parameter("weight")
     x = torch.ones(2, len(weight)).to(weight)
@@ -169,7 +169,7 @@ def _adds_one(norm: nn.Module) -> bool:
     return bool(torch.func.functional_call(norm, swaps, (x,)).abs().max() > 0)
 
 
-def _take_gain(norm: nn.Module, adds_one: bool, rotation: Tensor) -> Tensor:
+def _remove_gain(norm: nn.Module, adds_one: bool, rotation: Tensor) -> Tensor:
     """The norm's gain `[size]` float64; the norm is left without one, its bias fitted to the rotation."""
     weight, bias = norm.get_parameter("weight"), getattr(norm, "bias", None)
     gain = weight.double() + float(adds_one)
@@ -179,21 +179,21 @@ def _take_gain(norm: nn.Module, adds_one: bool, rotation: Tensor) -> Tensor:
     return gain
 
 
-def _turn_written(module: nn.Module, read: set[str], rotation: Tensor) -> None:
+def _rotate_other_parameters(module: nn.Module, read: set[str], rotation: Tensor) -> None:
     """Rotate what a reader that is no linear (stacked experts) writes to the stream with: its other parameters."""
     for name, parameter in module.named_parameters(recurse=False):
         axes = [
             axis for axis in range(max(0, parameter.ndim - 2), parameter.ndim) if parameter.shape[axis] == len(rotation)
         ]
         if name not in read and axes:
-            turn(parameter, axes[0], rotation)
+            rotate_parameter(parameter, axes[0], rotation)
 
 
-def _on_stream(feed: ChannelLink, hidden: Tensor) -> bool:
-    return feed.kind != "linear" and feed.size == hidden.shape[-1]
+def _reads_residual_stream(link: ChannelLink, hidden: Tensor) -> bool:
+    return link.kind != "linear" and link.size == hidden.shape[-1]
 
 
-class _run:  # noqa: N801  a run and what was seen in it
+class _RecordedRun:
     """The model run on `ids`: the stream at the first block, what norms outside gave, what the head read, the logits."""
 
     def __init__(self, model: PreTrainedModel, ids: Tensor) -> None:

@@ -22,9 +22,9 @@ from ....kernels.activations import fake_quantize, grid_of
 from ....recipes.scheme import Scheme, inputs_per, signed_weights
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
-from .noise import Rounded, quietest
-from .recording import inspected, record
-from .rescale import TOLERANCE, Rescale, fed_weights, fold_checked, gather, spread
+from .noise import NoiseModel, minimize_noise
+from .recording import module_to_inspect, record
+from .rescale import TOLERANCE, Rescale, consumer_weights, fold_or_revert, reduce_channels, expand_channels
 
 SMALLEST = 1e-5  # of a weight's maximum and of a factor, as published
 SCHEME = Scheme(signed_weights("channel"), inputs_per("token", dynamic=True))
@@ -63,14 +63,14 @@ def apply(config: SmoothQuant, block: Block) -> None:
     """Smooth the inputs of the block's linears; norms take up the factors."""
     assert block.context is not None
     local = block.local()
-    for feed in find_channel_links(block.module, *block.context.trial):
-        linears = {c.module: local[c.module] for c in feed.consumers if c.module in local}
-        if not linears or (feed.kind == "linear" and not config.linears):
+    for link in find_channel_links(block.module, *block.context.trial):
+        linears = {c.module: local[c.module] for c in link.consumers if c.module in local}
+        if not linears or (link.kind == "linear" and not config.linears):
             continue
-        activations = gather(_largest(block, feed.consumers[0].module, config), feed, "amax")
-        weights = gather(torch.stack([w.abs().amax(0) for w in fed_weights(block.module, feed)]).amax(0), feed, "amax")
+        activations = reduce_channels(_largest(block, link.consumers[0].module, config), link, "amax")
+        weights = reduce_channels(torch.stack([w.abs().amax(0) for w in consumer_weights(block.module, link)]).amax(0), link, "amax")
         if config.alpha == "search":
-            losses = alpha_losses(block, feed, linears, activations, weights, config.search_tokens)
+            losses = alpha_losses(block, link, linears, activations, weights, config.search_tokens)
             alpha = min(losses, key=lambda candidate: losses[candidate])
             scale = factors(activations, weights, alpha)
             figures = {
@@ -79,13 +79,13 @@ def apply(config: SmoothQuant, block: Block) -> None:
                 "smoothquant_half_loss": losses[0.5],
             }
         elif config.alpha == "noise":
-            rounded_ones = _rounded_ones(block, feed, linears, config.search_tokens)
-            scale, ratio = quietest(rounded_ones, factors(activations, weights, 0.5), feed)
+            model = _noise_model(block, link, linears, config.search_tokens)
+            scale, ratio = minimize_noise(model, factors(activations, weights, 0.5), link)
             figures = {"smoothquant_noise": ratio}
         else:
             scale, figures = factors(activations, weights, config.alpha), {"smoothquant_alpha": config.alpha}
-        dtype = block.context.dtypes.get(f"{feed.source}.weight", torch.float32)
-        moved = fold_checked(block.module, Rescale(feed, scale), *block.context.trial, dtype)
+        dtype = block.context.dtypes.get(f"{link.producer}.weight", torch.float32)
+        moved = fold_or_revert(block.module, Rescale(link, scale), *block.context.trial, dtype)
         if not moved <= TOLERANCE:
             figures = {"smoothquant_unfolded": moved}
         for linear in linears.values():
@@ -99,30 +99,30 @@ def factors(activations: Tensor, weights: Tensor, alpha: float) -> Tensor:
 
 
 def alpha_losses(
-    block: Block, feed: ChannelLink, linears: dict[str, Linear], activations: Tensor, weights: Tensor, limit: int
+    block: Block, link: ChannelLink, linears: dict[str, Linear], activations: Tensor, weights: Tensor, limit: int
 ) -> dict[float, float]:
     """Mean squared change of the inspected module's output for every candidate alpha, weights and inputs quantized."""
-    source = block.local().get(feed.source)  # a linear's rows are divided: how it rounds then counts too
-    judge = inspected(block.module, feed, with_source=source is not None)
-    recording = record(block, judge, feed.consumers[0].module, limit)
+    source = block.local().get(link.producer)  # a linear's rows are divided: how it rounds then counts too
+    judge = module_to_inspect(block.module, link, with_producer=source is not None)
+    recording = record(block, judge, link.consumers[0].module, limit)
     losses = {}
     for alpha in CANDIDATES:
         scale = factors(activations, weights, alpha)
-        columns = spread(scale, feed.channels)
+        columns = expand_channels(scale, link.channels)
         smoothed = recording.inputs / columns
         ends = smoothed.amin(), smoothed.amax()
-        with _quantized(block.module, linears, columns, ends), _divided(block.module, feed.source, source, scale):
+        with _quantized(block.module, linears, columns, ends), _divided(block.module, link.producer, source, scale):
             losses[alpha] = recording.loss()
     return losses
 
 
-def _rounded_ones(block: Block, feed: ChannelLink, linears: dict[str, Linear], limit: int) -> Rounded:
-    """The inputs and weights of the feed's quantized linears."""
+def _noise_model(block: Block, link: ChannelLink, linears: dict[str, Linear], limit: int) -> NoiseModel:
+    """The inputs and weights of the link's quantized linears."""
     assert block.context is not None
     name, first = next(iter(linears.items()))
     inputs = torch.cat([batch[name] for batch in inputs_seen(block.module, block.context.samples(), [name], limit)])
     weight = torch.cat([weight_of(block.module.get_submodule(each)) for each in linears])
-    return Rounded(inputs.float(), weight.float(), first.inputs, first.grid_args)
+    return NoiseModel(inputs.float(), weight.float(), first.inputs, first.grid_args)
 
 
 @contextmanager

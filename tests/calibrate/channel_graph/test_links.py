@@ -1,4 +1,4 @@
-"""Who feeds whom, against the wiring that each architecture is known to have."""
+"""Who links whom, against the wiring that each architecture is known to have."""
 
 import pytest
 import torch
@@ -64,7 +64,7 @@ def test_every_feed_is_found_and_no_other(architecture, record):
     name, model = architecture
     block, call, hidden = record(model, 1)
     found = {
-        leaf(f.source): " ".join(leaf(c.module) for c in f.consumers) for f in find_channel_links(block, call, hidden)
+        leaf(f.producer): " ".join(leaf(c.module) for c in f.consumers) for f in find_channel_links(block, call, hidden)
     }
     assert found == WIRING[name]
 
@@ -83,23 +83,23 @@ def test_queries_and_keys_are_told_by_the_first_token(architecture, record):
 
 
 def test_grouped_queries_repeat_a_value_row_for_every_query_head(make_model, record):
-    feeds = find_channel_links(*record(make_model("llama"), 0))
-    values = next(f for f in feeds if leaf(f.source) == "v_proj")
+    links = find_channel_links(*record(make_model("llama"), 0))
+    values = next(f for f in links if leaf(f.producer) == "v_proj")
     heads = torch.arange(16).view(2, 8)  # two value heads of eight rows, each read by two query heads
     assert values.size == 16
     assert values.channels.tolist() == torch.cat([heads[0], heads[0], heads[1], heads[1]]).tolist()
 
 
 def test_value_rows_of_a_matrix_fused_per_head_are_found(make_model, record):
-    feeds = find_channel_links(*record(make_model("gpt_neox"), 0))
-    fused = next(f for f in feeds if f.kind == "linear")
+    links = find_channel_links(*record(make_model("gpt_neox"), 0))
+    fused = next(f for f in links if f.kind == "linear")
     rows = torch.arange(96).view(4, 3, 8)[:, 2].flatten()  # heads of (query, key, value)
     assert fused.channels.tolist() == rows.tolist()
 
 
 def test_the_up_half_of_a_fused_gate_is_found(make_model, record):
-    feeds = find_channel_links(*record(make_model("phi3"), 0))
-    fused = next(f for f in feeds if leaf(f.source) == "gate_up_proj")
+    links = find_channel_links(*record(make_model("phi3"), 0))
+    fused = next(f for f in links if leaf(f.producer) == "gate_up_proj")
     assert fused.channels.tolist() == list(range(48, 96))
 
 
@@ -117,7 +117,7 @@ def test_a_second_reader_forbids_the_feed(make_model, record):
             return self.mlp(x) + x
 
     block.mlp = Listened(block.mlp)
-    sources = {leaf(f.source) for f in find_channel_links(block, call, hidden)}
+    sources = {leaf(f.producer) for f in find_channel_links(block, call, hidden)}
     assert sources == {"input_layernorm", "v_proj", "up_proj"}
 
 
@@ -127,8 +127,8 @@ def test_a_channel_that_is_always_zero_is_marked_unknown(make_model, record, act
     block.mlp.act_fn = nn.SiLU() if activation == "silu" else nn.ReLU()
     with torch.no_grad():
         block.mlp.up_proj.weight[5] = 0
-    feed = next(f for f in find_channel_links(block, call, hidden) if leaf(f.source) == "up_proj")
-    assert feed.channels.tolist() == [-1 if i == 5 else i for i in range(48)]
+    link = next(f for f in find_channel_links(block, call, hidden) if leaf(f.producer) == "up_proj")
+    assert link.channels.tolist() == [-1 if i == 5 else i for i in range(48)]
 
 
 def test_the_block_is_left_as_it_was(make_model, record):

@@ -120,7 +120,7 @@ def test_files_are_read(tmp_path: Path) -> None:
 
 
 def test_the_built_in_corpus_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmpress.calibrate.data.documents.built_in", lambda split: [f"texts of {split}"])
+    monkeypatch.setattr("lmpress.calibrate.data.documents.builtin_documents", lambda split: [f"texts of {split}"])
     assert documents("python-stdlib", "heldout") == Documents(["texts of heldout"], "python-stdlib/heldout")
 
 

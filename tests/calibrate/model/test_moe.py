@@ -17,7 +17,7 @@ from transformers import (
 
 import lmpress
 from lmpress.calibrate.model.architecture import find_linears
-from lmpress.calibrate.model.moe import Experts
+from lmpress.calibrate.model.moe import SplitExperts
 from lmpress.calibrate.model.skeleton import Names, build, materialise
 from lmpress.compress.formats.source import open_source
 
@@ -59,7 +59,7 @@ def test_experts_of_their_own_compute_the_same(
     source = open_source(tmp_path)
     ours = build(source)
     materialise(ours, "", source, Names(ours, source), "cpu")
-    assert sum(isinstance(module, Experts) for module in ours.modules()) == 2
+    assert sum(isinstance(module, SplitExperts) for module in ours.modules()) == 2
     ids = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, model(ids).logits, atol=1e-5)

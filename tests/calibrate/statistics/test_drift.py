@@ -14,7 +14,7 @@ from lmpress.calibrate.model.skeleton import build
 from lmpress.calibrate.runner import Runner
 from lmpress.calibrate.statistics.drift import Drift, residual_targets
 from lmpress.compress.formats.source import open_source
-from lmpress.compress.methods.quantize.gptq import GPTQ, Order, Prepared, prepare, solve, swept
+from lmpress.compress.methods.quantize.gptq import GPTQ, Order, Prepared, prepare, solve, sweep_columns
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
@@ -114,7 +114,7 @@ def test_the_sweep_goes_for_the_aim(order: Order, groups: Literal["static", "dyn
     prepared = layer.prepared(config)
     target = prepared.drift_target(layer.drift, 1.0)
     assert target is not None
-    codes, grid, errors = swept(layer.weight, prepared, ARGS, config, target)
+    codes, grid, errors = sweep_columns(layer.weight, prepared, ARGS, config, target)
     settled = grid.dequantize(codes)
     product = (errors.T @ prepared.factor.upper)[:, prepared.order.argsort()]
     assert torch.allclose(layer.best - settled, product, atol=1e-9)
@@ -219,6 +219,6 @@ def test_grids_are_fitted_to_the_aim_where_they_are_coarse_or_asked_to(
     layer, config = Broken.make(), GPTQ(damping=0.0, aimed_grid=aimed)
     prepared, args = layer.prepared(config), QuantArgs(bits=bits, group_size=4)
     target = prepared.drift_target(layer.drift, 1.0)
-    grid = swept(layer.weight, prepared, args, config, target)[1]
+    grid = sweep_columns(layer.weight, prepared, args, config, target)[1]
     wanted = Grid.fit(layer.best if expected else layer.weight, args)
     assert torch.allclose(grid.scale, wanted.scale, atol=1e-9)

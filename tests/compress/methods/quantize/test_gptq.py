@@ -83,7 +83,7 @@ def test_bookkeeping_identity(
     prepared = prepare(statistic(correlated(500, width, dtype)).matrix(), args, config)
     solution = solve(weight, prepared, args, config)
     delta = weight - solution.tensor.dequantize(dtype)
-    product = gptq.swept(weight, prepared, args, config)[2].T @ prepared.factor.upper
+    product = gptq.sweep_columns(weight, prepared, args, config)[2].T @ prepared.factor.upper
     assert (delta[:, prepared.order] - product).norm() <= tolerance * delta.norm()
     damped = prepared.hessian + config.damping * prepared.hessian.diagonal().mean() * torch.eye(width, dtype=dtype)
     assert solution.damped_loss == pytest.approx(layer_loss(delta, damped), rel=tolerance)

@@ -9,7 +9,7 @@ from lmpress.calibrate.statistics.drift import Drift
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.quantize import gptq
-from lmpress.compress.methods.quantize.gptq import DAMPINGS, GPTQ, prepare, solve
+from lmpress.compress.methods.quantize.gptq import DAMPING_FACTORS, GPTQ, prepare, solve
 from lmpress.recipes.scheme import QuantArgs
 
 ARGS = QuantArgs(bits=3, group_size=8)
@@ -51,7 +51,7 @@ def test_the_damping_is_the_best_on_the_held_out_tokens(tokens: int) -> None:
     layer, config = Layer(tokens, 0.0), GPTQ(damping=0.03, refine=1)
     hessian = 2 / tokens * layer.inputs[0].T @ layer.inputs[0]
     losses = {}
-    for factor in DAMPINGS:
+    for factor in DAMPING_FACTORS:
         options = GPTQ(damping=0.03 * factor)
         settled = solve(layer.weight, prepare(hessian, ARGS, options), ARGS, options).tensor.dequantize(torch.float64)
         losses[0.03 * factor] = float(((layer.weight - settled) @ layer.inputs[1].T).square().sum())
@@ -65,12 +65,12 @@ def test_the_share_of_the_drift_is_the_best_on_the_held_out_tokens(tokens: int, 
     correction = drift @ torch.linalg.inv(layer.damped(0.01))
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)
     left = torch.stack([(layer.lacking[1] - s * layer.inputs[1] @ correction.T).square().sum() for s in shares])
-    assert gptq.drift_that_lasts(layer.linear, 0.01) == pytest.approx(float(shares[left.argmin()]), abs=1e-4)
+    assert gptq.held_out_drift_share(layer.linear, 0.01) == pytest.approx(float(shares[left.argmin()]), abs=1e-4)
 
 
 def test_noise_is_not_followed_and_a_true_drift_is() -> None:
-    assert gptq.drift_that_lasts(Layer(30, 0.0).linear, 0.01) < 0.2
-    assert gptq.drift_that_lasts(Layer(4000, 1.0).linear, 0.01) > 0.95
+    assert gptq.held_out_drift_share(Layer(30, 0.0).linear, 0.01) < 0.2
+    assert gptq.held_out_drift_share(Layer(4000, 1.0).linear, 0.01) > 0.95
 
 
 def test_what_was_chosen_is_reported_and_solved_with() -> None:
@@ -78,9 +78,9 @@ def test_what_was_chosen_is_reported_and_solved_with() -> None:
     gptq.apply(config, Block("block", nn.Identity(), [layer.linear]))
     damping, drift = (layer.linear.figures[name] for name in ("damping", "drift"))
     assert damping == gptq.best_damping(config, [Layer(30, 0.3).linear])
-    assert drift == 0.8 * gptq.drift_that_lasts(Layer(30, 0.3).linear, float(damping))
+    assert drift == 0.8 * gptq.held_out_drift_share(Layer(30, 0.3).linear, float(damping))
     by_hand = Layer(30, 0.3).linear
-    by_hand.held = None
+    by_hand.held_out = None
     gptq.apply(GPTQ(damping=float(damping), drift=float(drift)), Block("block", nn.Identity(), [by_hand]))
     assert by_hand.result is not None and layer.linear.result is not None
     assert torch.equal(by_hand.result.dequantize(), layer.linear.result.dequantize())

@@ -14,7 +14,7 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Linear
 from lmpress.compress.formats.llm_int8 import LLMInt8 as Format
 from lmpress.compress.formats.llm_int8 import kept_columns
-from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose, mix
+from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose_columns, mix
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.activations import decompose
@@ -40,7 +40,7 @@ def layer() -> tuple[Tensor, Tensor]:
 def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None) -> MixedTensor:
     args = replace(SCHEME.weights, outliers=max(len(columns), 1) / WIDTH)
     linear = Linear("layer", weight, args, hessian)
-    return mix(linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold))
+    return quantize_with_outliers(linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold))
 
 
 def module(tensor: MixedTensor) -> nn.Module:
@@ -141,14 +141,14 @@ def test_columns_are_chosen_by_what_tokens_are_without_them() -> None:
             expected.append(min(range(WIDTH), key=lambda j: (sums[j], j)))
             rest[:, expected[-1]] = 0
         loudest = x.abs().topk(count + 1, dim=1)
-        assert choose(loudest.values, loudest.indices, count, WIDTH).tolist() == sorted(expected)
+        assert choose_columns(loudest.values, loudest.indices, count, WIDTH).tolist() == sorted(expected)
         if count == 2:
             assert sorted(expected) == OUTLIER
 
 
 def test_columns_without_any_token() -> None:
     none = torch.zeros(0, 1)
-    assert choose(none, none.long(), 3, 10).tolist() == [0, 1, 2]
+    assert choose_columns(none, none.long(), 3, 10).tolist() == [0, 1, 2]
 
 
 def test_solving_loses_less_and_the_kept_columns_repair() -> None:

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lmpress
 from lmpress.compress.methods.quantize import lorc
-from lmpress.compress.methods.quantize.lorc import LoRC, leading, low_rank
+from lmpress.compress.methods.quantize.lorc import LoRC, leading_eigenvectors, low_rank
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
@@ -73,9 +73,9 @@ def test_weighing_by_the_inputs_beats_plain_singular_vectors(rank: int) -> None:
 
 def test_many_rows_go_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
     error, hessian = layer(200, 64)
-    monkeypatch.setattr(lorc, "EXACT", 0)
+    monkeypatch.setattr(lorc, "EXACT_ROWS", 0)
     for rank in (1, 8, 30):
-        basis = leading(error, hessian, rank)
+        basis = leading_eigenvectors(error, hessian, rank)
         assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=1e-5)
         assert left_over(error, hessian, rank) <= 1.02 * optimum(error, hessian, rank)
 

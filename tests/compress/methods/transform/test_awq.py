@@ -10,7 +10,7 @@ from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consuming, factors, search
-from lmpress.compress.methods.transform.recording import inspected, record
+from lmpress.compress.methods.transform.recording import module_to_inspect, record
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
 from lmpress.recipes.scheme import QuantArgs, Scheme
@@ -47,10 +47,10 @@ def test_error_falls_from_rounding_to_scales_to_clipping(make_model, prepare, ou
 @pytest.mark.parametrize("weight_term", [False, True])
 def test_the_first_point_of_the_search_is_rounding_and_the_best_its_minimum(make_model, prepare, weight_term):
     block = prepare(make_model("llama"), W3, outliers=(3,))
-    feed = find_channel_links(block.module, *block.context.trial)[0]
-    recording = record(block, inspected(block.module, feed), "self_attn.q_proj", 10_000)
+    link = find_channel_links(block.module, *block.context.trial)[0]
+    recording = record(block, module_to_inspect(block.module, link), "self_attn.q_proj", 10_000)
     before = copy.deepcopy(block.module.state_dict())
-    choices = search(recording, block.module, consuming(block, feed), feed, AWQ(weight_term=weight_term))
+    choices = search(recording, block.module, consumer_linears(block, link), link, AWQ(weight_term=weight_term))
     assert all(torch.equal(p, before[n]) for n, p in block.module.state_dict().items())
     assert recording.loss() == 0
     assert {c.ratio for c in choices} == {i / 20 for i in range(21)}
@@ -164,7 +164,7 @@ def test_one_row_per_scale_and_single_rows_of_output_work(prepare, make_model):
 def test_the_inspected_module_is_the_smallest_that_holds_the_consumers(make_model, record):
     def names(model):
         block, call, hidden = record(make_model(model), 0)
-        return [inspected(block, feed) for feed in find_channel_links(block, call, hidden)]
+        return [module_to_inspect(block, link) for link in find_channel_links(block, call, hidden)]
 
     assert names("llama") == ["self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"]
     assert names("gpt2") == ["attn", "attn.c_proj", "mlp"]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from lmpress.calibrate.channel_graph.links import ChannelLink, Consumer
-from lmpress.compress.methods.transform.noise import Rounded, quietest
+from lmpress.compress.methods.transform.noise import NoiseModel, minimize_noise
 from lmpress.compress.methods.transform.smoothquant import SmoothQuant, apply
 from lmpress.kernels.activations import fake_quantize
 from lmpress.kernels.tensor.grid import Grid
@@ -48,7 +48,7 @@ def test_the_noise_is_that_of_real_rounding(input_args: QuantArgs | None, weight
     inputs, weight = numbers()
     for columns in (torch.ones(32), inputs.abs().amax(0).sqrt()):
         expected = error(inputs, weight, input_args, weight_args, columns)
-        found = float(Rounded(inputs, weight, input_args, weight_args).noise(columns)) / 12
+        found = float(NoiseModel(inputs, weight, input_args, weight_args).noise(columns)) / 12
         assert found == pytest.approx(expected, rel=0.12)
 
 
@@ -57,9 +57,9 @@ def test_the_descent_ends_far_below_the_power_law() -> None:
     inputs, weight = numbers()
     inputs[0, :8] *= 30
     start = (inputs.abs().amax(0) / weight.abs().amax(0)).sqrt()
-    feed = ChannelLink("norm", "norm", (Consumer("x", "weight", 1),), torch.arange(32), 32)
-    rounded = Rounded(inputs, weight, PER_TOKEN, signed_weights("channel"))
-    scale, ratio = quietest(rounded, start, feed)
+    link = ChannelLink("norm", "norm", (Consumer("x", "weight", 1),), torch.arange(32), 32)
+    rounded = NoiseModel(inputs, weight, PER_TOKEN, signed_weights("channel"))
+    scale, ratio = minimize_noise(rounded, start, link)
     assert ratio == pytest.approx(float(rounded.noise(scale) / rounded.noise(start))) and ratio < 0.9
     real = [error(inputs, weight, PER_TOKEN, signed_weights("channel"), columns) for columns in (start, scale)]
     assert real[1] < 0.95 * real[0]
@@ -68,8 +68,8 @@ def test_the_descent_ends_far_below_the_power_law() -> None:
 def test_channels_that_nothing_feeds_and_shared_ones() -> None:
     """Two columns follow one channel, one follows none: it keeps its size."""
     inputs, weight = numbers(width=4)
-    feed = ChannelLink("v", "linear", (Consumer("o", "weight", 1),), torch.tensor([0, 0, 1, -1]), 3)
-    scale, ratio = quietest(Rounded(inputs, weight, PER_TOKEN, signed_weights("channel")), torch.ones(3), feed)
+    link = ChannelLink("v", "linear", (Consumer("o", "weight", 1),), torch.tensor([0, 0, 1, -1]), 3)
+    scale, ratio = minimize_noise(NoiseModel(inputs, weight, PER_TOKEN, signed_weights("channel")), torch.ones(3), link)
     assert scale.shape == (3,) and scale[2] == 1 and 0 < ratio <= 1 and scale[:2].isfinite().all()
 
 

@@ -6,7 +6,7 @@ import torch
 from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.rescale import Rescale, fed_weights, fold
+from lmpress.compress.methods.transform.rescale import Rescale, consumer_weights, fold
 from lmpress.compress.methods.transform.smoothquant import SmoothQuant, alpha_losses, apply, factors
 from lmpress.compress.methods.transform.smoothquant import _largest as largest
 from lmpress.errors import UsageError
@@ -86,12 +86,12 @@ def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_mod
         norm.weight.clone(),
         output(block),
     )
-    feed = next(
-        f for f in find_channel_links(block.module, *block.context.trial) if f.source == "post_attention_layernorm"
+    link = next(
+        f for f in find_channel_links(block.module, *block.context.trial) if f.producer == "post_attention_layernorm"
     )
-    assert [w.shape for w in fed_weights(block.module, feed)] == [(4, 32), (4 * 96, 32)]
+    assert [w.shape for w in consumer_weights(block.module, link)] == [(4, 32), (4 * 96, 32)]
     scale = torch.linspace(0.5, 2, 32)
-    fold(block.module, Rescale(feed, scale))
+    fold(block.module, Rescale(link, scale))
     torch.testing.assert_close(mlp.gate.weight, router * scale)
     torch.testing.assert_close(mlp.experts.gate_up_proj, experts * scale)
     torch.testing.assert_close(norm.weight, gain / scale)
@@ -115,12 +115,12 @@ def test_smoothing_lowers_the_error_of_outlier_channels(make_model, prepare, out
 @torch.no_grad()
 def test_the_search_is_u_shaped_and_never_worse_than_one_half(make_model, prepare):
     block = prepare(make_model("llama"), LEVELS["O2"], outliers=(3, 17))
-    feed = find_channel_links(block.module, *block.context.trial)[0]
-    names = [c.module for c in feed.consumers]
+    link = find_channel_links(block.module, *block.context.trial)[0]
+    names = [c.module for c in link.consumers]
     linears = {name: block.local()[name] for name in names}
     x = largest(block, names[0], SmoothQuant())
     w = torch.cat([block.module.get_submodule(n).weight for n in names]).abs().amax(0)
-    losses = alpha_losses(block, feed, linears, x, w, 10_000)
+    losses = alpha_losses(block, link, linears, x, w, 10_000)
     best = min(losses, key=losses.get)
     assert 0 < best < 1
     assert losses[best] < min(losses[0.0], losses[1.0]) / 1.5

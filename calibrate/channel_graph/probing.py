@@ -1,4 +1,4 @@
-"""Experiments on a block: run it, scale what a module gives or reads, see who notices."""
+"""Experiments on a block: run it with the input or output of one module scaled, and compare what the others read."""
 
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -10,11 +10,19 @@ from transformers.pytorch_utils import Conv1D
 
 from ..runner import Call
 
-TOLERANCE = 1e-5  # of the largest output: a difference above it is somebody else's
+TOLERANCE = 1e-5  # relative to the largest output: larger differences are not rounding errors
 
 
 class Trial:
-    """The block run once as it is: what its parameterised modules read and give, in what order, and its output."""
+    """An unmodified run of the block: inputs, outputs and call order of its modules that have parameters, and its output.
+
+    modules  by name, every module with parameters of its own
+    order    norms and linears in the order in which they were called
+    inputs   the first argument of each module; modules that were called several times are left out
+    outputs  the outputs of norms and linears
+    calls    all arguments of each module
+    called   the modules that were called at all
+    """
 
     def __init__(self, block: nn.Module, call: Call, hidden: Tensor) -> None:
         self.block, self._call, self._hidden = block, call, hidden
@@ -42,28 +50,27 @@ class Trial:
                 stack.callback(module.register_forward_hook(note(name), with_kwargs=True).remove)
             self.output = self.run()
         self.called = set(runs)
-        for name in [
-            name for name, count in runs.items() if count > 1
-        ]:  # what one of several calls shows is not the rule
+        for name in [n for n, count in runs.items() if count > 1]:  # one of several calls is not representative
             self.inputs.pop(name, None)
             self.outputs.pop(name, None)
         self.order = [name for name in self.order if name in self.inputs and name in self.outputs]
 
     def run(self) -> Tensor:
+        """The block's output `[rows, length, width]`, with the hooks that are in place now."""
         return self._call.replay(self.block, self._hidden)
 
     def sees_all_tokens(self, name: str) -> bool:
-        """Whether the module reads every token, in order as far as its shape tells: experts behind a router do not."""
+        """Whether the module reads as many tokens as the block; experts behind a router do not."""
         x = self.inputs[name]
         return x.numel() // x.shape[-1] == self._hidden.shape[0] * self._hidden.shape[1]
 
     def first_tokens(self, x: Tensor) -> Tensor:
-        """`[rows, width]` of a module's input, which may come flattened to `[rows * length, width]`."""
+        """The first token of every row `[rows, width]` of a module's input, which may be flattened to `[tokens, width]`."""
         rows, length, _ = self._hidden.shape
         return x.reshape(rows, length, -1)[:, 0]
 
     def record_inputs(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """What the modules `names` read in a run under the hooks that are in place."""
+        """Run the block with the hooks that are in place now; the inputs of the modules `names`."""
         found: dict[str, Tensor] = {}
 
         def note(name: str) -> Callable[..., None]:
@@ -81,7 +88,7 @@ class Trial:
 
 
 def is_norm(module: nn.Module) -> bool:
-    """Whether the parameters of its own are vectors of one length: a weight per channel, perhaps a bias."""
+    """Whether the module's own parameters are a weight vector and at most a bias of the same length."""
     own = dict(module.named_parameters(recurse=False))
     shapes = {p.shape for p in own.values()}
     return "weight" in own and own.keys() <= {"weight", "bias"} and len(shapes) == 1 and own["weight"].ndim == 1
@@ -89,6 +96,8 @@ def is_norm(module: nn.Module) -> bool:
 
 @contextmanager
 def scaled_output(module: nn.Module, factor: Tensor) -> Iterator[None]:
+    """While the context is open, the output of `module` is multiplied by `factor` `[width]`."""
+
     def scale(module: nn.Module, args: object, output: Tensor) -> Tensor:
         return output * factor
 
@@ -101,6 +110,8 @@ def scaled_output(module: nn.Module, factor: Tensor) -> Iterator[None]:
 
 @contextmanager
 def scaled_input(module: nn.Module, factor: Tensor) -> Iterator[None]:
+    """While the context is open, the first argument of `module` is multiplied by `factor` `[width]`."""
+
     def scale(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return map_first_argument(args, kwargs, lambda x: x * factor)
 
@@ -114,6 +125,7 @@ def scaled_input(module: nn.Module, factor: Tensor) -> Iterator[None]:
 def map_first_argument(
     args: tuple[Any, ...], kwargs: dict[str, Any], change: Callable[[Tensor], Tensor]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The call arguments with the first one, positional or by keyword, replaced by its `change`."""
     if args:
         return (change(args[0]), *args[1:]), kwargs
     name = next(iter(kwargs))
@@ -121,7 +133,7 @@ def map_first_argument(
 
 
 def difference(a: Tensor, b: Tensor) -> float:
-    """The largest difference relative to the largest value of `b`; infinite where shapes differ."""
+    """The largest absolute difference relative to the largest magnitude in `b`; infinite if the shapes differ."""
     if a.shape != b.shape:
         return math.inf
     scale = float(b.abs().max())
@@ -129,6 +141,7 @@ def difference(a: Tensor, b: Tensor) -> float:
 
 
 def outputs_match(a: object, b: object) -> bool:
+    """Whether two outputs of a module (tensors, nested tuples or lists) agree up to `TOLERANCE`."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return difference(a.float(), b.float()) < TOLERANCE
     if isinstance(a, tuple | list) and isinstance(b, tuple | list):

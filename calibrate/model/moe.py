@@ -109,7 +109,9 @@ def checkpoint_module_names(model: PreTrainedModel, modules: Iterable[str]) -> d
     """What each of the model's `modules` in a mixture of experts is called in checkpoints that others read, where that differs,
     such as `...block_sparse_moe.experts.0.w1`. The inverse of `model_names`."""
     mixtures = tuple(
-        f"{name}." for name, module in model.named_modules() if any(isinstance(c, SplitExperts) for c in module.children())
+        f"{name}."
+        for name, module in model.named_modules()
+        if any(isinstance(c, SplitExperts) for c in module.children())
     )
     renamings, converters = _conversions(model)
     found = {}

@@ -165,7 +165,9 @@ class _Work:
         block, name = self.runner.blocks[index], self.runner.block_name(index)
         call, hidden = self.probe.experiment(index)
         feeds = {
-            f.producer: f for f in find_channel_links(block, call, hidden) if f.kind != "linear" and f.size == self.width
+            f.producer: f
+            for f in find_channel_links(block, call, hidden)
+            if f.kind != "linear" and f.size == self.width
         }
         for norm, module in block.named_modules():
             if not self._is_on_stream(module):

@@ -102,7 +102,11 @@ def apply(config: GPTQ, block: Block) -> None:
             options = replace(config, damping=best_damping(config, sharing)) if linear.held_out else config
             # one at a time: factors are large
             prepared = {key: prepare(linear.hessian.matrix(), linear.grid_args, options)}
-        share = config.drift * held_out_drift_share(linear, prepared[key].factor.damping) if linear.held_out else config.drift
+        share = (
+            config.drift * held_out_drift_share(linear, prepared[key].factor.damping)
+            if linear.held_out
+            else config.drift
+        )
         target = prepared[key].drift_target(linear.drift, share)
         solution = solve(linear.weight, prepared[key], linear.grid_args, config, target)
         linear.result = solution.tensor

@@ -26,7 +26,7 @@ from ....recipes.scheme import QuantArgs, Scheme
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
 from .recording import Recording, module_to_inspect, record
-from .rescale import TOLERANCE, Rescale, fold_or_revert, reduce_channels, expand_channels
+from .rescale import TOLERANCE, Rescale, expand_channels, fold_or_revert, reduce_channels
 
 CLIP_STEPS, CLIP_POINTS = 20, 10  # largest weights of 1, 19/20, ... 11/20 of the original are tried
 SMALLEST = 1e-4  # of a factor before it is normalised, as published

@@ -67,7 +67,9 @@ def fold_or_revert(
 
     Returns the largest change relative to the largest output value; above `TOLERANCE` the weights are as they were.
     """
-    return apply_or_revert(lambda: fold(block, rescale, stored), folded_parameters(block, rescale.link), block, call, hidden)
+    return apply_or_revert(
+        lambda: fold(block, rescale, stored), folded_parameters(block, rescale.link), block, call, hidden
+    )
 
 
 @torch.no_grad()

@@ -58,9 +58,9 @@ def apply(config: Rotate, block: Block) -> None:
                 rotate_heads(block.module, link, block.context.head_size, config.seed, call, hidden)
     norms = [block.module.get_submodule(link.producer) for link in links if _reads_residual_stream(link, hidden)]
     rotation = stream_rotation(hidden.shape[-1], config.seed, any(map(subtracts_mean, norms))).to(hidden.device)
-    expected = rotated(call.replay(block.module, hidden), rotation)
+    expected = apply_rotation(call.replay(block.module, hidden), rotation)
     rotate_stream(block.module, [link for link in links if _reads_residual_stream(link, hidden)], rotation)
-    moved = relative_difference(call.replay(block.module, rotated(hidden, rotation)), expected)
+    moved = relative_difference(call.replay(block.module, apply_rotation(hidden, rotation)), expected)
     if not moved <= TOLERANCE:
         raise CompressError(f"{block.name} does not compute the same when rotated ({moved:.1e} of its output)", HINT)
 
@@ -124,7 +124,7 @@ def apply_outside(config: Rotate, model: PreTrainedModel, ids: Tensor) -> tuple[
     rotate_parameter(head.get_parameter("weight"), 1, gain.unsqueeze(1) * rotation)
     after = _RecordedRun(model, ids)
     moved = max(
-        relative_difference(after.stream, rotated(before.stream, rotation)),
+        relative_difference(after.stream, apply_rotation(before.stream, rotation)),
         relative_difference(after.logits, before.logits),
     )
     if not moved <= TOLERANCE:
@@ -142,7 +142,7 @@ def stream_rotation(size: int, seed: int, keep_mean: bool) -> Tensor:
     return random_rotation(size, seed, keep_mean)
 
 
-def rotated(hidden: Tensor, rotation: Tensor) -> Tensor:
+def apply_rotation(hidden: Tensor, rotation: Tensor) -> Tensor:
     """`hidden R` in the dtype of `hidden`."""
     return (hidden.double() @ rotation).to(hidden.dtype)
 

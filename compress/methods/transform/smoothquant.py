@@ -24,7 +24,7 @@ from ...block import Block, Linear
 from ..quantize.rtn import rounded
 from .noise import NoiseModel, minimize_noise
 from .recording import module_to_inspect, record
-from .rescale import TOLERANCE, Rescale, consumer_weights, fold_or_revert, reduce_channels, expand_channels
+from .rescale import TOLERANCE, Rescale, consumer_weights, expand_channels, fold_or_revert, reduce_channels
 
 SMALLEST = 1e-5  # of a weight's maximum and of a factor, as published
 SCHEME = Scheme(signed_weights("channel"), inputs_per("token", dynamic=True))
@@ -68,7 +68,9 @@ def apply(config: SmoothQuant, block: Block) -> None:
         if not linears or (link.kind == "linear" and not config.linears):
             continue
         activations = reduce_channels(_largest(block, link.consumers[0].module, config), link, "amax")
-        weights = reduce_channels(torch.stack([w.abs().amax(0) for w in consumer_weights(block.module, link)]).amax(0), link, "amax")
+        weights = reduce_channels(
+            torch.stack([w.abs().amax(0) for w in consumer_weights(block.module, link)]).amax(0), link, "amax"
+        )
         if config.alpha == "search":
             losses = alpha_losses(block, link, linears, activations, weights, config.search_tokens)
             alpha = min(losses, key=lambda candidate: losses[candidate])

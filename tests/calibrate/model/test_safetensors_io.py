@@ -107,7 +107,7 @@ def test_truncated_files_are_called_so(tmp_path: Path, left: int) -> None:
     file = tmp_path / "x.safetensors"
     safetensors_io.write(file, {"w": torch.arange(100)})
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(CompressError, match=r"x\.safetensors is truncated.*fetch it again"):
+    with pytest.raises(CompressError, match=r"x\.safetensors is truncated.*download it again"):
         safetensors_io.read_header(file)
 
 

@@ -116,5 +116,5 @@ def test_what_lies_outside_the_blocks(tiny: Path) -> None:
 )
 def test_unknown_architectures_are_refused(tiny: Path, changes: dict[str, object]) -> None:
     change_config(tiny, **changes)
-    with pytest.raises(UsageError, match=r"config\.json describes no language model that transformers can build"):
+    with pytest.raises(UsageError, match=r"config\.json does not describe a language model that transformers supports"):
         build(open_source(tiny))

@@ -75,7 +75,7 @@ def test_what_is_no_model_directory(tiny: Path) -> None:
     with pytest.raises(UsageError, match="is a file; give the directory"):
         open_source(tiny / WEIGHTS)
     (tiny / WEIGHTS).rename(tiny / "pytorch_model.bin")
-    with pytest.raises(UsageError, match=r"has only pytorch_model\.bin; safetensors files are needed"):
+    with pytest.raises(UsageError, match=r"has only pytorch_model\.bin; safetensors files are required"):
         open_source(tiny)
     (tiny / "pytorch_model.bin").unlink()
     with pytest.raises(UsageError, match="has no weights"):
@@ -87,7 +87,7 @@ def test_what_is_no_model_directory(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not valid JSON"), (b"[]", "holds no JSON object"), (b"\xff\xff", "is not valid JSON"), (b"", "JSON")],
+    [(b"{", "is not valid JSON"), (b"[]", "is not a JSON object"), (b"\xff\xff", "is not valid JSON"), (b"", "JSON")],
 )
 def test_damaged_configs(tiny: Path, content: bytes, message: str) -> None:
     (tiny / "config.json").write_bytes(content)
@@ -98,7 +98,7 @@ def test_damaged_configs(tiny: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}'])
 def test_damaged_indexes(tiny: Path, content: str) -> None:
     (tiny / safetensors_io.INDEX).write_text(content)
-    with pytest.raises(CompressError, match="is no index of weight files"):
+    with pytest.raises(CompressError, match="is not a valid index of weight files"):
         open_source(tiny)
 
 
@@ -116,7 +116,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tiny: Path) -> None:
     with pytest.raises(CompressError, match=f"{second.name} is truncated"):
         open_source(tiny)
     second.unlink()
-    with pytest.raises(CompressError, match=f"lacks {second.name}, which its index names"):
+    with pytest.raises(CompressError, match=f"lacks {second.name}, listed in its index"):
         open_source(tiny)
 
 

@@ -14,7 +14,7 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Linear
 from lmpress.compress.formats.llm_int8 import LLMInt8 as Format
 from lmpress.compress.formats.llm_int8 import kept_columns
-from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose_columns, mix
+from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose_columns, quantize_with_outliers
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.activations import decompose
@@ -40,7 +40,9 @@ def layer() -> tuple[Tensor, Tensor]:
 def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None) -> MixedTensor:
     args = replace(SCHEME.weights, outliers=max(len(columns), 1) / WIDTH)
     linear = Linear("layer", weight, args, hessian)
-    return quantize_with_outliers(linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold))
+    return quantize_with_outliers(
+        linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold)
+    )
 
 
 def module(tensor: MixedTensor) -> nn.Module:

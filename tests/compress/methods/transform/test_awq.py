@@ -9,7 +9,7 @@ from torch import nn
 from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consuming, factors, search
+from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consumer_linears, factors, search
 from lmpress.compress.methods.transform.recording import module_to_inspect, record
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid

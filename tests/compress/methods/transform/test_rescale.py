@@ -8,7 +8,14 @@ from torch import nn
 
 from lmpress.calibrate.channel_graph.links import Consumer, find_channel_links
 from lmpress.calibrate.model.architecture import find_blocks
-from lmpress.compress.methods.transform.rescale import TOLERANCE, Rescale, fold, fold_or_revert, reduce_channels, expand_channels
+from lmpress.compress.methods.transform.rescale import (
+    TOLERANCE,
+    Rescale,
+    expand_channels,
+    fold,
+    fold_or_revert,
+    reduce_channels,
+)
 
 
 def random_rescale(link, seed=0):

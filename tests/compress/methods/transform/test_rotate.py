@@ -6,7 +6,7 @@ import torch
 from lmpress.calibrate.model.architecture import find_blocks, set_weight, weight_of
 from lmpress.compress.block import Block, BlockContext
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.rotate import Rotate, apply, apply_outside, stream_rotation, turned
+from lmpress.compress.methods.transform.rotate import Rotate, apply, apply_outside, apply_rotation, stream_rotation
 from lmpress.errors import CompressError
 from lmpress.recipes.scheme import QuantArgs, Scheme
 
@@ -84,8 +84,8 @@ def test_a_rotated_block_turns_the_stream(make_model, prepare, output):
     expected = output(block)
     apply(Rotate(), block)
     rotation = stream_rotation(32, 0, False)
-    rotated = torch.cat([c.replay(block.module, rotated(h, rotation)) for c, h, _ in block.context.samples()])
-    torch.testing.assert_close(rotated, rotated(expected, rotation), rtol=1e-4, atol=1e-4)
+    rotated = torch.cat([c.replay(block.module, apply_rotation(h, rotation)) for c, h, _ in block.context.samples()])
+    torch.testing.assert_close(rotated, apply_rotation(expected, rotation), rtol=1e-4, atol=1e-4)
 
 
 @torch.no_grad()
@@ -95,13 +95,13 @@ def test_rounding_errs_less_after_rotation_where_channels_stand_out(make_model, 
             make_model("llama"), Scheme(QuantArgs(bits=4, strategy="channel", group_size=None)), outliers=(3, 17)
         )
         rotation = stream_rotation(32, 0, False) if rotate else torch.eye(32, dtype=torch.float64)
-        expected = torch.cat([rotated(c.replay(block.module, h), rotation) for c, h, _ in block.context.samples()])
+        expected = torch.cat([apply_rotation(c.replay(block.module, h), rotation) for c, h, _ in block.context.samples()])
         if rotate:
             apply(Rotate(), block)
         for name, linear in block.local().items():
             module = block.module.get_submodule(name)
             set_weight(module, round_to_nearest(weight_of(module), linear.args).dequantize())
-        found = torch.cat([c.replay(block.module, rotated(h, rotation)) for c, h, _ in block.context.samples()])
+        found = torch.cat([c.replay(block.module, apply_rotation(h, rotation)) for c, h, _ in block.context.samples()])
         return float((found - expected).square().mean())
 
     assert error(rotate=True) < error(rotate=False)

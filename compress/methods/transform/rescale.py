@@ -1,8 +1,8 @@
-"""Moving a factor per channel from a source into its consumers: what AWQ and SmoothQuant have in common.
+"""Moving a factor per channel from a producer into its consumers: the common part of AWQ and SmoothQuant.
 
-    source / s (weight and bias),   consumers * s        the function stays, the consumers' inputs are divided by s
+    producer / s (weight and bias),   consumers * s      same function; the consumers' inputs are divided by s
 
-Every fold is checked on the block itself before it is kept (identity I6), and undone to the last bit where it fails.
+Every fold is checked on the block itself (identity I6: transforms preserve the function), and reverted bit for bit if it fails.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,12 +15,12 @@ from ....calibrate.channel_graph.links import ChannelLink, Consumer
 from ....calibrate.model.architecture import weight_of
 from ....calibrate.runner import Call
 
-TOLERANCE = 1e-4  # I6: of the largest output value, in float32
+TOLERANCE = 1e-4  # of identity I6, relative to the largest output value, in float32
 
 
 @dataclass(frozen=True)
 class Rescale:
-    """The factor `scale` `[link.size]`, positive, one for each output channel of the source; 1 where nothing is moved."""
+    """Factors `scale` `[link.size]`, positive, one per output channel of the link's producer; 1 leaves a channel unchanged."""
 
     link: ChannelLink
     scale: Tensor
@@ -33,17 +33,17 @@ class Rescale:
 
 @torch.no_grad()
 def fold(block: nn.Module, rescale: Rescale, stored: torch.dtype = torch.float32) -> Tensor:
-    """Rewrite the weights of source and consumers in place. Returns the factors `[width]` that the consumers got.
+    """Rescale the weights of producer and consumers in place. Returns the consumers' factors `[width]`, float64.
 
-    A norm's weight will be stored in the dtype `stored`: it is rounded to it here, and the consumers get what it has really
-    lost, so that a coarse dtype costs nothing.
+    `stored` is the dtype in which a norm's weight will be stored. It is rounded to it here, and the consumers get the factors
+    of the rounded weight, so that a coarse dtype causes no error.
     """
     link, scale = rescale.link, rescale.scale.double()
-    source = block.get_submodule(link.producer)
-    weight = source.weight
+    producer = block.get_submodule(link.producer)
+    weight = producer.weight
     assert isinstance(weight, Tensor)
     if link.kind == "linear":
-        weight_of(source).div_(scale.to(weight).unsqueeze(1))
+        weight_of(producer).div_(scale.to(weight).unsqueeze(1))
     else:
         offset = 1.0 if link.kind == "offset-norm" else 0.0
         gain = weight.double() + offset
@@ -51,7 +51,7 @@ def fold(block: nn.Module, rescale: Rescale, stored: torch.dtype = torch.float32
         effective = gain / (reduced.double() + offset)
         scale = torch.where(effective.isfinite() & (effective > 0), effective, scale)
         weight.copy_(reduced)
-    if isinstance(bias := getattr(source, "bias", None), Tensor):
+    if isinstance(bias := getattr(producer, "bias", None), Tensor):
         bias.copy_(bias.double() / scale)
     columns = expand_channels(scale, link.channels)
     for consumer in link.consumers:
@@ -63,9 +63,10 @@ def fold(block: nn.Module, rescale: Rescale, stored: torch.dtype = torch.float32
 def fold_or_revert(
     block: nn.Module, rescale: Rescale, call: Call, hidden: Tensor, stored: torch.dtype = torch.float32
 ) -> float:
-    """`fold`, kept only if the block's output on `hidden` changes by no more than `TOLERANCE`.
+    """`fold`, reverted unless the block's output for `hidden` changes by at most `TOLERANCE`.
 
-    Returns the largest change relative to the largest output value; above `TOLERANCE` the weights are as they were.
+    `call` holds the other arguments of the block. Returns the largest change relative to the largest output value; above
+    `TOLERANCE`, or NaN, the weights are unchanged.
     """
     return apply_or_revert(
         lambda: fold(block, rescale, stored), folded_parameters(block, rescale.link), block, call, hidden
@@ -80,7 +81,10 @@ def apply_or_revert(
     call: Call,
     hidden: Tensor,
 ) -> float:
-    """Carry out `change`, which rewrites `parameters` of the block; undo it where the block's output moves. See above."""
+    """Run `change`, which modifies `parameters` of the block; restore them if the block's output changes.
+
+    Tolerance and return value are those of `fold_or_revert`.
+    """
     before = [parameter.clone() for parameter in parameters]
     reference = call.replay(block, hidden)
     change()
@@ -92,12 +96,12 @@ def apply_or_revert(
 
 
 def relative_difference(output: Tensor, reference: Tensor) -> float:
-    """The largest absolute difference over the largest value of `reference`; NaN where anything is not finite."""
+    """The largest absolute difference divided by the largest value of `reference`; NaN if any value is not finite."""
     return float((output - reference).abs().max() / reference.abs().max().clamp(min=1e-30))
 
 
 def folded_parameters(block: nn.Module, link: ChannelLink) -> list[Tensor]:
-    """The parameters that folding rewrites."""
+    """The parameters that `fold` modifies."""
     own = block.get_submodule(link.producer).parameters(recurse=False)
     return [*own, *(parameter_of(block, consumer) for consumer in link.consumers)]
 
@@ -114,13 +118,16 @@ def consumer_weights(block: nn.Module, link: ChannelLink) -> Iterator[Tensor]:
 
 
 def expand_channels(scale: Tensor, channels: Tensor) -> Tensor:
-    """Factors per source channel `[size]` to factors per consumer channel `[width]`; 1 where the channel is unknown."""
+    """Factors per producer channel `[size]` as factors per consumer channel `[width]`; 1 if the channel is unknown."""
     channels = channels.to(scale.device)
     return torch.where(channels >= 0, scale[channels], 1.0)
 
 
 def reduce_channels(values: Tensor, link: ChannelLink, reduce: str) -> Tensor:
-    """Per consumer channel `[width]` to per source channel `[size]` by `reduce` (`mean` or `amax`); 0 where none is fed."""
+    """Values per consumer channel `[width]` as values per producer channel `[size]`, combined by `reduce` (`mean` or `amax`).
+
+    0 for producer channels without a consumer channel.
+    """
     channels = link.channels.to(values.device)
     known = channels >= 0
     out = values.new_zeros(link.size)
@@ -128,5 +135,5 @@ def reduce_channels(values: Tensor, link: ChannelLink, reduce: str) -> Tensor:
 
 
 def broadcast_along(values: Tensor, axis: int, ndim: int) -> Tensor:
-    """`values` `[n]` shaped to broadcast along `axis` of `ndim` axes."""
+    """`values` `[n]`, reshaped to broadcast along `axis` of a tensor with `ndim` axes."""
     return values.reshape([-1 if i == axis else 1 for i in range(ndim)])

@@ -191,9 +191,7 @@ def test_an_unreachable_hub_ends_in_the_remedy(monkeypatch: pytest.MonkeyPatch) 
         raise ConnectionError("Couldn't reach it")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(
-        CompressError, match=r"wikitext2 .split test. could not be downloaded.*reach it.*python-stdlib"
-    ):
+    with pytest.raises(CompressError, match=r"wikitext2 .split test. could not be downloaded.*reach it.*python-stdlib"):
         documents("wikitext2", "heldout")
 
 

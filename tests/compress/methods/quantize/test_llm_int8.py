@@ -211,7 +211,7 @@ def test_a_checkpoint_has_the_planned_bytes_and_other_runtimes_refuse_it(
     out, data = tmp_path / "out", str(tmp_path / "text.txt")
     report = lmpress.quantize(tiny, out, method="llm-int8", quality=quality, calib=data, samples=4, seq_len=16)
     assert report.bytes_after == (out / "model.safetensors").stat().st_size
-    assert all(figures["kept"] == 1 for figures in report.layers)
+    assert all(figures["kept_columns"] == 1 for figures in report.layers)
     found = lmpress.evaluate(out, data, seq_len=16, against=tiny)
     assert found.kl is not None and found.kl < 1e-2
     assert json.loads((out / "config.json").read_text())["quantization_config"]["threshold"] == 6.0

@@ -157,5 +157,5 @@ def test_exports_keep_the_sum_or_are_refused(tiny: Path, tmp_path: Path, calibra
 def test_it_improves_on_something() -> None:
     with pytest.raises(UsageError, match="nothing to improve on"):
         build({"passes": [{"method": "lorc"}]})
-    with pytest.raises(UsageError, match="compensates nothing"):
+    with pytest.raises(UsageError, match="rank must be at least 1, got 0"):
         LoRC(rank=0)

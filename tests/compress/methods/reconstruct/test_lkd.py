@@ -19,7 +19,7 @@ from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.methods.reconstruct import lkd, loop, tune
 from lmpress.compress.methods.reconstruct.learnable import LearnableQuantizer
-from lmpress.compress.methods.reconstruct.loop import Target, reconstruct, targets
+from lmpress.compress.methods.reconstruct.loop import Target, original_outputs, reconstruct
 from lmpress.compress.pipeline import RunReport
 from lmpress.compress.plan import make_plan
 from lmpress.errors import UsageError
@@ -135,7 +135,7 @@ def test_the_outcome_is_the_error_on_rows_that_were_not_trained_on(tiny: Path, t
     quantizers = {name: LearnableQuantizer(x.weight, x.result) for name, x in block.local().items()}  # type: ignore[arg-type]
     optimiser = Adam([quantizer.offset for quantizer in quantizers.values()], lr=0.02)
     read: list[int] = []
-    target = Target(io.inputs, targets(io, io.reference))
+    target = Target(io.inputs, original_outputs(io, io.reference))
     spied = target.inputs.__getitem__
 
     class Spy:
@@ -182,7 +182,7 @@ def test_random_tokens_serve_where_there_is_no_data(tiny: Path, tmp_path: Path) 
 def test_what_is_no_grid_of_codes_is_refused(tiny: Path, tmp_path: Path, text: str) -> None:
     _, block = loaded(tiny, tmp_path, text)
     block.linears[2].result = None
-    with pytest.raises(UsageError, match=r"v_proj is no plain grid"):
+    with pytest.raises(UsageError, match=r"v_proj is not quantized to a plain grid"):
         tune.apply(tune.Tune(steps=1), block)
 
 

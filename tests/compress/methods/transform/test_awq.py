@@ -9,7 +9,7 @@ from torch import nn
 from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consumer_linears, factors, search
+from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consumer_linears, factors, search_scales
 from lmpress.compress.methods.transform.recording import module_to_inspect, record
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
@@ -50,7 +50,7 @@ def test_the_first_point_of_the_search_is_rounding_and_the_best_its_minimum(make
     link = find_channel_links(block.module, *block.context.trial)[0]
     recording = record(block, module_to_inspect(block.module, link), "self_attn.q_proj", 10_000)
     before = copy.deepcopy(block.module.state_dict())
-    choices = search(recording, block.module, consumer_linears(block, link), link, AWQ(weight_term=weight_term))
+    choices = search_scales(recording, block.module, consumer_linears(block, link), link, AWQ(weight_term=weight_term))
     assert all(torch.equal(p, before[n]) for n, p in block.module.state_dict().items())
     assert recording.loss() == 0
     assert {c.ratio for c in choices} == {i / 20 for i in range(21)}

@@ -95,7 +95,9 @@ def test_rounding_errs_less_after_rotation_where_channels_stand_out(make_model, 
             make_model("llama"), Scheme(QuantArgs(bits=4, strategy="channel", group_size=None)), outliers=(3, 17)
         )
         rotation = stream_rotation(32, 0, False) if rotate else torch.eye(32, dtype=torch.float64)
-        expected = torch.cat([apply_rotation(c.replay(block.module, h), rotation) for c, h, _ in block.context.samples()])
+        expected = torch.cat(
+            [apply_rotation(c.replay(block.module, h), rotation) for c, h, _ in block.context.samples()]
+        )
         if rotate:
             apply(Rotate(), block)
         for name, linear in block.local().items():

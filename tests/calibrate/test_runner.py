@@ -1,4 +1,4 @@
-"""The walk over the blocks against the whole model run at once: hidden states, calls, Hessians."""
+"""The block-by-block run against the whole model: hidden states, calls, Hessians."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**WIDTHS, "num_key_value_heads": 2, "head_dim": 8}
 
-# Architecture -> options of its config and where its blocks are.
+# Architecture -> options of its config and the name of its blocks.
 MODELS: dict[str, tuple[dict[str, object], str]] = {
     "llama": (GROUPED, "model.layers"),
     "gpt2": ({"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}, "transformer.h"),
@@ -69,13 +69,13 @@ def rows(mask: Tensor | None = None, count: int = 6) -> TokenRows:
 
 
 def padding() -> Tensor:
-    """True where a token is real: rows padded on the right by 0, 1, 2, ... positions."""
+    """The mask of real tokens: rows are padded on the right by 0, 1, 2, ... positions."""
     return torch.arange(LENGTH).expand(6, -1) < LENGTH - torch.arange(6).unsqueeze(1)
 
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows a batch, so that several batches are replayed."""
+    """Two rows per batch, so that several batches are replayed."""
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
 
 
@@ -92,7 +92,7 @@ def hidden(runner: Runner) -> Tensor:
 
 @torch.no_grad()
 def inputs_of(model: PreTrainedModel, given: TokenRows) -> dict[str, Tensor]:
-    """What every linear reads when the whole model runs on all rows: `[tokens, width]`, padding left out."""
+    """The inputs of every linear `[tokens, width]`, without padding, when the whole model runs on all rows."""
     seen: dict[str, Tensor] = {}
     keep = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask
     hooks = [
@@ -113,7 +113,7 @@ def test_blocks_are_found_by_structure(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_batches")
 def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
-    """Every block gets the mask of its own kind: with the wrong one, windows of 5 would change rows of 24."""
+    """Every block gets its own kind of mask: a wrong one would change the result, with windows of 5 in rows of 24."""
     model, given = saved(tmp_path, architecture), rows()
     with torch.no_grad():
         states = model(input_ids=given.ids, output_hidden_states=True, use_cache=False).hidden_states
@@ -129,7 +129,7 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
 
 
 def test_the_window_matters(tmp_path: Path) -> None:
-    """The guard of the test above: the same weights without windows give other states."""
+    """A check of the test above: the same weights without windows give different hidden states."""
     for architecture in ("qwen2", "mistral", "gemma2", "gemma3_text", "phi3"):
         model, given = saved(tmp_path / architecture, architecture), rows()
         opened_wide = AutoModelForCausalLM.from_pretrained(tmp_path / architecture, sliding_window=1000).eval()
@@ -179,14 +179,14 @@ def test_linears_of_one_input_share_one_hessian(architecture: str, groups: list[
     assert len({id(hessian) for hessian in statistics.hessians.values()}) == 4
 
 
-def test_only_what_is_wanted_is_gathered(tmp_path: Path) -> None:
+def test_only_the_requested_linears_are_collected(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     runner = opened(tmp_path, rows(), tmp_path)
     runner.load(0)
     assert runner.collect(0, {"mlp.down_proj"}).hessians.keys() == {"mlp.down_proj"}
 
 
-def test_what_padding_holds_does_not_matter(tmp_path: Path) -> None:
+def test_the_content_of_padding_does_not_matter(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     found = []
     for filler in (0, 7):
@@ -198,8 +198,8 @@ def test_what_padding_holds_does_not_matter(tmp_path: Path) -> None:
     assert torch.allclose(*found, rtol=1e-5)
 
 
-def test_changed_weights_are_seen_by_the_next_collect_and_forward(tmp_path: Path) -> None:
-    """What true-sequential and the compressed re-forward rest on."""
+def test_collect_and_forward_use_changed_weights(tmp_path: Path) -> None:
+    """The basis of true-sequential quantization and of passing on compressed outputs."""
     model, given = saved(tmp_path, "llama"), rows()
     runner = opened(tmp_path, given, tmp_path)
     block = runner.load(0)
@@ -256,7 +256,7 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
         runner.collect(0, {"mlp.down_proj"})
 
 
-def test_a_padding_mask_cannot_follow_tokens_to_experts(tmp_path: Path) -> None:
+def test_a_padding_mask_does_not_apply_to_routed_tokens(tmp_path: Path) -> None:
     saved(tmp_path, "mixtral")
     runner = opened(tmp_path, rows(padding()), tmp_path)
     runner.load(0)
@@ -264,8 +264,8 @@ def test_a_padding_mask_cannot_follow_tokens_to_experts(tmp_path: Path) -> None:
         runner.collect(0, set(find_linears(runner.blocks[0])))
 
 
-def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The statistics are those of all rows, beside them those of the last of every few batches."""
+def test_held_out_batches_are_also_in_the_main_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main statistics include all rows; those of every second batch are also returned on their own."""
     saved(tmp_path / "model", "llama")
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 1)
     monkeypatch.setattr(module, "HELD_OUT", 3)

@@ -1,4 +1,4 @@
-"""Opening a model directory: what is read, and what is said when it is not one."""
+"""Opening a model directory: the files that are read, and errors for folders that are not one."""
 
 import json
 import struct
@@ -71,7 +71,7 @@ def test_no_such_directory(model: str) -> None:
         open_source(model)
 
 
-def test_what_is_no_model_directory(tiny: Path) -> None:
+def test_folders_that_are_not_model_directories(tiny: Path) -> None:
     with pytest.raises(UsageError, match="is a file; give the directory"):
         open_source(tiny / WEIGHTS)
     (tiny / WEIGHTS).rename(tiny / "pytorch_model.bin")
@@ -103,7 +103,7 @@ def test_damaged_indexes(tiny: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors"])
-def test_an_index_never_leads_out_of_its_folder(tiny: Path, name: str) -> None:
+def test_an_index_cannot_list_files_outside_its_folder(tiny: Path, name: str) -> None:
     (tiny / safetensors_io.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CompressError, match="a file outside its folder; do not trust"):
         open_source(tiny)

@@ -1,4 +1,4 @@
-"""Folds keep the function in every architecture of transformers in which one is found: tiny random models of each."""
+"""Folds preserve the function in every architecture of transformers that has one; tests use tiny random models."""
 
 import pytest
 import torch
@@ -56,7 +56,7 @@ NAMES = """
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
-    """A random float32 model; norms and biases are no defaults. Skipped where this transformers does not have it."""
+    """A random float32 model with random norms and biases. Skipped if the installed transformers does not have it."""
     try:
         config = AutoConfig.for_model(kind, **SHAPE)
     except ValueError:
@@ -71,7 +71,7 @@ def tiny_model(kind: str) -> PreTrainedModel:
 
 
 def random_factors(link: ChannelLink) -> Rescale:
-    """Factors over two decades for the channels that are fed."""
+    """Factors over two decades for the channels with consumers."""
     scale = torch.ones(link.size)
     used = link.channels[link.channels >= 0].unique()
     scale[used] = 10 ** (2 * torch.rand(len(used), generator=torch.Generator().manual_seed(0)) - 1)
@@ -81,7 +81,7 @@ def random_factors(link: ChannelLink) -> Rescale:
 @pytest.mark.filterwarnings("default")  # of the architectures themselves: kernels that fall back to plain PyTorch
 @pytest.mark.parametrize("kind", NAMES.split())
 @torch.no_grad()
-def test_all_folds_together_leave_the_logits_alone(kind: str, record, random_ids) -> None:
+def test_all_folds_together_preserve_the_logits(kind: str, record, random_ids) -> None:
     model = tiny_model(kind)
     expected = model(random_ids, use_cache=False).logits
     found = 0

@@ -1,4 +1,4 @@
-"""Folding a factor into a source and its consumers: the function stays, coarse dtypes cost nothing, failures are undone."""
+"""Folding factors into a producer and its consumers: the function is preserved, also in 16 bits, or the fold reverted."""
 
 from dataclasses import replace
 
@@ -19,7 +19,7 @@ from lmpress.compress.methods.transform.rescale import (
 
 
 def random_rescale(link, seed=0):
-    """Factors over two decades for the channels that are fed."""
+    """Factors over two decades for the channels with consumers."""
     scale = torch.ones(link.size)
     used = link.channels[link.channels >= 0].unique()
     scale[used] = 10 ** (2 * torch.rand(len(used), generator=torch.Generator().manual_seed(seed)) - 1)
@@ -27,7 +27,7 @@ def random_rescale(link, seed=0):
 
 
 @torch.no_grad()
-def test_all_folds_together_leave_the_logits_alone(architecture, record, random_ids):
+def test_all_folds_together_preserve_the_logits(architecture, record, random_ids):
     _, model = architecture
     expected = model(random_ids, use_cache=False).logits
     for index in range(len(find_blocks(model)[1])):
@@ -38,7 +38,7 @@ def test_all_folds_together_leave_the_logits_alone(architecture, record, random_
     assert (logits - expected).abs().max() <= 1e-4 * expected.abs().max()
 
 
-def test_consumers_see_inputs_divided_by_the_factor(make_model, record):
+def test_consumers_get_inputs_divided_by_the_factor(make_model, record):
     block, call, hidden = record(make_model("llama"), 0)
     link = find_channel_links(block, call, hidden)[1]  # values to output projection, grouped queries
     seen = []
@@ -50,7 +50,7 @@ def test_consumers_see_inputs_divided_by_the_factor(make_model, record):
     torch.testing.assert_close(seen[1], seen[0] / columns, rtol=1e-4, atol=1e-5)
 
 
-def test_a_wrong_fold_is_undone_to_the_last_bit(make_model, record):
+def test_a_wrong_fold_is_reverted_bit_for_bit(make_model, record):
     block, call, hidden = record(make_model("llama"), 0)
     right = find_channel_links(block, call, hidden)[0]
     wrong = replace(right, consumers=right.consumers[:2])  # forgets the values
@@ -59,7 +59,7 @@ def test_a_wrong_fold_is_undone_to_the_last_bit(make_model, record):
     assert all(torch.equal(p, before[name]) for name, p in block.state_dict().items())
 
 
-def test_a_factor_that_overflows_is_undone(make_model, record):
+def test_a_factor_that_overflows_is_reverted(make_model, record):
     block, call, hidden = record(make_model("llama"), 0)
     link = find_channel_links(block, call, hidden)[0]
     before = block.input_layernorm.weight.clone()
@@ -68,7 +68,7 @@ def test_a_factor_that_overflows_is_undone(make_model, record):
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma2", "opt"])
-def test_a_norm_stored_coarsely_costs_nothing(make_model, record, name):
+def test_a_norm_stored_in_16_bits_causes_no_error(make_model, record, name):
     block, call, hidden = record(make_model(name), 0)
     link = find_channel_links(block, call, hidden)[0]
     weight = block.get_submodule(link.producer).weight

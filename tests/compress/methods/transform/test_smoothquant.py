@@ -1,4 +1,4 @@
-"""SmoothQuant: the formula, what it must not do, and that it helps where activations have outlier channels."""
+"""SmoothQuant: the formula, what it must preserve, and its gain if activations have outlier channels."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from lmpress.recipes.scheme import LEVELS, inputs_per
 
 
 def quantize_all(block):
-    """Round the weights and every linear's inputs as served."""
+    """Round the weights and the inputs of every linear as at run time."""
     for name, linear in block.local().items():
         module = block.module.get_submodule(name)
         set_weight(module, round_to_nearest(weight_of(module), linear.args).dequantize())
@@ -65,7 +65,7 @@ def test_smoothing_alone_preserves_the_block(architecture, prepare, output):
 
 
 @torch.no_grad()
-def test_output_and_down_projections_can_be_left_alone(make_model, prepare):
+def test_output_and_down_projections_can_be_excluded(make_model, prepare):
     def smoothed(**options):
         block = prepare(make_model("llama"), LEVELS["O1"])
         apply(SmoothQuant(**options), block)
@@ -77,7 +77,7 @@ def test_output_and_down_projections_can_be_left_alone(make_model, prepare):
 
 
 @torch.no_grad()
-def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_model, prepare, output):
+def test_experts_and_router_get_the_factor_and_count_in_the_maximum(make_model, prepare, output):
     block = prepare(make_model("mixtral"), LEVELS["O1"], outliers=(3,))
     mlp, norm = block.module.mlp, block.module.post_attention_layernorm
     router, experts, gain, expected = (
@@ -98,7 +98,7 @@ def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_mod
     torch.testing.assert_close(output(block), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_channel_that_never_fires_keeps_its_norm():
+def test_a_channel_that_is_always_zero_keeps_its_norm():
     scale = factors(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), 0.5)
     assert scale.tolist() == [2.0, 1.0]
 
@@ -131,8 +131,8 @@ def test_the_search_is_u_shaped_and_never_worse_than_one_half(make_model, prepar
 
 
 @torch.no_grad()
-def test_the_search_counts_how_the_feeding_linear_rounds(make_model, prepare, output):
-    """Rows of one matrix share a scale: dividing some of them by a lot coarsens the others."""
+def test_the_search_includes_the_rounding_of_the_producer(make_model, prepare, output):
+    """Rows of one matrix share a scale: dividing some of them by large factors makes the grid of the others coarse."""
 
     def error(**options):
         block = prepare(make_model("llama"), LEVELS["O1"])
@@ -145,7 +145,7 @@ def test_the_search_counts_how_the_feeding_linear_rounds(make_model, prepare, ou
 
 
 @torch.no_grad()
-def test_a_percentile_ignores_the_outlier_of_outliers(make_model, prepare):
+def test_a_percentile_ignores_single_outlier_tokens(make_model, prepare):
     block = prepare(make_model("llama"), LEVELS["O1"])
     batches = list(block.context.samples())
     batches[0][1][0, 0] *= 0
@@ -171,6 +171,6 @@ def test_activation_grids():
 
 
 @pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"percentile": 0.0}, {"percentile": 101.0}])
-def test_impossible_options_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         SmoothQuant(**options)

@@ -82,7 +82,7 @@ def calibration_rows(
         found = Documents([found.texts[i] for i in order], found.source, found.join)
     packed = pack(found, tokenizer, length, rows=samples)
     chosen = torch.randperm(len(packed), generator=generator)[:samples]
-    shortage = f"{found.source} fills only {len(packed)} rows of {length} tokens, not the {samples} asked for"
+    shortage = f"{found.source} fills only {len(packed)} rows of {length} tokens, fewer than the requested {samples}"
     return TokenRows(packed[chosen], found.source, len(tokenizer), notes=(shortage,) if len(packed) < samples else ())
 
 

@@ -47,7 +47,7 @@ class Hessian(Statistic):
     def __init__(self, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         super().__init__(width, width, dtype, device)
         self.width = width
-        self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place when it is first asked for
+        self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place on first use
 
     @classmethod
     def unseen(cls, width: int, dtype: torch.dtype, device: torch.device) -> "Hessian":

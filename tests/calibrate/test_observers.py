@@ -111,7 +111,7 @@ def test_one_sided_inputs_gain_a_bit_from_asymmetry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Scheme(inputs=inputs_per("token", dynamic=False)), "no static scales per token: tokens are not known"),
         (lambda: Scheme(inputs=inputs_per("channel", dynamic=True)), "a product sums over the input channels"),
@@ -127,6 +127,6 @@ def test_one_sided_inputs_gain_a_bit_from_asymmetry() -> None:
         (lambda: QuantArgs(percentile=20), "percentile 20"),
     ],
 )  # fmt: skip
-def test_invalid_combinations_are_refused_with_the_reason(make: object, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_invalid_combinations_are_refused_with_the_reason(make: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make()  # type: ignore[operator]

@@ -79,9 +79,9 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
 
 
-def opened(folder: Path, given: TokenRows, scratch: Path) -> Runner:
+def opened(folder: Path, token_rows: TokenRows, scratch: Path) -> Runner:
     source = open_source(folder)
-    runner = Runner(build(source), source, given, scratch)
+    runner = Runner(build(source), source, token_rows, scratch)
     runner.capture()
     return runner
 
@@ -91,15 +91,15 @@ def hidden(runner: Runner) -> Tensor:
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, given: TokenRows) -> dict[str, Tensor]:
+def inputs_of(model: PreTrainedModel, token_rows: TokenRows) -> dict[str, Tensor]:
     """The inputs of every linear `[tokens, width]`, without padding, when the whole model runs on all rows."""
     seen: dict[str, Tensor] = {}
-    keep = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask
+    keep = torch.ones_like(token_rows.ids, dtype=torch.bool) if token_rows.mask is None else token_rows.mask
     hooks = [
         linear.register_forward_pre_hook(lambda m, a, name=name: seen.update({name: a[0].flatten(0, -2)[keep.flatten()]}))
         for name, linear in find_linears(find_blocks(model)[1]).items()
     ]  # fmt: skip
-    model(input_ids=given.ids, attention_mask=given.mask, use_cache=False)
+    model(input_ids=token_rows.ids, attention_mask=token_rows.mask, use_cache=False)
     for hook in hooks:
         hook.remove()
     return seen
@@ -114,10 +114,10 @@ def test_blocks_are_found_by_structure(name: str, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_batches")
 def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
     """Every block gets its own kind of mask: a wrong one would change the result, with windows of 5 in rows of 24."""
-    model, given = saved(tmp_path, architecture), rows()
+    model, token_rows = saved(tmp_path, architecture), rows()
     with torch.no_grad():
-        states = model(input_ids=given.ids, output_hidden_states=True, use_cache=False).hidden_states
-    runner = opened(tmp_path, given, tmp_path)
+        states = model(input_ids=token_rows.ids, output_hidden_states=True, use_cache=False).hidden_states
+    runner = opened(tmp_path, token_rows, tmp_path)
     assert len(states) == len(runner.blocks) + 1
     for index in range(len(runner.blocks)):
         assert torch.allclose(hidden(runner), states[index], atol=1e-5), f"before block {index}"
@@ -131,10 +131,10 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
 def test_the_window_matters(tmp_path: Path) -> None:
     """A check of the test above: the same weights without windows give different hidden states."""
     for architecture in ("qwen2", "mistral", "gemma2", "gemma3_text", "phi3"):
-        model, given = saved(tmp_path / architecture, architecture), rows()
+        model, token_rows = saved(tmp_path / architecture, architecture), rows()
         opened_wide = AutoModelForCausalLM.from_pretrained(tmp_path / architecture, sliding_window=1000).eval()
         with torch.no_grad():
-            narrow, wide = (m.base_model(given.ids, use_cache=False)[0] for m in (model, opened_wide))
+            narrow, wide = (m.base_model(token_rows.ids, use_cache=False)[0] for m in (model, opened_wide))
         assert (narrow - wide).abs().max() > 1e-2, architecture
 
 
@@ -142,9 +142,9 @@ def test_the_window_matters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("architecture", [name for name in MODELS if name != "mixtral"])  # its experts have no hooks
 def test_hessians_are_those_of_hooks_on_the_whole_model(architecture: str, padded: bool, tmp_path: Path) -> None:
-    given = rows(padding() if padded else None)
-    inputs = inputs_of(saved(tmp_path, architecture), given)
-    runner = opened(tmp_path, given, tmp_path)
+    token_rows = rows(padding() if padded else None)
+    inputs = inputs_of(saved(tmp_path, architecture), token_rows)
+    runner = opened(tmp_path, token_rows, tmp_path)
     for index in range(len(runner.blocks)):
         runner.load(index)
         names = set(find_linears(runner.blocks[index]))
@@ -152,10 +152,10 @@ def test_hessians_are_those_of_hooks_on_the_whole_model(architecture: str, padde
         assert statistics.hessians.keys() == names
         for name in names:
             x = inputs[f"{index}.{name}"].double()
-            expected = 2 / len(given.ids) * x.T @ x
+            expected = 2 / len(token_rows.ids) * x.T @ x
             found = statistics.hessians[name]
             assert (found.matrix() - expected).norm() <= 1e-4 * expected.norm(), f"{index}.{name}"
-            assert found.tokens == given.tokens and found.sequences == len(given.ids)
+            assert found.tokens == token_rows.tokens and found.sequences == len(token_rows.ids)
         runner.forward(index)
         runner.unload(index)
 
@@ -190,9 +190,9 @@ def test_the_content_of_padding_does_not_matter(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     found = []
     for filler in (0, 7):
-        given = rows(padding())
-        given.ids[~padding()] = filler
-        runner = opened(tmp_path, given, tmp_path)
+        token_rows = rows(padding())
+        token_rows.ids[~padding()] = filler
+        runner = opened(tmp_path, token_rows, tmp_path)
         runner.load(0)
         found.append(runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix())
     assert torch.allclose(*found, rtol=1e-5)
@@ -200,19 +200,19 @@ def test_the_content_of_padding_does_not_matter(tmp_path: Path) -> None:
 
 def test_collect_and_forward_use_changed_weights(tmp_path: Path) -> None:
     """The basis of true-sequential quantization and of passing on compressed outputs."""
-    model, given = saved(tmp_path, "llama"), rows()
-    runner = opened(tmp_path, given, tmp_path)
+    model, token_rows = saved(tmp_path, "llama"), rows()
+    runner = opened(tmp_path, token_rows, tmp_path)
     block = runner.load(0)
     before = runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix()
     block.get_parameter("self_attn.q_proj.weight").data.zero_()
     after = runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix()
     find_blocks(model)[1][0].get_parameter("self_attn.q_proj.weight").data.zero_()
-    x = inputs_of(model, given)["0.mlp.down_proj"].double()
-    assert torch.allclose(after.double(), 2 / len(given.ids) * x.T @ x, rtol=1e-4, atol=1e-4)
+    x = inputs_of(model, token_rows)["0.mlp.down_proj"].double()
+    assert torch.allclose(after.double(), 2 / len(token_rows.ids) * x.T @ x, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, after, rtol=1e-3)
     runner.forward(0)
     with torch.no_grad():
-        states = model(input_ids=given.ids, output_hidden_states=True, use_cache=False).hidden_states
+        states = model(input_ids=token_rows.ids, output_hidden_states=True, use_cache=False).hidden_states
     assert torch.allclose(hidden(runner), states[1], atol=1e-5)
 
 

@@ -71,7 +71,7 @@ class GPTQ:
             raise UsageError("order=act cannot be combined with groups=dynamic", "use groups=static or order=group")
         if self.groups == "dynamic" and self.scheme.weights.scale_dtype == "super":
             raise UsageError(
-                "groups=dynamic cannot be combined with super-blocks, which store the scales of their groups together",
+                "groups=dynamic cannot be combined with super-blocks, whose groups store their scales together",
                 "use groups=static",
             )
         if self.damping < 0:

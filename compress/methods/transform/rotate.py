@@ -74,18 +74,18 @@ def rotate_stream(block: nn.Module, links: list[ChannelLink], rotation: Tensor) 
 
     `rotation` is float64 `[width, width]`.
     """
-    readers: dict[str, set[str]] = {}
+    consumers: dict[str, set[str]] = {}
     for link in links:
         gain = _remove_gain(block.get_submodule(link.producer), link.kind == "offset-norm", rotation)
         for consumer in link.consumers:
             rotate_parameter(parameter_of(block, consumer), consumer.axis, gain.unsqueeze(1) * rotation)
-            readers.setdefault(consumer.module, set()).add(consumer.parameter)
+            consumers.setdefault(consumer.module, set()).add(consumer.parameter)
     for name, linear in find_linears(block).items():
-        if name not in readers and weight_of(linear).shape[0] == len(rotation):
+        if name not in consumers and weight_of(linear).shape[0] == len(rotation):
             rotate_parameter(linear.get_parameter("weight"), 1 if isinstance(linear, Conv1D) else 0, rotation)
             if linear.bias is not None:
                 rotate_parameter(linear.get_parameter("bias"), 0, rotation)
-    for name, read in readers.items():
+    for name, read in consumers.items():
         if not isinstance(module := block.get_submodule(name), nn.Linear | Conv1D):
             _rotate_other_parameters(module, read, rotation)
 

@@ -93,7 +93,11 @@ def test_one_long_document_gives_random_rows_too(letters: PreTrainedTokenizerFas
 def test_fewer_rows_than_requested_are_all_used_with_a_note(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows = calibration_rows(written(tmp_path / "few.txt", "abcdefg"), letters, 10, 4)
     assert sorted(rows.ids.tolist()) == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert len(rows.notes) == 1 and "only 2 rows of 4 tokens" in rows.notes[0] and "not the 10" in rows.notes[0]
+    assert (
+        len(rows.notes) == 1
+        and "only 2 rows of 4 tokens" in rows.notes[0]
+        and "fewer than the requested 10" in rows.notes[0]
+    )
 
 
 def test_fingerprint_and_token_counts_of_rows() -> None:

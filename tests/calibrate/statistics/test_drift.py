@@ -170,11 +170,11 @@ def test_the_drift_is_zero_until_an_earlier_block_changes(tiny: Path, tmp_path: 
     seen: dict[str, list[Tensor]] = {"in": [], "out": []}
     linear = second.get_submodule("self_attn.q_proj")
 
-    def look(module: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
+    def record(module: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
         seen["in"].append(args[0])
         seen["out"].append(result)
 
-    hook = linear.register_forward_hook(look)
+    hook = linear.register_forward_hook(record)
     call = runner._calls[1][0]
     with torch.no_grad():
         for stream in (runner._hidden[0], runner._reference[0]):
@@ -211,10 +211,12 @@ def test_shares_outside_zero_to_one_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "aimed", "expected"), [(3, None, True), (4, None, False), (4, True, True), (3, False, False)]
+    ("bits", "use_target", "expected"), [(3, None, True), (4, None, False), (4, True, True), (3, False, False)]
 )
-def test_grids_are_fitted_to_the_target_if_coarse_or_requested(bits: int, aimed: bool | None, expected: bool) -> None:
-    layer, config = DriftedLayer.make(), GPTQ(damping=0.0, aimed_grid=aimed)
+def test_grids_are_fitted_to_the_target_if_coarse_or_requested(
+    bits: int, use_target: bool | None, expected: bool
+) -> None:
+    layer, config = DriftedLayer.make(), GPTQ(damping=0.0, aimed_grid=use_target)
     prepared, args = layer.prepared(config), QuantArgs(bits=bits, group_size=4)
     target = prepared.drift_target(layer.drift, 1.0)
     grid = sweep_columns(layer.weight, prepared, args, config, target)[1]

@@ -29,8 +29,8 @@ def layer(rows: int = 48, columns: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def left_over(error: Tensor, hessian: Tensor, rank: int, weighted: bool = True) -> float:
-    judge = hessian if weighted else torch.eye(len(hessian))
-    left, right = low_rank(error, judge, rank)
+    norm = hessian if weighted else torch.eye(len(hessian))
+    left, right = low_rank(error, norm, rank)
     assert left.dtype == right.dtype == torch.float16
     return layer_loss(error.double() - left.double() @ right.double(), hessian.double())
 

@@ -62,10 +62,10 @@ def test_codes_are_the_nearest_in_blocks_of_the_flattened_matrix(shape: tuple[in
             errors = [abs(entry - value / absmax) for entry in TABLE]
             found = errors[int(tensor.codes.flatten()[start + offset])]
             assert found <= min(errors) + 1e-6
-    served = [
+    dequantized = [
         TABLE[int(code)] * float(tensor.absmax[i // 64]) for i, code in enumerate(tensor.codes.flatten().tolist())
     ]
-    assert tensor.dequantize(torch.float64).flatten().tolist() == pytest.approx(served, rel=1e-12)
+    assert tensor.dequantize(torch.float64).flatten().tolist() == pytest.approx(dequantized, rel=1e-12)
 
 
 def test_the_lower_of_two_equally_near_values_wins() -> None:
@@ -94,8 +94,8 @@ def test_nested_scales_are_the_nearest_up_to_their_table() -> None:
     assert torch.equal(nested, torch.stack([part.abs().max() for part in (absmax - offset).split(256)]))
     wrong = (table[codes.int()] - centred / scale).abs() - (table - (centred / scale).unsqueeze(1)).abs().amin(1)
     assert wrong.max() <= 1.1 / 32767.5
-    served = table[codes.int()] * scale + float(offset)
-    assert torch.allclose(unnest(codes, nested, offset).double(), served, rtol=1e-5, atol=1e-7)
+    dequantized = table[codes.int()] * scale + float(offset)
+    assert torch.allclose(unnest(codes, nested, offset).double(), dequantized, rtol=1e-5, atol=1e-7)
 
 
 def test_errors_are_ordered_as_promised() -> None:

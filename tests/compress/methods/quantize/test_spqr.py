@@ -68,9 +68,9 @@ def test_an_outlier_is_exact_although_no_code_is_zero() -> None:
     weight, prepared, args = layer(32, 64)
     tensor, _ = solve(weight, prepared, args, 0)
     rows = torch.arange(32).repeat_interleave(tensor.counts)
-    dense, served = (t[rows, tensor.columns] for t in (tensor.dense(torch.float64), tensor.dequantize(torch.float64)))
+    dense, decoded = (t[rows, tensor.columns] for t in (tensor.dense(torch.float64), tensor.dequantize(torch.float64)))
     value = dense + tensor.values.double()
-    assert torch.equal(served, value)
+    assert torch.equal(decoded, value)
     grid = tensor.grid(torch.float64)
     scale, zero = (t[rows, tensor.columns // 16] for t in (grid.scale, grid.zero))
     of_zero = (encode(torch.zeros_like(scale), scale, zero, args) - zero) * scale
@@ -197,7 +197,7 @@ def test_apply_records_and_refuses() -> None:
     assert linear.result is not None
     assert linear.figures["outliers"] == round(0.02 * 24 * 64)
     assert linear.figures["loss"] <= linear.figures["rtn_loss"]
-    with pytest.raises(UsageError, match="requires scale_dtype bilevel"):
+    with pytest.raises(UsageError, match="two-level"):
         QuantArgs(scale_dtype="bilevel")
     with pytest.raises(UsageError, match="outliers"):
         QuantArgs(outliers=0.01)

@@ -28,10 +28,10 @@ def error(
 ) -> float:
     """The sum of squared errors of the product with both factors actually rounded."""
     grid = Grid.fit(weight * columns, weight_args)
-    served = grid.dequantize(grid.quantize(weight * columns).float())
+    quantized = grid.dequantize(grid.quantize(weight * columns).float())
     smoothed = inputs / columns
-    given = smoothed if input_args is None else fake_quantize(smoothed, input_args)
-    return float((given.double() @ served.double().T - inputs.double() @ weight.double().T).square().sum())
+    inputs_used = smoothed if input_args is None else fake_quantize(smoothed, input_args)
+    return float((inputs_used.double() @ quantized.double().T - inputs.double() @ weight.double().T).square().sum())
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_the_descent_ends_far_below_the_power_law() -> None:
     inputs[0, :8] *= 30
     start = (inputs.abs().amax(0) / weight.abs().amax(0)).sqrt()
     link = ChannelLink("norm", "norm", (Consumer("x", "weight", 1),), torch.arange(32), 32)
-    rounded = NoiseModel(inputs, weight, PER_TOKEN, signed_weights("channel"))
-    scale, ratio = minimize_noise(rounded, start, link)
-    assert ratio == pytest.approx(float(rounded.noise(scale) / rounded.noise(start))) and ratio < 0.9
+    model = NoiseModel(inputs, weight, PER_TOKEN, signed_weights("channel"))
+    scale, ratio = minimize_noise(model, start, link)
+    assert ratio == pytest.approx(float(model.noise(scale) / model.noise(start))) and ratio < 0.9
     real = [error(inputs, weight, PER_TOKEN, signed_weights("channel"), columns) for columns in (start, scale)]
     assert real[1] < 0.95 * real[0]
 
@@ -80,8 +80,8 @@ def test_the_pass_folds_the_factors(make_model, prepare, output, name: str) -> N
     expected = output(block)
     apply(SmoothQuant(alpha="noise"), block)
     assert (output(block) - expected).abs().max() <= 1e-4 * expected.abs().max()
-    told = [linear.figures["smoothquant_noise"] for linear in block.linears if "smoothquant_noise" in linear.figures]
-    assert told and all(0 < ratio <= 1 for ratio in told)
+    ratios = [linear.figures["smoothquant_noise"] for linear in block.linears if "smoothquant_noise" in linear.figures]
+    assert ratios and all(0 < ratio <= 1 for ratio in ratios)
 
 
 @torch.no_grad()

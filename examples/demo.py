@@ -1,9 +1,10 @@
-"""Quantize the sample model with GPTQ and by rounding, at 4 and 3 bits, and say what each cost.
+"""Quantize the sample model with GPTQ and by rounding, at 4 and 3 bits, and print what each costs.
 
 make demo        or        python examples/demo.py [--out build/demo] [--rows 64]
 """
 
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -11,9 +12,11 @@ from rich.table import Table
 
 import lmpress
 from lmpress.compress.command.console import print_report, size, watching
+from lmpress.eval.tables import named_table
 
 MODEL = Path(__file__).parent / "sample_model"
 DATA = "python-stdlib"
+TITLES = ("checkpoint", "weights", "bits\nper\nweight", "perplexity", "KL to\nbase", "same\nnext\ntoken", "seconds")
 RUNS = [("gptq", 4), ("rtn", 4), ("gptq", 3), ("rtn", 3)]
 
 
@@ -23,13 +26,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="held-out rows of 512 tokens to evaluate on")
     options = parser.parse_args()
     console, base = Console(), lmpress.load(MODEL)
-    table = Table(
-        "checkpoint", "weights", "bits a weight", "perplexity", "KL to the original", "same next token", "seconds"
-    )
     first = lmpress.evaluate(base, DATA, rows=options.rows)
-    table.add_row(
-        MODEL.name, size(sum(f.stat().st_size for f in MODEL.glob("*.safetensors"))), "16", f"{first.perplexity:.3f}"
-    )
+    weights = size(sum(file.stat().st_size for file in MODEL.glob("*.safetensors")))
+    rows = [(MODEL.name, weights, "16", f"{first.perplexity:.3f}")]
     for method, bits in RUNS:
         out = options.out / f"sample-{method}-w{bits}"
         console.rule(f"compress quantize --method {method} --bits {bits}")
@@ -39,17 +38,18 @@ def main() -> None:
             )
             found = lmpress.evaluate(out, DATA, rows=options.rows, against=base, progress=observer)
         print_report(console, report)
-        table.add_row(
-            out.name,
-            size(report.bytes_after),
-            f"{report.bits_per_weight:.2f}",
-            f"{found.perplexity:.3f}",
-            f"{found.kl:.4f}",
-            f"{found.top1_agreement:.1%}",
-            f"{report.seconds:.1f}",
-        )
-    table.caption = first.protocol
-    console.print(table)
+        figures = (f"{report.bits_per_weight:.2f}", f"{found.perplexity:.3f}", f"{found.kl:.4f}")
+        rest = (f"{found.top1_agreement:.1%}", f"{report.seconds:.1f}")
+        rows.append((out.name, size(report.bytes_after), *figures, *rest))
+    console.print(comparison(rows, first.protocol))
+
+
+def comparison(rows: Sequence[Sequence[str]], protocol: str) -> Table:
+    """The `rows` under `TITLES`, names whole on a terminal of 80 columns; the caption is the protocol of the evaluation."""
+    table = named_table(TITLES, [row[0] for row in rows], protocol)
+    for row in rows:
+        table.add_row(*row)
+    return table
 
 
 if __name__ == "__main__":

@@ -36,7 +36,15 @@ def table(evaluations: Mapping[str, Evaluation]) -> Table:
     shared = len(set(protocols.values())) == 1
     lines = set(protocols.values()) if shared else [f"{name}: {protocol}" for name, protocol in protocols.items()]
     packed = any(each.cache_bytes for each in evaluations.values())
-    titles = ["model", "perplexity ±", "KL to base ±", "top-1", "Δnll ±", "tok/s", *(["cache per row"] if packed else [])]
+    titles = [
+        "model",
+        "perplexity ±",
+        "KL to base ±",
+        "top-1",
+        "Δnll ±",
+        "tok/s",
+        *(["cache per row"] if packed else []),
+    ]
     result = named_table(titles, evaluations, "\n".join(lines))
     for name, each in evaluations.items():
         result.add_row(Text(name), *_cells(each), *([_cache(each)] if packed else []))
@@ -71,7 +79,9 @@ def verification(found: Verification) -> Table:
     for each in found.findings if found.original else ():
         if each.original is not None:
             distance = f"KL {each.original.kl:.2g}, top-1 {each.original.top1:.1%}"
-            lines.append(f"{each.runtime}, distance to the dense {found.original} on random tokens: {distance} (not judged)")
+            lines.append(
+                f"{each.runtime}, distance to the dense {found.original} on random tokens: {distance} (not judged)"
+            )
     result = Table(caption=Text("\n".join(lines)), caption_justify="left")
     for title in ("runtime", "weights, steps off", "logits, std off", "KL", "top-1", "verdict"):
         result.add_column(title, justify="left" if title in ("runtime", "verdict") else "right")

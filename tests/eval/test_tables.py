@@ -13,7 +13,22 @@ from lmpress.eval.timing.speed import Speed
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 PROTOCOL = "ppl[python-stdlib heldout, win=512]"
 FIGURES = Evaluation(
-    6.9463, 0.1234, 32704, PROTOCOL, "0", 12345.6, 6.908, 0.12, 0.00431, 0.00012, 0.969, 0.00553, 0.00061, 9.0, 51200, 327680
+    6.9463,
+    0.1234,
+    32704,
+    PROTOCOL,
+    "0",
+    12345.6,
+    6.908,
+    0.12,
+    0.00431,
+    0.00012,
+    0.969,
+    0.00553,
+    0.00061,
+    9.0,
+    51200,
+    327680,
 )
 
 

@@ -1,4 +1,4 @@
-"""Write the tables that come from benchmarks/results/*.json into their pages, between `<!-- table NAME -->` and `<!-- /table -->`.
+"""Write the tables that come from benchmarks/results/*.json into the pages: `<!-- table NAME -->` ... `<!-- /table -->`.
 
     python docs/measurements.py
 

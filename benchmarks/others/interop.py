@@ -5,7 +5,7 @@
     python benchmarks/others/interop.py --pages --docs docs/interop.md --readme README.md
 
 One environment per runtime is created below build/interop from the package index. It can import the packages of this one, so
-that only what the runtime adds is downloaded. The sample model goes through every cell, stories260K (found below $COMPRESS_ASSETS)
+that only what the runtime adds is downloaded. The sample model goes through every cell, stories260K (below $COMPRESS_ASSETS)
 through one cell per format and runtime. Results are kept in benchmarks/results/interop.json; `--only` replaces those of its
 environments, `--pages` runs nothing and writes the pages from the kept results.
 """

@@ -93,10 +93,10 @@ def write_pages(results: list[dict[str, Any]], docs: Path | None, readme: Path |
     text = report(results)
     print(text)
     if docs:
-        docs.write_text(text)
+        docs.write_text(text, encoding="utf-8")
     if readme:
-        before, _, rest = readme.read_text().partition(BEGIN)
-        readme.write_text(before + BEGIN + summary(results) + END + rest.partition(END)[2])
+        before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
+        readme.write_text(before + BEGIN + summary(results) + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def models() -> list[Path]:

@@ -67,3 +67,25 @@ def test_the_short_table_counts_what_is_loaded_and_refused(others: dict) -> None
 
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
+
+
+SCRIPTS = sorted(
+    path for path in (ROOT / "benchmarks").rglob("*.py") if "ArgumentParser" in path.read_text(encoding="utf-8")
+)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.stem)
+def test_every_benchmark_imports_and_prints_its_help(
+    script: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    siblings = [path.stem for path in script.parent.glob("*.py")]
+    with monkeypatch.context() as patched:
+        patched.setattr(sys, "path", [str(script.parent), *sys.path])
+        patched.setattr(sys, "argv", [str(script), "--help"])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(script), run_name="__main__")
+    for name in siblings:
+        sys.modules.pop(name, None)
+    assert ended.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"benchmarks/{script.relative_to(ROOT / 'benchmarks').as_posix()}" in shown and "--out" in shown

@@ -23,9 +23,9 @@ from lmpress import distill, evaluate
 from lmpress.calibrate.data.token_rows import calibration_rows
 from lmpress.compress.export import WEIGHTS
 from lmpress.compress.formats.tokenizer import load_tokenizer
-from lmpress.compress.structured.hidden_size import thin
+from lmpress.compress.structured.hidden_size import prune_hidden_size
 from lmpress.compress.structured.layer_selection import CHOICES
-from lmpress.compress.structured.width import Width, narrow
+from lmpress.compress.structured.width import Width, prune_width
 from lmpress.eval.perplexity import Evaluation
 from lmpress.recipes import chain, schema
 from lmpress.recipes.schema import PassSpec
@@ -51,11 +51,11 @@ def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Pa
         f"{max(1, heads // 2)} of {heads} key-value heads, refitted": Width(kv_heads=max(1, heads // 2)),
     }
     for number, (name, width) in enumerate(widths.items()):
-        narrow(options.model, folder / f"width-{number}", width, rows)
+        prune_width(options.model, folder / f"width-{number}", width, rows)
         yield name, folder / f"width-{number}"
     for refit in (True, False):
         out = folder / f"hidden-{refit}"
-        thin(options.model, out, options.hidden_size, rows, refit=refit)
+        prune_hidden_size(options.model, out, options.hidden_size, rows, refit=refit)
         yield f"residual stream at {options.hidden_size:g}, {'refitted' if refit else 'only removed'}", out
     if options.steps:
         out, common["samples"] = folder / "trained", options.training_rows

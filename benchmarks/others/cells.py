@@ -22,7 +22,7 @@ class Weights:
     rounded_by_export: bool = False  # the export changes the numbers, and reports it: it is compared with itself
 
     def keep(self, model: str, kind: str) -> list[str]:
-        """Layers that must stay dense: stories260K is 172 wide inside, which is no multiple of 32."""
+        """Layers that must stay dense: stories260K is 172 wide inside, which is not a multiple of 32."""
         return ["*.mlp.*"] if model == "stories260K" and kind in ("gptq", "gptq_v2", "awq", "gguf") else []
 
 

@@ -325,7 +325,7 @@ def results(run: Run, stored: LlamaForCausalLM, data: Data, args: argparse.Names
         "python": sysconfig.get_python_version(),
         "heldout_tokens": distinct.numel(),
         "heldout_tokens_distinct": int(distinct.sum()),
-        **judge(stored, data),
+        **evaluate(stored, data),
     }
 
 

@@ -1,5 +1,5 @@
-# Everything runs in .venv, which is made on first use and again when the project file changes.
-# It needs Python 3.11 or later and a package index, nothing else.
+# Everything runs in .venv, which is created on first use and updated when the project file changes.
+# Python 3.11 or later and a package index are all that is needed.
 
 PYTHON ?= python3
 WORKERS ?= 2
@@ -7,7 +7,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 INSTALLED := .venv/installed
 
-# Nothing is fetched behind the back: pyright would ask for newer versions of itself.
+# No network access beyond the installation: pyright and pip would look for newer versions of themselves.
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
@@ -17,7 +17,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 demo: $(INSTALLED)
 	$(BIN)/python examples/demo.py
 
-# One thread of torch per worker: more of them would fight for the same cores.
+# One torch thread per worker: more threads would compete for the same cores.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/pytest --numprocesses $(WORKERS) --dist loadfile
 
@@ -26,11 +26,11 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-# The solver against the textbook on a 4096 x 4096 layer; takes minutes.
+# Compare the solver with the published algorithm on a 4096 x 4096 layer; takes minutes.
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/solver.py
 
-# Every export loaded in the runtime that it is for, each in an environment of its own; takes many minutes.
+# Load every export in its runtime, each in an environment of its own; takes many minutes.
 interop: $(INSTALLED)
 	$(BIN)/python benchmarks/others/interop.py --docs docs/interop.md --readme README.md
 
@@ -38,7 +38,7 @@ clean:
 	rm -rf .venv .ruff_cache build dist *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# torch comes first and pinned, so that no other package's wish for it can bring in another build.
+# torch comes first and pinned, so that no dependency of another package can install another build of it.
 $(INSTALLED): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "lmpress needs Python 3.11 or later: make PYTHON=/path/to/python3.11" >&2; exit 1; }

@@ -1,10 +1,11 @@
-"""The SHA-256 of every weight file that a fixed list of commands writes: two revisions that should agree do agree.
+"""The SHA-256 of every weight file that a fixed list of commands writes, to check that two revisions write the same bytes.
 
     python benchmarks/digests.py --models stories260K examples/sample_model --out before.json
     python benchmarks/digests.py --models stories260K examples/sample_model --against before.json
 
-Floating-point sums depend on the processor and the thread count, so compare files made on one machine with `--threads` equal.
-A command that does not fit a model is refused, and must be refused with the same exit code. Exit code 1 if anything differs.
+Floating-point sums depend on the processor and the thread count, so compare files written on one machine with equal
+`--threads`. A command that does not fit a model is refused, and must be refused with the same exit code. Exit code 1 if
+anything differs.
 """
 
 import argparse
@@ -119,9 +120,9 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def run(name: str, model: Path, folder: Path, threads: int) -> dict[str, str]:
-    """Run the command called `name` on `model` into `folder`/name; the exit code if it was refused."""
-    places = {other: str(folder / other) for other in COMMANDS}
-    words = [word.format(model=model, **places) for word in COMMANDS[name].split()]
+    """Run the command called `name` on `model` into `folder`/name: the digests, or the exit code if it was refused."""
+    folders = {other: str(folder / other) for other in COMMANDS}
+    words = [word.format(model=model, **folders) for word in COMMANDS[name].split()]
     command = [sys.executable, "-m", "lmpress.cli", *words, "--out", str(folder / name)]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
@@ -135,8 +136,8 @@ def results(model: Path, names: list[str], threads: int, workers: int) -> Iterat
     """The digests of the commands called `names`, run `workers` at a time; an export waits for what it exports."""
     exports = [name for name in names if COMMANDS[name].startswith("export")]
     again = [name for name in exports if name == "to-packed"]
-    with tempfile.TemporaryDirectory() as place, ThreadPoolExecutor(workers) as pool:
-        folder = Path(place)
+    with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(workers) as pool:
+        folder = Path(temporary)
         for name, text in RECIPES.items():
             (folder / f"{name}.yaml").write_text(text)
         first = [name for name in names if name not in exports]
@@ -147,7 +148,7 @@ def results(model: Path, names: list[str], threads: int, workers: int) -> Iterat
 
 
 def main() -> int:
-    """Run every command on every model, print what differs, and save the digests."""
+    """Run every command on every model, print the differences, and save the digests."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", type=Path, required=True)
     parser.add_argument("--only", nargs="*", default=list(COMMANDS), choices=list(COMMANDS))
@@ -155,15 +156,15 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--against", type=Path)
-    asked = parser.parse_args()
+    options = parser.parse_args()
     found: dict[str, dict[str, str]] = {}
-    for model in asked.models:
-        for name, made in results(model.resolve(), asked.only, asked.threads, asked.workers):
+    for model in options.models:
+        for name, made in results(model.resolve(), options.only, options.threads, options.workers):
             found[f"{model.name}/{name}"] = made
             print(f"{model.name}/{name}", made, flush=True)
-    if asked.out:
-        asked.out.write_text(json.dumps(found, indent=1) + "\n")
-    before = json.loads(asked.against.read_text()) if asked.against else found
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    before = json.loads(options.against.read_text()) if options.against else found
     different = [name for name, made in found.items() if before.get(name) != made]
     refused = [name for name, made in found.items() if "refused" in made]
     print(f"{len(found)} commands, {len(different)} differ {different}, {len(refused)} refused {refused}")

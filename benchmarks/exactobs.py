@@ -1,10 +1,10 @@
-"""ExactOBS's elimination on one layer against the floating-point floor, one thread.
+"""The time of ExactOBS's elimination on one layer, compared with its floating-point operations, one thread.
 
     python benchmarks/exactobs.py [--size 512] [--rounds 3] [--out benchmarks/results/exactobs.json]
 
 The floor: Lemma 1 on the columns that are left costs `(cols - k)^2` multiplications and additions in step `k` of a row, so
 `rows * cols^3 / 3` for a full trace, at the speed of this thread's own matrix product of that size, measured in turns.
-(Half of that would do for symmetric updates, which no batched product of torch offers.)
+(Symmetric updates need half of that, but torch has no batched product for them.)
 """
 
 import argparse

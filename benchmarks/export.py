@@ -2,11 +2,11 @@
 
     python benchmarks/export.py [--folder build/random-llama] [--out benchmarks/results/export.json]
 
-The model of `memory.py` is rounded to 8 bits, and to 4 for the format that holds nothing else. The process is the real command;
-its peak (`ru_maxrss`) is counted above the bare import of torch and transformers. Its seconds are its own, without that import,
-against those of copying the bytes of whichever is larger, checkpoint or export, to the same disk (written through, as exports
-are), at the median speed of all copies, since a disk that others use too takes them now fast, now slowly. The goals: one shard
-and 300 MB, and three times the copy.
+The model of `memory.py` is rounded to 8 bits, and to 4 for the format that holds no other width. The process is the real
+command; its peak (`ru_maxrss`) is counted above the bare import of torch and transformers. Its seconds exclude that import,
+and are compared with those of copying the bytes of the larger of checkpoint and export to the same disk (synced, as exports
+are), at the median speed of all copies, because the speed of a shared disk varies. The goals: one shard and 300 MB, and three
+times the copy.
 """
 
 import argparse
@@ -27,7 +27,7 @@ from memory import BARE, CONFIG, MEASURE, make_model, peak_of
 import lmpress
 from lmpress.compress.export import WEIGHTS
 
-# Format of the export -> how the checkpoint that it is made of was quantized.
+# Name of a checkpoint -> how it is quantized.
 GRIDS: dict[str, dict[str, Any]] = {
     "w8": {"method": "rtn", "bits": 8, "group_size": 32},
     "w8-rows": {"method": "rtn", "bits": 8, "group_size": -1},
@@ -52,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, default=Path("build/random-llama"))
     parser.add_argument("--only", nargs="+", choices=FORMATS, default=list(FORMATS))
-    parser.add_argument("--rounds", type=int, default=3, help="times that each is done; medians count")
+    parser.add_argument("--rounds", type=int, default=3, help="repetitions; medians count")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/export.json"))
     options = parser.parse_args()
     if not options.folder.exists():
@@ -62,7 +62,7 @@ def main() -> None:
     for name in options.only:
         records.append(measured(name, quantized(options.folder, FORMATS[name]), bare, options.rounds))
         print(f"{name}: {records[-1]['seconds']:.1f} s, copy {records[-1]['copy_seconds']:.1f} s", flush=True)
-    held_against_copies(records)
+    compare_with_copies(records)
     print("| format | from | checkpoint | export | above import | allowed | seconds | copy | ratio |")
     print("|---|---|---|---|---|---|---|---|---|")
     print("\n".join(map(line, records)))
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def quantized(folder: Path, grid: str) -> Path:
-    """The checkpoint that is exported, made on first use."""
+    """The checkpoint that is exported, created on first use."""
     path = folder.with_name(f"{folder.name}-{grid}")
     if not path.exists():
         lmpress.quantize(folder, path, **GRIDS[grid])
@@ -80,14 +80,14 @@ def quantized(folder: Path, grid: str) -> Path:
 
 
 def measured(name: str, checkpoint: Path, bare: int, rounds: int) -> dict[str, Any]:
-    """Export and copy in turn, so that both meet the same machine."""
+    """Export and copy in turns, so that other work on the machine affects both."""
     target = checkpoint.with_name(f"{checkpoint.name}-{name}")
     command = [sys.executable, "-m", "lmpress.cli", "export", str(checkpoint), "-o", str(target), "--format", name]
     peaks, seconds, copies = [], [], []
     for _ in range(rounds):
-        told, peak = exported([*command, "--overwrite", "--quiet", "--json", "-"])
+        report, peak = exported([*command, "--overwrite", "--quiet", "--json", "-"])
         peaks.append(peak)
-        seconds.append(told["seconds"])
+        seconds.append(report["seconds"])
         larger = max((checkpoint, target), key=size)
         copies.append(copy(larger, checkpoint.with_name("copy")))
     shard = max(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
@@ -105,7 +105,7 @@ def measured(name: str, checkpoint: Path, bare: int, rounds: int) -> dict[str, A
     return record
 
 
-def held_against_copies(records: list[dict[str, Any]]) -> None:
+def compare_with_copies(records: list[dict[str, Any]]) -> None:
     """Add to every record its `ratio` to a copy of its bytes at the median speed."""
     copied = [max(record["checkpoint_bytes"], record["export_bytes"]) for record in records]
     speeds = [each / record["copy_seconds"] for each, record in zip(copied, records, strict=True)]
@@ -114,14 +114,14 @@ def held_against_copies(records: list[dict[str, Any]]) -> None:
 
 
 def exported(command: list[str]) -> tuple[dict[str, Any], int]:
-    """What the command reports, and its peak."""
+    """The report of the command, and its peak memory in bytes."""
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], check=True, stdout=subprocess.PIPE, text=True)
     report, _, peak = done.stdout.rstrip().rpartition("\n")
     return json.loads(report), int(peak)
 
 
 def copy(folder: Path, target: Path) -> float:
-    """Seconds of copying the weight files of `folder`, chunk by chunk, through to the disk."""
+    """Seconds of copying the weight files of `folder`, chunk by chunk, synced to the disk."""
     started = time.monotonic()
     target.mkdir(exist_ok=True)
     for file in weights(folder):
@@ -145,7 +145,7 @@ def size(folder: Path) -> int:
 
 
 def line(record: dict[str, Any]) -> str:
-    """A line of the table."""
+    """One row of the table."""
     megabytes = [f"{record[key] / 1e6:,.0f} MB" for key in ("checkpoint_bytes", "export_bytes", "above_import_bytes")]
     cells = [f"`{record['format']}`", record["from"], *megabytes, f"{record['allowed_bytes'] / 1e6:,.0f} MB"]
     times = [f"{record['seconds']:.1f}", f"{record['copy_seconds']:.1f}", f"{record['ratio']:.1f}"]

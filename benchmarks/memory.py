@@ -2,7 +2,7 @@
 
     python benchmarks/memory.py [--folder build/random-llama] [--method gptq] [--out benchmarks/results/memory.json]
 
-The model is made on first use. The process is the real command in a process of its own; its peak is the kernel's figure
+The model is created on first use. The command runs in a separate process; its peak is that of the operating system
 (`ru_maxrss`). The goal is a peak below 0.6 of the model's size on disk.
 """
 
@@ -31,14 +31,14 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
     dtype="bfloat16",
 )
-# transformers imports lazily: these two names bring in what any program that loads a model brings in.
+# transformers imports lazily: these two names import what any program that loads a model imports.
 BARE = "import torch; from transformers import AutoTokenizer, PreTrainedModel"
 MEASURE = "import resource, subprocess, sys; code = subprocess.call(sys.argv[1:]); "
 MEASURE += "print(resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024); sys.exit(code)"
 
 
 def make_model(folder: Path, config: LlamaConfig) -> None:
-    """Write a random model in shards of one block, never holding more than that."""
+    """Write a random model in shards of one block, with one block in memory at a time."""
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     hidden, inner = config.hidden_size, config.intermediate_size
@@ -47,11 +47,11 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
     def matrix(rows: int, columns: int) -> torch.Tensor:
         return (torch.randn(rows, columns, generator=generator) * 0.02).bfloat16()
 
-    places: dict[str, str] = {}
+    shards: dict[str, str] = {}
 
     def shard(name: str, tensors: dict[str, torch.Tensor]) -> None:
         write(folder / f"model-{name}.safetensors", tensors)
-        places.update(dict.fromkeys(tensors, f"model-{name}.safetensors"))
+        shards.update(dict.fromkeys(tensors, f"model-{name}.safetensors"))
 
     shard("embed", {"model.embed_tokens.weight": matrix(config.vocab_size, hidden)})
     shard("head", {"lm_head.weight": matrix(config.vocab_size, hidden)})
@@ -65,7 +65,7 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
         for norm in ("input_layernorm", "post_attention_layernorm"):
             block[f"{prefix}.{norm}.weight"] = torch.ones(hidden).bfloat16()
         shard(f"{index:02d}", block)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": shards}))
     (folder / "config.json").write_text(
         json.dumps({**config.to_dict(), "architectures": ["LlamaForCausalLM"]}, indent=2)
     )
@@ -73,7 +73,7 @@ def make_model(folder: Path, config: LlamaConfig) -> None:
 
 
 def peak_of(*command: str) -> int:
-    """Peak resident bytes of a command, run to its end in a process of its own."""
+    """Peak resident bytes of a command, run to its end in a separate process."""
     done = subprocess.run([sys.executable, "-c", MEASURE, *command], check=True, stdout=subprocess.PIPE, text=True)
     return int(done.stdout.splitlines()[-1])
 

@@ -1,11 +1,11 @@
-"""Every method on two real models: perplexity, divergence, size and time, the figures of README's table of methods.
+"""Every method on two trained models: perplexity, KL divergence, size and time; docs/measurements.md shows the table.
 
-    python benchmarks/methods.py STORIES CALIB HELDOUT [--only NAME ...] [--out benchmarks/results/methods]
+    python benchmarks/methods.py STORIES CALIB HELDOUT [--only NAME ...] [--model stories] [--out benchmarks/results/methods]
 
-STORIES is the folder of stories260K, CALIB and HELDOUT its texts; the other model is the bundled sample. Each line is what
-the command line of its first column does, with groups of 32 where a method has groups, 64 calibration rows of 256 tokens,
-seed 0, one thread; evaluated on 32 held-out rows. Writes a table and the JSON behind it after every line; lines that `--only`
-leaves out stay as they were.
+STORIES is the folder of stories260K, CALIB and HELDOUT its texts; the other model is the bundled sample model. Each row is the
+command line in its first column, with groups of 32 if the method has groups, 64 calibration rows of 256 tokens, seed 0, one
+thread. stories260K is evaluated on 64 held-out rows of 256 tokens, the sample model on 32. The table and its JSON are written
+after every row; rows that `--only` or `--model` leaves out stay as they were.
 """
 
 import argparse
@@ -23,7 +23,8 @@ import torch
 import lmpress
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
-SAMPLES, LENGTH, EVALUATED = 64, 256, 32
+SAMPLES, LENGTH = 64, 256
+STORIES_ROWS, SAMPLE_ROWS = 64, 32  # held-out rows of 256 tokens
 Run = Callable[..., Any]
 
 
@@ -63,7 +64,7 @@ RUNS: dict[str, Run] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model: `original` is the original's perplexity, `share` the size of the weight files over its."""
+    """One compressed model: `original` is the perplexity of the original, `share` its size relative to the original's."""
 
     model: str
     command: str
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("calib")
     parser.add_argument("heldout")
     parser.add_argument("--only", nargs="*", default=list(RUNS), choices=RUNS)
+    parser.add_argument("--model", choices=["stories", "sample"], help="this model only (default: both)")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/methods"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -89,25 +91,26 @@ def main() -> None:
     rows = {
         (row["model"], row["command"]): Row(**row) for row in (json.loads(kept.read_text()) if kept.exists() else [])
     }
-    for model, calib, heldout in (
-        (options.stories, options.calib, options.heldout),
-        (SAMPLE, "python-stdlib", "python-stdlib"),
-    ):
+    runs = {
+        "stories": (options.stories, options.calib, options.heldout, STORIES_ROWS),
+        "sample": (SAMPLE, "python-stdlib", "python-stdlib", SAMPLE_ROWS),
+    }
+    for model, *data in [runs[name] for name in runs if options.model in (None, name)]:
         for command in options.only:
-            row = rows[model.name, command] = measure(model, command, calib, heldout)
+            row = rows[model.name, command] = measure(model, command, *data)
             print(line(row), end="", flush=True)
             ordered = sorted(rows.values(), key=lambda row: (row.model == SAMPLE.name, list(RUNS).index(row.command)))
             kept.write_text(json.dumps([asdict(row) for row in ordered], indent=2) + "\n")
             options.out.with_suffix(".md").write_text(table(ordered))
 
 
-def measure(model: Path, command: str, calib: str, heldout: str) -> Row:
-    """Compress and evaluate."""
+def measure(model: Path, command: str, calib: str, heldout: str, evaluated: int) -> Row:
+    """Compress with 64 rows of `calib`, evaluate on `evaluated` rows of `heldout`."""
     with tempfile.TemporaryDirectory() as folder:
         started = time.monotonic()
         report = RUNS[command](model, Path(folder) / "out", calib=calib, samples=SAMPLES, seq_len=LENGTH)
         seconds = time.monotonic() - started
-        found = lmpress.evaluate(report.out, heldout, seq_len=LENGTH, rows=EVALUATED, against=model)
+        found = lmpress.evaluate(report.out, heldout, seq_len=LENGTH, rows=evaluated, against=model)
     assert found.kl is not None
     share = report.bytes_after / report.bytes_before
     return Row(
@@ -123,13 +126,13 @@ def measure(model: Path, command: str, calib: str, heldout: str) -> Row:
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line per run."""
-    columns = ("model", "command", "original", "perplexity", "KL", "bits a weight", "size", "seconds")
+    """Markdown: one row per run."""
+    columns = ("model", "command", "original", "perplexity", "KL", "bits per weight", "size", "seconds")
     return f"| {' | '.join(columns)} |\n{'|---' * len(columns)}|\n" + "".join(map(line, rows))
 
 
 def line(row: Row) -> str:
-    """One line of the table."""
+    """One row of the table."""
     figures = f"{row.original:.3f} | {row.perplexity:.3f} | {row.kl:.5f} | {row.bits:.2f} | {row.share:.0%} | {row.seconds:.0f}"
     return f"| {row.model} | `{row.command}` | {figures} |\n"
 

@@ -1,10 +1,10 @@
-"""What every pruning method costs in KL divergence, and its order by loss on every layer.
+"""The KL divergence of every pruning method, and the order of the methods by their loss on every layer.
 
     python benchmarks/pruning.py MODEL --calib train.jsonl --data test.jsonl [--out benchmarks/results/pruning.md]
 
-Every row is one run of the pipeline with its defaults, dense output in the model's own dtype, so that only the zeros and
+Every row is one run of the pipeline with its defaults and dense output in the model's own dtype, so that only the zeros and
 the updates count; the calibration rows are the same for all. The second table solves each layer of the dense model on the
-same inputs and counts where a method loses to the one that should be worse.
+same inputs, and counts the layers in which a method is worse than the one that should be worse.
 """
 
 import argparse
@@ -100,8 +100,8 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
 
 
 def _losses(weight, hessian, args) -> list[float]:  # noqa: ANN001
-    """DampedHessian losses, best method first by expectation."""
-    rows = args if args.pattern else PruneArgs(args.sparsity, scope="row")  # what Wanda compares, for magnitude too
+    """Losses under the damped Hessian, in the expected order of the methods, best first."""
+    rows = args if args.pattern else PruneArgs(args.sparsity, scope="row")  # Wanda's comparison, for magnitude too
     swept, mask = sparsegpt.prune(weight, hessian, args)
     results = [
         exactobs.prune(weight, hessian, args)[0],

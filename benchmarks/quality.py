@@ -1,10 +1,10 @@
-"""KL divergence of every quality to the fp32 model, as a fraction of plain rounding's at the same bits and group size.
+"""KL divergence of every quality to the fp32 model, as a fraction of that of plain rounding at the same bits and group size.
 
     python benchmarks/quality.py MODELS DATA [--only NAME ...] [--qualities QUALITY ...] [--out benchmarks/results/quality]
 
 MODELS and DATA are folders with the models and texts named in `SETS`; the sample model needs neither. Group 32, float16
-scales, 128 calibration rows of 256 tokens, seed 0, one thread; evaluated on held-out rows. Writes a table and the JSON
-behind it after every model. SpQR is compared with rounding at 4 bits asymmetric; its bits are those on disk.
+scales, 128 calibration rows of 256 tokens, seed 0, one thread; evaluated on held-out rows. The table and its JSON
+are written after every model. SpQR is compared with rounding at 4 bits asymmetric; its bits are those on disk.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import lmpress
 from lmpress.recipes.methods import QUALITIES
 
 SAMPLE = Path(__file__).parents[1] / "examples" / "sample_model"
-# Model -> (calibration, held-out text, tokens a row, calibration rows, evaluated rows).
+# Model -> (calibration, held-out text, tokens per row, calibration rows, evaluated rows).
 STORIES = ("tinystories/train.jsonl", "tinystories/test.jsonl", 256, 128, 64)
 SETS = {
     "stories260K": STORIES,
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def measure(name: str, models: Path, data: Path, qualities: list[str]) -> list[Row]:
-    """All methods on one model, at the `qualities`; rounding is always there."""
+    """All methods on one model, at the `qualities`; rounding is always included."""
     rows = []
     for bits, symmetric in GRIDS:
         spqr = (("spqr", "balanced"), ("spqr", "best")) if (bits, symmetric) == (4, False) else ()
@@ -82,7 +82,7 @@ def measure(name: str, models: Path, data: Path, qualities: list[str]) -> list[R
 def compress(
     name: str, models: Path, data: Path, bits: int, symmetric: bool, method: str, quality: str, base: float
 ) -> Row:
-    """Quantize and evaluate one model; `base` is the KL of rounding, 0 where this is it."""
+    """Quantize and evaluate one model; `base` is the KL of rounding, 0 if this is the run of rounding."""
     calib, heldout, length, samples, evaluated = SETS[name]
     model = SAMPLE if name == "sample_model" else models / name
     calib, heldout = (text if text == "python-stdlib" else str(data / text) for text in (calib, heldout))
@@ -108,7 +108,7 @@ def compress(
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line per method."""
+    """Markdown: one row per method."""
     head = "| model | grid | method | quality | bits on disk | KL | of RTN's | seconds |\n|---|---|---|---|---|---|---|---|\n"
     return head + "".join(
         f"| {r.model} | {r.grid} | {r.method} | {r.quality} | {r.bits:.3f} | {r.kl:.5f} | {r.ratio:.3f} | {r.seconds:.1f} |\n"

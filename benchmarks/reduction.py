@@ -1,11 +1,11 @@
-"""What fewer layers and narrower blocks cost in perplexity, what a training brings back, and what a chain of it all is worth.
+"""The perplexity of models with fewer layers and narrower blocks, before and after training, and of a chain that combines them.
 
     python benchmarks/reduction.py MODEL [--data python-stdlib] [--steps 500] [--chain smaller-w4] [--out FILE]
 
-Every choice of layers with `--drop` of them gone, then the MLP at `--mlp-width`, the residual stream at `--hidden-size` with
-and without refit, half of the key-value heads, all untrained and on the same rows; with `--steps` the greedy choice is trained
-as well. With `--chain` that chain is carried out, its export last, and beside it the whole model plainly quantized to as few
-bytes, with the chain's embedding: the most accurate recipe of 2 bits, and of 3.
+Measured without training and on the same rows: every `--choice` of layers with `--drop` of them removed, the MLP at
+`--mlp-width`, the residual stream at `--hidden-size`, each with and without the refit, and half of the key-value heads. With
+`--steps` the greedy choice is trained as well. With `--chain` that chain is run, its export last, and compared with the whole
+model quantized to as few bytes, with the chain's embedding: the most accurate recipe with 2 bits, and with 3.
 """
 
 import argparse
@@ -32,7 +32,7 @@ from lmpress.recipes.schema import PassSpec
 
 
 def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
-    """Each reduced model: what it is called, and where it lies."""
+    """The name and the folder of each reduced model."""
     common = {"data": options.data, "samples": options.samples, "seq_len": options.length}
     if options.chain:
         yield from same_size(options, folder)
@@ -47,7 +47,7 @@ def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Pa
     mlp = Width(mlp=options.mlp_width)
     widths = {
         f"MLP at {options.mlp_width:g}, refitted": mlp,
-        f"MLP at {options.mlp_width:g}, only taken out": replace(mlp, refit=False),
+        f"MLP at {options.mlp_width:g}, only removed": replace(mlp, refit=False),
         f"{max(1, heads // 2)} of {heads} key-value heads, refitted": Width(kv_heads=max(1, heads // 2)),
     }
     for number, (name, width) in enumerate(widths.items()):
@@ -56,18 +56,18 @@ def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Pa
     for refit in (True, False):
         out = folder / f"hidden-{refit}"
         prune_hidden_size(options.model, out, options.hidden_size, rows, refit=refit)
-        yield f"residual stream at {options.hidden_size:g}, {'refitted' if refit else 'only taken out'}", out
+        yield f"residual stream at {options.hidden_size:g}, {'refitted' if refit else 'only removed'}", out
     if options.steps:
-        out, common["samples"] = folder / "taught", options.lessons
+        out, common["samples"] = folder / "trained", options.training_rows
         distill(options.model, out, drop=options.drop, choice="greedy", options={"steps": options.steps}, **common)
         yield f"greedy, then {options.steps} steps of distillation", out
 
 
 def same_size(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Path]]:
-    """The chain's checkpoint, what it is exported to, and the whole model in as few bytes."""
-    asked = chain.read(options.chain)
-    assert isinstance(asked, chain.Chain)
-    *stages, last = asked.stages
+    """The chain's checkpoint, its export, and the whole model in as few bytes."""
+    wanted = chain.read(options.chain)
+    assert isinstance(wanted, chain.Chain)
+    *stages, last = wanted.stages
     packed = next(stage for stage in stages if isinstance(stage, schema.Recipe))
     lmpress.run(options.model, folder / "chain", chain.Chain(tuple(stages)))
     yield f"chain {options.chain}", folder / "chain"
@@ -84,7 +84,7 @@ def same_size(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, 
         yield f"whole model, best at {bits} bits", folder / f"plain-{bits}"
 
 
-def judged(out: Path, options: argparse.Namespace) -> Evaluation:
+def evaluated(out: Path, options: argparse.Namespace) -> Evaluation:
     """The evaluation of a checkpoint or of a GGUF file, which transformers reads."""
     file = out / "model.gguf"
     model = AutoModelForCausalLM.from_pretrained(out, gguf_file=file.name) if file.exists() else out
@@ -104,12 +104,14 @@ def main() -> None:
     parser.add_argument("--mlp-width", type=float, default=0.67)
     parser.add_argument("--hidden-size", type=float, default=0.75)
     parser.add_argument("--chain", help="a chain, such as smaller-w4")
-    parser.add_argument("--chain-only", action="store_true", help="nothing but the chain and what it is held against")
+    parser.add_argument(
+        "--chain-only", action="store_true", help="measure only the chain and the whole model in as few bytes"
+    )
     parser.add_argument("--steps", type=int, default=0)
-    parser.add_argument("--lessons", type=int, default=4096, help="rows of the training")
-    parser.add_argument("--samples", type=int, default=64, help="rows of the calibration")
+    parser.add_argument("--training-rows", type=int, default=4096, help="rows that the training uses")
+    parser.add_argument("--samples", type=int, default=64, help="calibration rows")
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--rows", type=int, default=24, help="rows of the evaluation")
+    parser.add_argument("--rows", type=int, default=24, help="held-out rows")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/reduction.md"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -118,7 +120,7 @@ def main() -> None:
         started = time.process_time()
         for name, out in rows_of(options, Path(folder)):
             seconds = time.process_time() - started
-            found = judged(out, options)
+            found = evaluated(out, options)
             if len(lines) == 2:
                 lines.append(f"| whole | 1 | {found.perplexity_base:.2f} | 0 | |")
             share = size(out) / size(Path(options.model))

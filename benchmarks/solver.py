@@ -1,12 +1,12 @@
-"""Time GPTQ's solver on one layer against the textbook: same Hessian, same grid, interleaved, one thread.
+"""The time of GPTQ's solver on one layer, compared with the published algorithm: same Hessian, same grid, in turns, one thread.
 
     python benchmarks/solver.py [--size 4096] [--rounds 3] [--out benchmarks/results/solver.json]
 
-The baseline is the algorithm as papers print it: Cholesky, inverse, Cholesky of the inverse, then a loop over columns of
-the weight as it lies in memory, blocks of 128, lazy updates. Prints medians and the ratio of the medians of CPU time.
+The baseline is the algorithm as the papers print it: Cholesky, inverse, Cholesky of the inverse, then a loop over the columns
+of the weight in their memory layout, blocks of 128, lazy updates. Prints medians and the ratio of the medians of CPU time.
 
-What `--quality balanced` costs beside `fast` is measured in the same rounds, on the same Hessian with a drift: the solver
-alone (factor, target, grid, sweep, descent), and the whole layer as a run does it, with the comparison to rounding.
+`--quality balanced` is compared with `fast` in the same rounds, on the same Hessian with a drift: the solver alone (factor,
+target, grid, sweep, descent), and the whole layer as in a run, including the comparison with rounding.
 """
 
 import argparse
@@ -30,23 +30,23 @@ from lmpress.recipes.scheme import QuantArgs, Scheme
 
 
 def textbook(weight: Tensor, hessian: Tensor, args: QuantArgs, damping: float, block: int = 128) -> Tensor:
-    """The straightforward solver: returns the dequantized weight `[out, in]`."""
+    """The published solver: returns the dequantized weight `[out, in]`."""
     hessian = hessian + damping * hessian.diagonal().mean() * torch.eye(len(hessian))
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
     upper = torch.linalg.cholesky(inverse, upper=True)
     grid = Grid.fit(weight, args)
-    weight, settled, width = weight.clone(), torch.zeros_like(weight), weight.shape[1]
+    weight, quantized, width = weight.clone(), torch.zeros_like(weight), weight.shape[1]
     for start in range(0, width, block):
         stop = min(start + block, width)
         errors = torch.zeros(weight.shape[0], stop - start)
         for j in range(start, stop):
             scale, zero = (t[:, j // args.columns_per_scale(width)] for t in (grid.scale, grid.zero))
             codes = torch.clamp(torch.round(weight[:, j] / scale) + zero, 0, args.maxq)
-            settled[:, j] = scale * (codes - zero)
-            errors[:, j - start] = (weight[:, j] - settled[:, j]) / upper[j, j]
+            quantized[:, j] = scale * (codes - zero)
+            errors[:, j - start] = (weight[:, j] - quantized[:, j]) / upper[j, j]
             weight[:, j:stop] -= errors[:, j - start].unsqueeze(1) @ upper[j, j:stop].unsqueeze(0)
         weight[:, stop:] -= errors @ upper[start:stop, stop:]
-    return settled
+    return quantized
 
 
 def at_quality(quality: str, weight: Tensor, statistic: Hessian, drift: Drift) -> dict[str, Callable[[], Tensor]]:

@@ -1,4 +1,4 @@
-"""Wall and CPU seconds of whole commands, from process start to exit.
+"""Wall-clock and CPU seconds of whole commands, from process start to exit.
 
     python benchmarks/startup.py MODEL DATA [--rounds 3] [--out benchmarks/results/startup.json]
 
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def timed(*arguments: str) -> dict[str, float]:
-    """Run the command once."""
+    """Wall-clock and CPU seconds of one run of the command."""
     before, start = os.times(), time.perf_counter()
     subprocess.run([sys.executable, "-m", "lmpress.cli", *arguments], check=True, stdout=subprocess.DEVNULL)
     after = os.times()

@@ -1,9 +1,9 @@
-"""What a transform before GPTQ is worth at 3 bits: `awq` and `rotate`, on every model.
+"""The effect of a transform before GPTQ at 3 bits: `awq` and `rotate`, on every model.
 
     python benchmarks/transforms.py MODELS DATA [--only NAME ...] [--out benchmarks/results/transforms]
 
 MODELS and DATA as for `quality.py`. Weights of 3 bits in asymmetric groups of 32 with searched grids (`mse`), GPTQ otherwise as
-published. KL divergence to the fp32 model on held-out rows. Writes a table and the JSON behind it after every model.
+published. KL divergence to the fp32 model on held-out rows. The table and its JSON are written after every model.
 """
 
 import argparse
@@ -30,7 +30,7 @@ TRANSFORMS: dict[str, list[dict[str, Any]]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model: `ratio` is its KL over that without the transform; both None where the model is refused."""
+    """One compressed model: `ratio` is its KL over that without the transform; both None if the model is refused."""
 
     model: str
     transform: str
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(name: str, models: Path, data: Path, transform: str, base: float | None) -> Row:
-    """Compress and evaluate one model; `base` is the KL without the transform, None where this is it."""
+    """Compress and evaluate one model; `base` is the KL without the transform, None if this is the run without."""
     calib, heldout, length, samples, evaluated = MODELS[name]
     model = SAMPLE if name == "sample_model" else models / name
     calib, heldout = (text if text == "python-stdlib" else str(data / text) for text in (calib, heldout))
@@ -83,12 +83,12 @@ def measure(name: str, models: Path, data: Path, transform: str, base: float | N
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line per chain."""
+    """Markdown: one row per model and transform."""
     return "| model | passes | KL | of GPTQ's alone |\n|---|---|---|---|\n" + "".join(map(line, rows))
 
 
 def line(row: Row) -> str:
-    """One line of the table."""
+    """One row of the table."""
     passes = f"{row.transform} → gptq" if row.transform else "gptq"
     if row.kl is None:
         return f"| {row.model} | {passes} | refused: {row.note} | |\n"

@@ -1,12 +1,13 @@
-"""Tokens per second and memory of whole models: float32, our 4 bits, and llama.cpp's Q4_0 of the very same codes and scales.
+"""Tokens per second and memory of whole models: float32, our 4 bits, and llama.cpp's Q4_0 with the same codes and scales.
 
     python benchmarks/whole_models.py [--model FOLDER] [--work build/whole-models] [--llama PYTHON]
                                       [--out benchmarks/results/whole-models.json]
 
-Without `--model` it is a random Llama of 1.1 B parameters, made on first use. It is rounded to 4 bits in groups of 32, exported
-to GGUF, and timed by what `compress eval --speed` runs: models take turns; medians. llama.cpp runs in processes of its own
-before and after, by the interpreter `--llama` that has llama-cpp-python; it reads the same number of tokens, writes the same
-number, with as many threads. One thread's times are CPU times, as far as other work on the machine can be kept out of them.
+Without `--model` it is a random Llama of 1.1 B parameters, created on first use. It is rounded to 4 bits in groups of 32,
+exported to GGUF, and timed by the code of `compress eval --speed`: models take turns; medians. llama.cpp runs in separate
+processes before and after, in the interpreter `--llama`, which has llama-cpp-python; it reads and writes the same numbers of
+tokens with as many threads. With one thread, times are CPU times, so that other work on the machine counts as little as
+possible.
 """
 
 import argparse
@@ -37,9 +38,9 @@ CONFIG = LlamaConfig(
     tie_word_embeddings=False,
     dtype="bfloat16",
 )
-ABOVE, SHARE = 300e6, 0.25  # the goal for memory: that share of the float32 model, and that much
+ABOVE, SHARE = 300e6, 0.25  # the goal for memory: this share of the float32 model, plus this many bytes
 
-# What the other interpreter runs: arguments are the file, tokens to read, tokens to write, threads, rounds.
+# Runs in the other interpreter; the arguments are the file, tokens to read, tokens to write, threads, rounds.
 LLAMA = r"""
 import json, re, sys, time
 from llama_cpp import Llama
@@ -61,7 +62,7 @@ print(json.dumps({"times": times[1:], "peak": peak}))
 
 
 def llama(python: str, file: Path) -> dict[str, Any]:
-    """Tokens per second of `file` in llama.cpp, of every round, and its peak memory in bytes."""
+    """Tokens per second of `file` in llama.cpp in every round, and its peak memory in bytes."""
     numbers = [timing.PROMPT, timing.ANSWER, torch.get_num_threads(), timing.ROUNDS]
     command = [python, "-c", LLAMA, str(file), *map(str, numbers)]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
@@ -69,7 +70,7 @@ def llama(python: str, file: Path) -> dict[str, Any]:
 
 
 def joined(runs: list[dict[str, Any]]) -> dict[str, float]:
-    """Medians over the rounds of all runs."""
+    """The medians over the rounds of all runs."""
     prefill, decode = zip(*(pair for run in runs for pair in run["times"]), strict=True)
     return {
         "prefill": statistics.median(prefill),
@@ -79,7 +80,7 @@ def joined(runs: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def measure(model: Path, work: Path, python: str | None) -> dict[str, Any]:
-    """Compress `model` in `work` unless that was done before, and time everything."""
+    """Compress `model` into `work` unless it is there already, and time all models."""
     packed, exported = work / f"{model.name}-w4", work / f"{model.name}-gguf"
     if not packed.exists():
         lmpress.quantize(model, packed, method="rtn", bits=4, group_size=32)
@@ -112,7 +113,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path)
     parser.add_argument("--work", type=Path, default=Path("build/whole-models"))
     parser.add_argument("--llama", help="an interpreter with llama-cpp-python")
-    parser.add_argument("--keep", action="store_true", help="leave the models behind, for another run")
+    parser.add_argument("--keep", action="store_true", help="keep the models for another run")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/whole-models.json"))
     options = parser.parse_args()
     model = options.model or options.work / "random-llama-1b"
@@ -121,8 +122,8 @@ def main() -> None:
     found = json.loads(options.out.read_text()) if options.out.exists() else []
     record = measure(model, options.work, options.llama)
     print(json.dumps(record, indent=2))
-    told = ("model", "cpu", "threads")
-    found = [each for each in found if any(each.get(name) != record[name] for name in told)] + [record]
+    same = ("model", "cpu", "threads")
+    found = [each for each in found if any(each.get(name) != record[name] for name in same)] + [record]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.write_text(json.dumps(found, indent=2) + "\n")
     if not options.keep:

@@ -1,4 +1,4 @@
-"""What is in a model directory: read from the config and the file headers, without loading a weight."""
+"""The content of a model directory, read from the config and the file headers without loading a weight."""
 
 import math
 from collections import Counter
@@ -15,7 +15,7 @@ from ..compress.formats.tokenizer import has_tokenizer
 
 @dataclass(frozen=True)
 class LinearKind:
-    """Linear layers of one name and shape: `stored` says how (`BF16`, `int4 symmetric, group 32`, ...)."""
+    """Linear layers of one name and shape; `stored` is their storage (`BF16`, `int4 symmetric, groups of 32`, ...)."""
 
     name: str
     module: str
@@ -26,7 +26,7 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a model. `linears` are those of the blocks; `context` is None where the config sets no limit."""
+    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit."""
 
     path: str
     architecture: str
@@ -49,7 +49,7 @@ class Inspection:
 
 
 def inspect(model: str | Path) -> Inspection:
-    """Look at the directory or hub id `model`. Raises what `open_source` and `build` raise."""
+    """The structure of the model in a directory or with a hub id. Raises what `open_source` and `build` raise."""
     source = open_source(model)
     skeleton = build(source)
     prefix, blocks = find_blocks(skeleton)
@@ -84,7 +84,7 @@ def inspect(model: str | Path) -> Inspection:
 
 
 def _stored(source: Source, names: Names, layer: str) -> str:
-    """How the weight of `layer` lies on disk."""
+    """How the weight of `layer` is stored on disk."""
     dense = names.find(f"{layer}.weight")
     if dense is not None:
         return source.tensors[dense].spec.dtype

@@ -1,4 +1,4 @@
-"""What mlx-lm makes of a checkpoint. It reads AWQ, on any machine that MLX has a backend for, CPUs among them."""
+"""The outputs and weights of a checkpoint in mlx-lm, which reads AWQ on any machine with an MLX backend, CPUs included."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,8 +11,8 @@ from torch import Tensor
 def mlx_outputs(
     checkpoint: Path, ids: Tensor, layers: list[str], keep: Callable[[str, Tensor], None]
 ) -> dict[str, Tensor]:
-    """`logits` and `hidden.N`, computed in float32; `keep` takes the served weight of every layer."""
-    import mlx.core as mx  # pyright: ignore[reportMissingImports]  (verified in an environment of its own)
+    """`logits` and `hidden.N` of `ids` in float32; `keep` is called with the name and weight of every layer."""
+    import mlx.core as mx  # pyright: ignore[reportMissingImports]  (installed in a separate environment)
     from mlx_lm.utils import load_model  # pyright: ignore[reportMissingImports]
 
     model, _ = load_model(checkpoint)
@@ -25,20 +25,20 @@ def mlx_outputs(
     outputs: dict[str, Tensor] = {}
     blocks = model.model.layers
     for index, block in enumerate(blocks):
-        blocks[index] = _watched(block, lambda value, index=index: outputs.update({f"hidden.{index}": _torch(value)}))
+        blocks[index] = _recorded(block, lambda value, index=index: outputs.update({f"hidden.{index}": _torch(value)}))
     return outputs | {"logits": _torch(model(mx.array(ids.numpy())))}
 
 
-def _watched(block: Any, seen: Callable[[Any], None]) -> Any:
-    """`block` with every output shown to `seen`. Calls are looked up on the class, so the class is another one."""
+def _recorded(block: Any, record: Callable[[Any], None]) -> Any:
+    """`block` with `record` called on every output. Python looks `__call__` up on the class, so the class is replaced."""
 
-    class Watched(type(block)):  # type: ignore[misc]
+    class Recorded(type(block)):  # type: ignore[misc]
         def __call__(self, *args: Any, **options: Any) -> Any:
             output = super().__call__(*args, **options)
-            seen(output)
+            record(output)
             return output
 
-    block.__class__ = Watched
+    block.__class__ = Recorded
     return block
 
 

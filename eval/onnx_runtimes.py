@@ -1,6 +1,6 @@
-"""What the runtimes of ONNX graphs make of an export: onnxruntime, and OpenVINO's ONNX front end.
+"""The outputs and weights of an ONNX export in onnxruntime, and in OpenVINO.
 
-A layer's served weight comes from a graph of its one node, which is fed with the identity.
+The weight that a runtime computes with is the output of a graph of the layer's node alone, whose input is the identity.
 """
 
 from collections.abc import Callable
@@ -14,13 +14,13 @@ from ..compress.formats.export.onnx import FILE
 from ..compress.formats.export.openvino import FILE as IR
 
 Inputs = dict[str, Tensor]
-Session = Callable[[Inputs], dict[str, Tensor]]  # tensors by name to the outputs that it was opened for
+Session = Callable[[Inputs], dict[str, Tensor]]  # input tensors by name -> the outputs that it was opened for
 
 
 def onnxruntime_outputs(
     checkpoint: Path, ids: Tensor, layers: list[str], keep: Callable[[str, Tensor], None]
 ) -> Inputs:
-    """`logits` and the `hidden.N` as onnxruntime computes them; `keep` takes the served weight of every layer."""
+    """`logits` and `hidden.N` of `ids` in onnxruntime; `keep` is called with the name and the weight of every layer."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -39,8 +39,8 @@ def onnxruntime_outputs(
 
 
 def openvino_outputs(checkpoint: Path, ids: Tensor, layers: list[str], keep: Callable[[str, Tensor], None]) -> Inputs:
-    """The same as OpenVINO computes them in float32, from its own IR or by its ONNX front end."""
-    import openvino  # pyright: ignore[reportMissingImports]  (verified in an environment of its own)
+    """The same in OpenVINO, in float32, from its own IR or by its ONNX front end."""
+    import openvino  # pyright: ignore[reportMissingImports]  (installed in a separate environment)
     from openvino import opset13  # pyright: ignore[reportMissingImports]
 
     core = openvino.Core()
@@ -52,8 +52,8 @@ def openvino_outputs(checkpoint: Path, ids: Tensor, layers: list[str], keep: Cal
         found = core.compile_model(model, "CPU", exact)(inputs)
         return {name: torch.from_numpy(found[name].copy()) for name in names}
 
-    for name in layers:  # a graph of the layer alone, with the identity for inputs, or all rows of a table
-        node = nodes["logits" if name == "lm_head" else name]  # what gives an output goes by that name
+    for name in layers:  # a graph of the layer alone; its input is the identity, or for a table all row numbers
+        node = nodes["logits" if name == "lm_head" else name]  # the node of an output has the output's name
         table = node.get_type_name() == "Gather"
         weight = node.input_value(0 if table else 1)
         width = weight.get_shape()[0] if table or not node.get_attributes()["transpose_b"] else weight.get_shape()[1]
@@ -87,7 +87,7 @@ def _outputs(
     nodes = {node.name: node for node in model.graph.node}
     stored = {tensor.name: tensor for tensor in model.graph.initializer}
     floats = onnx.TensorProto.FLOAT
-    for name in layers:  # a graph of the one node, fed with the identity, or of a table with all its rows' numbers
+    for name in layers:  # a graph of the one node; its input is the identity, or for a table all row numbers
         node = nodes[name]
         used = [stored[part] for part in node.input if part in stored]
         entry, table = next(part for part in node.input if part not in stored), node.op_type == "Gather"

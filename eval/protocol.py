@@ -1,4 +1,4 @@
-"""What a perplexity was measured on and how: the exact rows, and one line of words to print beside the number."""
+"""The protocol of a perplexity: the exact rows that it was measured on, and one line that describes them."""
 
 import json
 from dataclasses import dataclass
@@ -17,9 +17,9 @@ SHORT_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "f
 
 @dataclass(frozen=True)
 class Protocol:
-    """Windows `ids` int64 `[rows, length]` of one text, and which targets count, `counted` bool `[rows, length - 1]`.
+    """Windows of one text: `ids` int64 `[rows, length]`, and `counted` bool `[rows, length - 1]`: the targets that count.
 
-    Target t is the token t + 1 of its row. Every token of the stream is a target at most once.
+    Target t is the token t + 1 of its row. Every token of the text is a target at most once.
     """
 
     ids: Tensor
@@ -34,8 +34,8 @@ class Protocol:
         return fingerprint(self.ids)
 
     def describe(self, dtypes: list[torch.dtype], cache: CacheScheme | None = None) -> str:
-        """The protocol in one line; `dtypes` are those of the models that were run, named once where they agree, and `cache`
-        says how that of the first was packed."""
+        """The protocol in one line; `dtypes` are those of the models that were run, each listed once, and `cache` is the scheme
+        of the first model's packed cache."""
         rows, length = self.ids.shape
         precision = "/".join(dict.fromkeys(SHORT_DTYPES.get(dtype, str(dtype)) for dtype in dtypes))
         return (
@@ -47,16 +47,17 @@ class Protocol:
 def prepare(
     documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, stride: int | None, rows: int | None
 ) -> Protocol:
-    """Windows of `length` tokens, one each `stride` (default: no overlap), the first `rows` of them (default: all).
+    """Windows of `length` tokens, one every `stride` tokens (default: no overlap), the first `rows` of them (default: all).
 
-    A row counts all but its first token; where windows overlap, the later ones count their last `stride` tokens. The
-    incomplete tail of the text is dropped. Raises UsageError for impossible numbers, CompressError for too little text.
+    All tokens of a row but the first are counted; if windows overlap, the later ones count their last `stride` tokens. The
+    incomplete tail of the text is dropped. Raises UsageError if `stride` is not between 1 and `length` or `rows` is below 1,
+    CompressError if the text is shorter than one window.
     """
     stride = length if stride is None else stride
     if not 1 <= stride <= length:
-        raise UsageError(f"the stride is {stride}", f"it must be between 1 and the row length {length}")
+        raise UsageError(f"--stride must be between 1 and the row length {length}, got {stride}")
     if rows is not None and rows < 1:
-        raise UsageError(f"the number of rows is {rows}", "it must be at least 1")
+        raise UsageError(f"--rows must be at least 1, got {rows}")
     tokens = stream(documents, tokenizer, None if rows is None else length + (rows - 1) * stride)
     ids = windows(tokens, length, stride, documents.source)[:rows]
     counted = torch.ones(len(ids), length - 1, dtype=torch.bool)

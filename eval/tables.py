@@ -1,6 +1,6 @@
 """Evaluations and inspections as tables for people."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from rich.console import Group
@@ -15,26 +15,37 @@ from .timing.speed import ANSWER, PROMPT, ROUNDS, Speed
 from .verify import Finding, Verification
 
 ABSENT = "-"
+WHOLE = 32  # a name of at most so many characters stays in one line; a longer one is folded, never cut
+
+
+def named_table(titles: Sequence[str], names: Iterable[str], caption: str | None = None) -> Table:
+    """A table whose first column holds the `names` whole, however narrow the terminal is; the other columns are figures,
+    set to the right."""
+    # Text, not str: rich would read the brackets of a protocol or of a name as markup.
+    result = Table(caption=None if caption is None else Text(caption), caption_justify="left")
+    longest = max(map(len, names), default=0)
+    result.add_column(titles[0], no_wrap=longest <= WHOLE, overflow="fold")
+    for title in titles[1:]:
+        result.add_column(title, justify="right")
+    return result
 
 
 def table(evaluations: Mapping[str, Evaluation]) -> Table:
-    """One line per evaluation, by the model's name; the caption is the protocol, or every line's where they differ."""
+    """One row per evaluation, by the model's name. The caption is the protocol; if the protocols differ, each model's."""
     protocols = {name: each.protocol for name, each in evaluations.items()}
     shared = len(set(protocols.values())) == 1
     lines = set(protocols.values()) if shared else [f"{name}: {protocol}" for name, protocol in protocols.items()]
-    # Text, not str: rich would read the brackets of a protocol or of a name as markup.
-    result = Table(caption=Text("\n".join(lines)), caption_justify="left")
     packed = any(each.cache_bytes for each in evaluations.values())
-    for title in (
+    titles = [
         "model",
         "perplexity ±",
         "KL to base ±",
         "top-1",
         "Δnll ±",
         "tok/s",
-        *(["cache a row"] if packed else []),
-    ):
-        result.add_column(title, justify="left" if title == "model" else "right")
+        *(["cache per row"] if packed else []),
+    ]
+    result = named_table(titles, evaluations, "\n".join(lines))
     for name, each in evaluations.items():
         result.add_row(Text(name), *_cells(each), *([_cache(each)] if packed else []))
     return result
@@ -63,12 +74,14 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 
 
 def verification(found: Verification) -> Table:
-    """What `compress verify` shows: a line per runtime."""
+    """What `compress verify` shows: one row per runtime."""
     lines = [f"{found.checkpoint} against the dequantized weights of {found.against}"]
     for each in found.findings if found.original else ():
         if each.original is not None:
-            far = f"KL {each.original.kl:.2g}, top-1 {each.original.top1:.1%}"
-            lines.append(f"{each.runtime}, on random tokens, from the dense {found.original} (not judged): {far}")
+            distance = f"KL {each.original.kl:.2g}, top-1 {each.original.top1:.1%}"
+            lines.append(
+                f"{each.runtime}, distance to the dense {found.original} on random tokens: {distance} (not judged)"
+            )
     result = Table(caption=Text("\n".join(lines)), caption_justify="left")
     for title in ("runtime", "weights, steps off", "logits, std off", "KL", "top-1", "verdict"):
         result.add_column(title, justify="left" if title in ("runtime", "verdict") else "right")
@@ -93,7 +106,7 @@ def _verdict(finding: Finding) -> str:
         return "equal" if finding.steps == 0 else "equal within the runtime's number type"
     if finding.error is not None:
         return f"FAILED: {finding.error}"
-    tensors = f"wrong weight of {', '.join(finding.wrong_layers[:3])}" if finding.wrong_layers else "weights right"
+    tensors = f"wrong weight of {', '.join(finding.wrong_layers[:3])}" if finding.wrong_layers else "weights correct"
     block = "" if finding.block is None else f", outputs diverge from block {finding.block} on"
     return f"WRONG: {tensors}{block}"
 
@@ -127,8 +140,8 @@ def inspection(found: Inspection, kernels: Sequence[Served] = ()) -> Group:
 
 
 def _kernels(kernels: Sequence[Served]) -> Table:
-    passed_over = {name: reason for each in kernels for name, reason in each.passed_over.items()}
-    caption = Text("\n".join(f"not {name}: {reason}" for name, reason in passed_over.items()))
+    rejected = {name: reason for each in kernels for name, reason in each.passed_over.items()}
+    caption = Text("\n".join(f"not {name}: {reason}" for name, reason in rejected.items()))
     result = Table("packed layer", "count", "served as", "inputs", "kernel", caption=caption, caption_justify="left")
     for each in kernels:
         result.add_row(Text(each.layer), str(each.count), Text(each.stored), each.inputs, Text(each.kernel))
@@ -136,7 +149,7 @@ def _kernels(kernels: Sequence[Served]) -> Table:
 
 
 def timings(found: Bench) -> Group:
-    """What `compress bench` shows: a table per shape and number of input rows."""
+    """What `compress bench` shows: one table per shape and number of input rows."""
     machine = found.machine
     facts = f"{machine.name}, torch {machine.torch}; medians of {machine.clock}"
     rates = f"reads {machine.read_rate:.1f} GB/s, multiplies {machine.product_rate:.0f} GFLOP/s in {machine.dtype}"
@@ -146,9 +159,9 @@ def timings(found: Bench) -> Group:
 
 def _timing_table(found: Sequence[Timing], baseline: str) -> Table:
     first = found[0]
-    result = Table(title=f"{first.rows} x {first.columns}, {first.inputs} row(s) of inputs", title_justify="left")
-    for title in ("product", "ms", f"times {baseline}", "of roofline", "error"):
-        result.add_column(title, justify="left" if title == "product" else "right")
+    titles = ("product", "ms", f"times {baseline}", "of roofline", "error")
+    result = named_table(titles, [each.name for each in found])
+    result.title, result.title_justify = f"{first.rows} x {first.columns}, {first.inputs} row(s) of inputs", "left"
     for each in found:
         if each.median_ms is None or each.ratio is None or each.roofline is None:
             result.add_row(Text(each.name), "wrong", ABSENT, ABSENT, f"{each.error:.1e}")
@@ -159,13 +172,11 @@ def _timing_table(found: Sequence[Timing], baseline: str) -> Table:
 
 
 def speeds(found: Sequence[Speed]) -> Table:
-    """What `compress eval --speed` adds: a line per model."""
-    result = Table(
-        caption=f"{PROMPT} tokens read, {ANSWER} written, one at a time; medians of {ROUNDS} rounds",
-        caption_justify="left",
-    )
-    for title in ("model", "reads, tok/s", "writes, tok/s", "weights", "peak memory", "kernels"):
-        result.add_column(title, justify="left" if title in ("model", "kernels") else "right")
+    """What `compress eval --speed` adds: one row per model."""
+    titles = ("model", "prefill, tok/s", "decode, tok/s", "weights", "peak memory", "kernels")
+    caption = f"a prompt of {PROMPT} tokens, then {ANSWER} tokens one at a time; medians of {ROUNDS} rounds"
+    result = named_table(titles, [each.name for each in found], caption)
+    result.columns[-1].justify = "left"
     for each in found:
         blocks = {f"blocks {way}": count for way, count in each.blocks.items()}
         kernels = ", ".join(f"{count} {name}" for name, count in (each.kernels | blocks).items())

@@ -1,4 +1,4 @@
-"""What the sample model is measured against: n-gram models of the same training tokens."""
+"""The baselines of the sample model: n-gram models of the same training tokens."""
 
 import numpy as np
 
@@ -6,17 +6,17 @@ VOCABULARY = 4096  # a run of five tokens must fit an int64
 
 
 def gram_keys(tokens: np.ndarray, order: int) -> np.ndarray:
-    """One integer for every run of `order` tokens, the last token in its lowest digit (base `VOCABULARY`)."""
+    """One integer per run of `order` tokens, the last token in its lowest digit (base `VOCABULARY`)."""
     keys = np.zeros(len(tokens) - order + 1, dtype=np.int64)
-    for place in range(order):
-        keys = keys * VOCABULARY + tokens[place : place + len(keys)]
+    for start in range(order):
+        keys = keys * VOCABULARY + tokens[start : start + len(keys)]
     return keys
 
 
 def find(sorted_keys: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where `wanted` stand in `sorted_keys`, and whether they are there at all."""
-    places = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
-    return places, sorted_keys[places] == wanted
+    """The positions of `wanted` in `sorted_keys`, and a mask of those that are there."""
+    positions = np.minimum(np.searchsorted(sorted_keys, wanted), len(sorted_keys) - 1)
+    return positions, sorted_keys[positions] == wanted
 
 
 class Level:

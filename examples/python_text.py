@@ -1,4 +1,4 @@
-"""Python source beyond the built-in corpus for the sample model, kept apart from what the model is judged on."""
+"""Python source beyond the built-in corpus to train the sample model on, without copies of its evaluation text."""
 
 import random
 import sysconfig
@@ -16,7 +16,7 @@ MAX_SHARED_LINES = 0.2
 def extra_documents(characters: int, seed: int) -> list[str]:
     """About `characters` of other Python source: the standard library's tests and `EXTRA_PACKAGES`, in equal parts.
 
-    Files that repeat much of a held-out or calibration file (backports, vendored copies) are left out.
+    Files that repeat much of a held-out or calibration file (backports, vendored copies) are excluded.
     """
     reserved = long_lines(documents("heldout") + documents("calibration"))
     sources = [stdlib_test_files(), *(package_files(name) for name in EXTRA_PACKAGES)]
@@ -34,7 +34,7 @@ def stdlib_test_files() -> list[Path]:
 
 
 def package_files(name: str) -> list[Path]:
-    """Source files of an installed package, without what it bundles of others; empty where it is not installed."""
+    """Source files of an installed package, without other packages bundled in it; empty if it is not installed."""
     root = Path(sysconfig.get_path("purelib")) / name
     return sorted(p for p in root.rglob("*.py") if "_vendor" not in p.parts)
 

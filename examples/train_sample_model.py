@@ -1,12 +1,12 @@
-"""Train the sample model: a 7.3 M parameter Llama that writes Python, small enough to live in the repository.
+"""Train the sample model: a 7.3 M parameter Llama that writes Python, small enough to be in the repository.
 
-The model gives the tests and the documentation something real to compress that needs no download. It learns from the
-built-in corpus `python-stdlib` and from a bounded amount of other Python source on this machine, and is judged by its
-perplexity on the corpus's held-out files, next to a unigram and a Kneser-Ney 5-gram model of the same training tokens.
+With it the tests and the documentation can compress a trained model without a download. It is trained on the built-in
+corpus `python-stdlib` and on a bounded amount of other Python source on this machine, and evaluated by its perplexity on the
+corpus's held-out files, compared with a unigram and a Kneser-Ney 5-gram model of the same training tokens.
 
     python examples/train_sample_model.py --minutes 30 --checkpoint /tmp/sample.pt
 
-The learning rate follows the budget (`--tokens`, or `--minutes` where that ends first). An interrupted run goes on
+The learning rate follows the budget (`--tokens`, or `--minutes` if that ends first). An interrupted run continues
 with `--resume`; a smaller `--minutes` then makes it decay, finish and export early.
 """
 
@@ -120,7 +120,7 @@ def batch(rows: Tensor, step: int, size: int, seed: int) -> Tensor:
 
 
 def new_model() -> LlamaForCausalLM:
-    """The untrained model; its blocks start as the identity, which small models learn faster from."""
+    """The untrained model; its blocks start as the identity, with which small models learn faster."""
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
@@ -171,7 +171,7 @@ def heldout_losses(model: LlamaForCausalLM, rows: Tensor, bf16: bool) -> Tensor:
 
 @dataclass
 class Run:
-    """A training run: what a checkpoint holds."""
+    """The state of a training run, which a checkpoint holds."""
 
     model: LlamaForCausalLM
     optimizers: list[torch.optim.Optimizer]
@@ -255,11 +255,11 @@ def record(run: Run, loss: float, heldout_loss: float, factor: float, args: argp
 # --- evaluation -------------------------------------------------------------------------------------------------------
 
 
-def judge(model: LlamaForCausalLM, data: Data) -> dict[str, float]:
+def evaluate(model: LlamaForCausalLM, data: Data) -> dict[str, float]:
     """Held-out perplexity of the model and of the n-gram models, all on the same tokens.
 
-    Every token is judged but the first of each row. The n-gram models see what lies before a row, where the model sees
-    only the row. The 5-gram model is also given without the extra text, which is farther from the held-out files.
+    All tokens but the first of each row are evaluated. The n-gram models also read the tokens before a row, while the model
+    reads only the row. The 5-gram model is also given without the extra text, which is farther from the held-out files.
     """
     training, heldout = data.training.numpy(), data.heldout.numpy()
     losses = {
@@ -291,7 +291,7 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, out: Pat
 
 
 def plot(log: list[dict[str, float]], result: dict[str, Any], path: Path) -> None:
-    """Losses against tokens, with the baselines as level lines."""
+    """Losses over tokens, with the baselines as horizontal lines."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     tokens = [entry["tokens"] / 1e6 for entry in log]
@@ -325,7 +325,7 @@ def results(run: Run, stored: LlamaForCausalLM, data: Data, args: argparse.Names
         "python": sysconfig.get_python_version(),
         "heldout_tokens": distinct.numel(),
         "heldout_tokens_distinct": int(distinct.sum()),
-        **judge(stored, data),
+        **evaluate(stored, data),
     }
 
 
@@ -333,7 +333,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "sample_model", help="folder to write")
     parser.add_argument("--checkpoint", type=Path, required=True, help="file for resumable checkpoints")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument("--tokens", type=float, default=20e6, help="token budget")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time budget of the training")
     parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens a step")

@@ -184,3 +184,27 @@ def row_of(runtime: str, container: RuntimeFormat) -> str:
         " or ".join(container.inputs) or "as they are",
     ]
     return f"| {' | '.join(cells)} |"
+
+
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "examples" / "sample_model" / "README.md"]
+INVENTED = ("nearest_even", "nearest-even")  # the method that CONTRIBUTING adds as an example
+FOLDERS = "calibrate|compress|kernels|eval|recipes|tests|docs|benchmarks|examples"
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: page.stem)
+def test_every_path_in_backticks_is_in_the_repository(page: Path) -> None:
+    missing = [path for path in named_paths(page.read_text(encoding="utf-8")) if not (ROOT / path).exists()]
+    assert not missing
+
+
+def test_paths_in_backticks_are_found() -> None:
+    page = "`compress/plan.py`, `kernels/cache/`; see `python benchmarks/quality.py MODEL` and `compress eval --speed`."
+    assert named_paths(page) == ["compress/plan.py", "kernels/cache/", "benchmarks/quality.py"]
+
+
+def named_paths(page: str) -> list[str]:
+    """Files and folders of the repository that code spans name, whole or as words of a command line."""
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", page, flags=re.MULTILINE | re.DOTALL))
+    words = [word.rstrip(",;") for span in spans for word in span.split()]
+    paths = [word for word in words if re.fullmatch(rf"(?:{FOLDERS})/[\w./-]*", word)]
+    return [path for path in paths if not any(name in path for name in INVENTED)]

@@ -2,16 +2,16 @@
 
     python benchmarks/others/autoround.py MODEL CALIB HELDOUT [--grids 4s 4a 3a 2a]
 
-AutoRound 0.16.1 runs in an environment of its own below build/, made from the package index, with its defaults but for what
-is set equal: groups of 32, float16 scales, float32 arithmetic, the same 128 calibration rows of 256 tokens, one thread. Its
-result is dequantized and judged by our evaluation, on 64 held-out rows. Seconds are those of the processor, loading of
-libraries left out.
+AutoRound 0.16.1 runs in an environment of its own below build/, created from the package index, with its defaults except for
+the settings made equal: groups of 32, float16 scales, float32 arithmetic, the same 128 calibration rows of 256 tokens, one
+thread. Its result is dequantized and evaluated by us, on 64 held-out rows. Seconds are CPU seconds without the loading of
+libraries.
 
-`best` is also measured with a third of its tuning steps, for AutoRound's shorter run.
+`best` is also measured with a third of its tuning steps, for comparison with AutoRound's shorter run.
 
-AutoRound leaves matrices alone whose sides are no multiples of 32. So that it quantizes what we do, it gets the model with its
-MLPs widened by channels of zeros, which do nothing. Where 32 does not divide a width, its last group is shorter; ours are of
-the nearest divisor (stories260K: 43 columns), which costs fewer bits.
+AutoRound does not quantize matrices whose sides are not multiples of 32. To make it quantize the same layers as we do, it
+gets the model with its MLPs widened by channels of zeros, which change nothing. If 32 does not divide a width, its last group
+is shorter; ours have the size of the nearest divisor (stories260K: 43 columns), which costs fewer bits.
 """
 
 import argparse
@@ -39,7 +39,7 @@ GROUP, SAMPLES, LENGTH, EVALUATED = 32, 128, 256, 64
 
 @dataclass(frozen=True)
 class Row:
-    """One compressed model; `ratio` is its KL over that of plain rounding, `seconds` those of one core."""
+    """One compressed model; `ratio` is its KL over that of plain rounding, `seconds` are CPU seconds."""
 
     model: str
     grid: str
@@ -77,30 +77,30 @@ def measure(python: str, model: Path, calib: str, heldout: str, bits: int, symme
     rows: list[Row] = []
     grid = f"{bits}-bit {'symmetric' if symmetric else 'asymmetric'}"
 
-    def judge(out: Path, method: str, seconds: float) -> None:
+    def evaluate(out: Path, method: str, seconds: float) -> None:
         kl = lmpress.evaluate(out, heldout, seq_len=LENGTH, rows=EVALUATED, against=model).kl
         assert kl is not None
         rows.append(Row(model.name, grid, method, kl, kl / rows[0].kl if rows else 1.0, seconds))
         print(f"{grid} {method}: {kl:.5f} {rows[-1].ratio:.3f} {seconds:.1f} s", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
-        place = Path(folder)
+        work = Path(folder)
         for name, (method, quality, steps) in OURS.items():
             started = time.process_time()
-            lmpress.run(model, place / name, ours(calib, method, quality, steps, bits, symmetric))
-            judge(place / name, name, time.process_time() - started)
-        prepare(model, calib, place / "widened")
+            lmpress.run(model, work / name, ours(calib, method, quality, steps, bits, symmetric))
+            evaluate(work / name, name, time.process_time() - started)
+        prepare(model, calib, work / "widened")
         for iterations in ITERATIONS:
-            out = place / f"autoround-{iterations}"
-            words = [str(place / "widened"), str(out), str(bits), str(int(symmetric)), str(iterations)]
-            command = [python, __file__, TUNE_ELSEWHERE, *words]
+            out = work / f"autoround-{iterations}"
+            words = [str(work / "widened"), str(out), str(bits), str(int(symmetric)), str(iterations)]
+            command = [python, __file__, TUNE, *words]
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
-            judge(out, f"AutoRound, {iterations} iterations", float(done.stdout.split()[-1]))
+            evaluate(out, f"AutoRound, {iterations} iterations", float(done.stdout.split()[-1]))
     return rows
 
 
 def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, symmetric: bool) -> Any:
-    """The recipe of `compress quantize --method M --quality Q`, with so many `steps` of tuning if given."""
+    """The recipe of `compress quantize --method M --quality Q`, with `steps` steps of tuning if given."""
     from lmpress.recipes import schema
     from lmpress.recipes.options import quantization_recipe
 
@@ -114,10 +114,10 @@ def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, sy
         samples=SAMPLES,
         seq_len=LENGTH,
     )
-    told = yaml.safe_load(schema.dump(recipe))
+    document = yaml.safe_load(schema.dump(recipe))
     if steps is not None:
-        told["passes"][-1]["steps"] = steps
-    return schema.build(told, "autoround")
+        document["passes"][-1]["steps"] = steps
+    return schema.build(document, "autoround")
 
 
 def prepare(model: Path, calib: str, out: Path) -> None:
@@ -143,17 +143,17 @@ def prepare(model: Path, calib: str, out: Path) -> None:
 
 
 def _widened(name: str, weight: Tensor, extra: int) -> Tensor:
-    """The weight of the widened model: rows of zeros behind a gate and an up projection, columns behind a down projection."""
+    """The weight of the widened model: gate and up projections get rows of zeros, down projections columns of zeros."""
     if name.endswith(("gate_proj.weight", "up_proj.weight")):
         return pad(weight, (0, 0, 0, extra))
     return pad(weight, (0, extra)) if name.endswith("down_proj.weight") else weight
 
 
-TUNE_ELSEWHERE = "--tune-elsewhere"
+TUNE = "--tune"
 
 
-def tune_elsewhere(model: str, out: str, bits: str, symmetric: str, iterations: str) -> None:
-    """In AutoRound's environment: quantize, write the dequantized model, print the seconds of the processor."""
+def tune(model: str, out: str, bits: str, symmetric: str, iterations: str) -> None:
+    """Run in AutoRound's environment: quantize, write the dequantized model, print the CPU seconds."""
     from auto_round import AutoRound
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -183,7 +183,7 @@ def tune_elsewhere(model: str, out: str, bits: str, symmetric: str, iterations: 
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line per method."""
+    """Markdown: one row per method."""
     head = "| model | grid | method | KL | of RTN's | seconds |\n|---|---|---|---|---|---|\n"
     return head + "".join(
         f"| {r.model} | {r.grid} | {r.method} | {r.kl:.5f} | {r.ratio:.3f} | {r.seconds:.1f} |\n" for r in rows
@@ -191,7 +191,7 @@ def table(rows: list[Row]) -> str:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == [TUNE_ELSEWHERE]:
-        tune_elsewhere(*sys.argv[2:])
+    if sys.argv[1:2] == [TUNE]:
+        tune(*sys.argv[2:])
     else:
         main()

@@ -1,4 +1,4 @@
-"""The cells of `interop.py`, as data: ways to quantize, and which of them each runtime is asked to serve in which format."""
+"""The cells of `interop.py` as data: ways to quantize, and which of them are tried in each runtime and format."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -11,18 +11,18 @@ NF4 = QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nest
 
 @dataclass(frozen=True)
 class Weights:
-    """A way to quantize: `options` of `lmpress.quantize`, and what they make of a wide layer. `written_as` is the format
-    that it writes by itself."""
+    """A way to quantize: `options` of `lmpress.quantize`, and the scheme that they give a wide layer. `written_as` is the
+    format that quantizing writes, without an export."""
 
     slug: str
     options: Mapping[str, Any]
     args: QuantArgs
     inputs: QuantArgs | None = None
     written_as: str = "pack-quantized"
-    rounded_by_export: bool = False  # the export holds other numbers and says so: it is compared with itself
+    rounded_by_export: bool = False  # the export changes the numbers, and reports it: it is compared with itself
 
     def keep(self, model: str, kind: str) -> list[str]:
-        """Layers that must stay dense: stories260K is 172 wide inside, which is no multiple of 32."""
+        """Layers that must stay dense: stories260K is 172 wide inside, which is not a multiple of 32."""
         return ["*.mlp.*"] if model == "stories260K" and kind in ("gptq", "gptq_v2", "awq", "gguf") else []
 
 
@@ -35,7 +35,7 @@ def k_quant(bits: int, symmetric: bool, group: int) -> Weights:
 
 
 def grid(bits: int, group: int, symmetric: bool = True) -> Weights:
-    """Rounding to nearest: what a format does to the codes is the same whoever found them."""
+    """Rounding to nearest: a format treats codes alike, whatever method they come from."""
     slug = f"w{bits} g{group} {'sym' if symmetric else 'asym'}"
     strategy, size = group_strategy(group)
     args = QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=size)
@@ -78,18 +78,18 @@ SYMMETRIC, ASYMMETRIC = "4 bits, groups of 32", "4 bits asymmetric, groups of 32
 
 @dataclass(frozen=True)
 class Environment:
-    """A runtime's packages (installed as they stand, without what they would pull in), and what it is asked to serve.
+    """A runtime's packages (installed without their dependencies), and the cells that are tried in it.
 
-    `asked` maps formats to names of `WEIGHTS`, the first of each for the second model too.
+    `tried` maps formats to names of `WEIGHTS`, of which the first is tried with the second model too.
     """
 
     packages: str
     runtime: str
-    asked: Mapping[str, tuple[str, ...]]
+    tried: Mapping[str, tuple[str, ...]]
 
     def cells(self, first_only: bool) -> Iterator[tuple[str, str]]:
         """Format and weights of every cell."""
-        for kind, weights in self.asked.items():
+        for kind, weights in self.tried.items():
             yield from ((kind, each) for each in weights[: 1 if first_only else None])
 
 

@@ -1,10 +1,10 @@
-"""GPTQ on GGUF's own grids against llama.cpp's quantizer: KL divergence at equal bytes, on one model.
+"""GPTQ on GGUF's grids compared with llama.cpp's quantizer: KL divergence at equal bytes, on one model.
 
     python benchmarks/others/llamacpp.py [--model examples/sample_model] [--data python-stdlib]
 
-llama.cpp runs in an environment of its own below build/, made from the package index, and quantizes our export of the model:
-every layer in the same block (`pure`), embedding and head as they are, no importance matrix, which its Python package cannot
-compute. Both files are read by lmpress and judged on the same held-out rows.
+llama.cpp runs in an environment of its own below build/, created from the package index, and quantizes our export of the model:
+every layer in the same block (`pure`), embedding and head in bfloat16, no importance matrix, which its Python package cannot
+compute. lmpress reads both files and evaluates them on the same held-out rows.
 """
 
 import argparse
@@ -22,7 +22,7 @@ import lmpress
 from cells import ENVIRONMENTS
 
 SUPER = {"formula": "ggml", "scale_dtype": "super"}
-# Block -> llama.cpp's number of the file type that it makes, and our options.
+# Block -> llama.cpp's number of the file type, and our options.
 BLOCKS: dict[str, tuple[int, dict[str, Any]]] = {
     "Q4_0": (2, {"bits": 4, "group_size": 32}),
     "Q4_K": (14, {"bits": 4, "group_size": 32, "symmetric": False, "options": SUPER}),
@@ -67,19 +67,19 @@ def main() -> None:
             subprocess.run(
                 [python, "-c", THEIRS, str(dense), str(theirs), str(number)], check=True, capture_output=True
             )
-            rows.append(judged(block, "llama.cpp", theirs, options))
+            rows.append(evaluated(block, "llama.cpp", theirs, options))
             for quality in ("fast", "balanced"):
                 packed = Path(folder) / f"{block}-{quality}"
                 calibration = {"calib": options.data, "samples": SAMPLES, "seq_len": LENGTH}
                 lmpress.quantize(options.model, packed, method="gptq", quality=quality, **calibration, **ours)
                 file = lmpress.export(packed, Path(f"{packed}-gguf"), format="gguf").out / "model.gguf"
-                rows.append(judged(block, f"gptq {quality}", file, options))
+                rows.append(evaluated(block, f"gptq {quality}", file, options))
             options.out.with_suffix(".json").write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
             options.out.with_suffix(".md").write_text(table(rows))
     print(table(rows))
 
 
-def judged(block: str, method: str, file: Path, options: argparse.Namespace) -> Row:
+def evaluated(block: str, method: str, file: Path, options: argparse.Namespace) -> Row:
     """Perplexity and divergence of a file."""
     found = lmpress.evaluate(file, options.data, seq_len=LENGTH, rows=EVALUATED, against=options.model)
     assert found.kl is not None and found.kl_stderr is not None
@@ -89,7 +89,7 @@ def judged(block: str, method: str, file: Path, options: argparse.Namespace) -> 
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: a line per file."""
+    """Markdown: one row per file."""
     lines = ["| block | quantized by | KL | standard error | of llama.cpp's | perplexity | bytes |", "|---" * 7 + "|"]
     base = {row.block: row.kl for row in rows if row.method == "llama.cpp"}
     for r in rows:

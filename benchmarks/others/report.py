@@ -1,5 +1,6 @@
-"""What `interop.py` found, as Markdown: cell by cell, and the worst of every format for the README."""
+"""What `interop.py` found, as Markdown: every cell for docs/interop.md, and one row per format for README.md."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,58 +17,67 @@ with the versions below, on a CPU. {models}
     compress export CKPT -o OUT --format gptq
     compress verify OUT --against CKPT --runtime transformers --python ENVIRONMENT/bin/python
 
-- **exact**: every weight that the runtime serves equals ours bit for bit; else how far the farthest one is off, in steps of its
-  grid (half a step would be a wrong code). Behind it the largest difference of a logit on 128 random tokens, in standard
-  deviations of the logits: what the runtime's own arithmetic costs.
-- **refused**: the runtime does not load it; its own words stand below, by number.
-- **GPU**: its loader reads such a checkpoint by its source, nothing was run (these runtimes need an accelerator here).
+- **exact**: every weight that the runtime computes with equals ours bit for bit; otherwise the cell gives the largest
+  difference of a weight in steps of its grid (half a step would be a wrong code). The second figure is the largest difference
+  of a logit on 128 random tokens, in standard deviations of the logits: it comes from the runtime's own arithmetic.
+- **refused**: the runtime does not load the checkpoint; its message is below, by number.
+- **GPU**: according to its source the runtime's loader reads such a checkpoint; nothing was run (these runtimes need a GPU).
 - empty: the runtime has no reader for the format.
 
 """
-GPU = {"vLLM 0.33": "vllm", "SGLang 0.5": "sglang"}  # runtimes that were read and not run, and their names as targets
+# Runtimes whose source was read and that were not run, with their names as targets.
+GPU = {
+    "vLLM 0.33": "vllm",
+    "SGLang 0.5": "sglang",
+}
 WIDTH = 1024
 
 
 def report(results: Sequence[Mapping[str, Any]]) -> str:
-    """The matrix, the runtimes' words, and what was measured cell by cell."""
+    """The page: the matrix, the messages of runtimes that refuse, and the figures of every cell."""
     environments = list(dict.fromkeys(each["environment"] for each in results))
     rows = list(dict.fromkeys((each["format"], each["weights"]) for each in results))
     rows.sort(key=lambda row: [each["format"] for each in results].index(row[0]))
-    words: list[str] = []
+    messages: list[str] = []
     title = [*environments, *GPU]
     lines = [f"| format | weights | {' | '.join(title)} |", "|---" * (len(title) + 2) + "|"]
     for kind, weights in rows:
         cells = [
-            _cell([r for r in results if (r["format"], r["weights"], r["environment"]) == (kind, weights, name)], words)
+            _cell(
+                [r for r in results if (r["format"], r["weights"], r["environment"]) == (kind, weights, name)], messages
+            )
             for name in environments
         ]
         cells += ["GPU" if _read_by(target, kind, weights) else "" for target in GPU.values()]
         lines.append(f"| `{kind}` | {weights} | {' | '.join(cells)} |")
     names = list(dict.fromkeys(each["model"] for each in results))
     head = HEAD.format(models=f"Models: {' and '.join(names)}, the largest figure of them.")
-    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(words, 1))
+    numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(messages, 1))
     below = numbered + "\n\n" + _not_run(results) + _versions(results, environments) + _detail(results)
     return head + "\n".join(lines) + "\n\n" + below
 
 
 def summary(results: Sequence[Mapping[str, Any]]) -> str:
-    """A line per format, a column per runtime: the worst of the cells that it serves, their number, and how many it refuses."""
-    environments = list(dict.fromkeys(each["environment"] for each in results))
-    lines = [f"| format | {' | '.join(environments)} |", "|---" * (len(environments) + 1) + "|"]
+    """One row per format: the runtimes that load it and those that refuse it, each with its number of cells, and the largest
+    differences of a weight and of a logit."""
+    titles = ("format", "loaded by (cells)", "weights off by", "logits off by", "refused by (cells)")
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for kind in dict.fromkeys(each["format"] for each in results):
-        cells = []
-        for name in environments:
-            asked = [each for each in results if (each["format"], each["environment"]) == (kind, name)]
-            served = [each for each in asked if each["steps"] is not None]
-            parts = [f"{_cell(served, [])} ({len(served)})"] if served else []
-            parts += [f"{len(asked) - len(served)} refused"] if len(asked) > len(served) else []
-            cells.append("; ".join(parts))
-        lines.append(f"| `{kind}` | {' | '.join(cells)} |")
+        cells = [each for each in results if each["format"] == kind]
+        loaded = [each for each in cells if each["steps"] is not None]
+        off = _cell(loaded, []).partition(", ")
+        lines.append(f"| `{kind}` | {_counted(loaded)} | {off[0]} | {off[2]} | {_counted(cells, refused=True)} |")
     return "\n".join(lines) + "\n"
 
 
+def _counted(cells: Sequence[Mapping[str, Any]], refused: bool = False) -> str:
+    """Environments with their numbers of `cells` that were loaded, or refused."""
+    counts = Counter(each["environment"] for each in cells if (each["steps"] is None) == refused)
+    return ", ".join(f"{name} ({count})" for name, count in counts.items())
+
+
 def _not_run(results: Sequence[Mapping[str, Any]]) -> str:
-    """The cells without a result."""
+    """The cells without a result, in words."""
     known = {(each["model"], each["environment"], each["format"], each["weights"]) for each in results}
     missing = [
         f"{model}: `{kind}`, {weights} ({name})"
@@ -80,26 +90,26 @@ def _not_run(results: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _read_by(target: str, kind: str, weights: str) -> bool:
-    """Whether `lmpress.compress.runtime_support` says that the runtime reads it."""
+    """Whether the runtime reads these weights in this format, according to `lmpress.compress.runtime_support`."""
     made = WEIGHTS[weights]
     layer = LayerPlan("layer", 0, "Linear", (WIDTH, WIDTH), made.args, 0)
     containers = [container for container in TARGETS[target] if container.format == kind]
     return any(not list(faults([layer], container, made.inputs)) for container in containers)
 
 
-def _cell(found: Sequence[Mapping[str, Any]], words: list[str]) -> str:
-    """The worst of the models that it loads, and who is refused."""
-    served = [each for each in found if each["steps"] is not None]
+def _cell(found: Sequence[Mapping[str, Any]], messages: list[str]) -> str:
+    """The largest differences over the models that the runtime loads, and the models that it refuses."""
+    loaded = [each for each in found if each["steps"] is not None]
     parts = []
-    if served:
-        steps, logits = (max(each[name] for each in served) for name in ("steps", "logits"))
-        wrong = "**WRONG** " if any(each["verdict"] == "WRONG" for each in served) else ""
+    if loaded:
+        steps, logits = (max(each[name] for each in loaded) for name in ("steps", "logits"))
+        wrong = "**WRONG** " if any(each["verdict"] == "WRONG" for each in loaded) else ""
         parts.append(f"{wrong}{'exact' if steps == 0 else f'{steps:.1g} steps'}, {f'{logits:.0e}' if logits else '0'}")
     for each in [each for each in found if each["steps"] is None]:
-        text = f"`{each['told'].replace('`', '').replace('|', '/')}`"
-        if text not in words:
-            words.append(text)
-        parts.append(f"{each['model'] if served else ''} {each['verdict']} ({words.index(text) + 1})".strip())
+        text = f"`{each['reason'].replace('`', '').replace('|', '/')}`"
+        if text not in messages:
+            messages.append(text)
+        parts.append(f"{each['model'] if loaded else ''} {each['verdict']} ({messages.index(text) + 1})".strip())
     return "; ".join(dict.fromkeys(parts))
 
 

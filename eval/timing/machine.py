@@ -1,4 +1,4 @@
-"""Where products are timed: this CPU or a GPU, each with its clock, its baseline and its rates."""
+"""The device that products are timed on, this CPU or a GPU: its clock, its baseline product and its rates."""
 
 import ctypes
 import platform
@@ -17,10 +17,10 @@ from ...calibrate.model.skeleton import device_of
 from ...kernels.cpu import build, library
 
 STREAM = Path(library.__file__).with_name("stream.c")
-RING_BYTES = 4 * 32 << 20  # of all copies of a weight together, on CPUs
+RING_BYTES = 4 * 32 << 20  # all copies of a weight together, on CPUs
 SETTLING = 0.02  # seconds
-CACHES = 4  # and on GPUs as many times as their last cache holds
-SQUARE = 1024  # of the product whose rate is the machine's, on CPUs
+CACHES = 4  # on GPUs, at least this many times the size of the last cache
+SQUARE = 1024  # size of the product that measures the machine's rate, on CPUs
 GPU_SQUARE, GPU_READ = 8192, 1 << 30
 
 Call = Callable[[Tensor], Tensor]
@@ -28,7 +28,7 @@ Call = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Machine:
-    """Where the times were taken: rates in gigabytes and in gigaflops per second, those of products in the baseline's dtype."""
+    """The machine of a benchmark: `read_rate` in gigabytes per second, `product_rate` in gigaflops per second in `dtype`."""
 
     cpu: str
     instruction_sets: tuple[str, ...]
@@ -44,16 +44,17 @@ class Machine:
 
     @property
     def name(self) -> str:
-        """One line for people."""
+        """One line that names the machine."""
         return f"{self.cpu}, {self.threads} thread(s)" if self.gpu is None else f"{self.gpu}, triton {self.triton}"
 
 
 @dataclass(frozen=True)
-class Place:
-    """`timer` takes what multiplies by copies of one weight, and inputs, and gives a function that times one of the calls.
+class TimingDevice:
+    """A device with its method of target.
 
-    dtype       of the inputs, and of the product of torch that is the baseline
-    ring_bytes  how much memory the copies must fill, so that no cache holds the next one
+    dtype       of the inputs, and of torch's product that is the baseline
+    ring_bytes  how much memory the copies of a weight must fill, so that no cache holds the next one
+    timer       takes calls that multiply by the copies of one weight, and inputs; returns a function that times one call
     """
 
     device: torch.device
@@ -63,27 +64,30 @@ class Place:
 
     @property
     def baseline(self) -> str:
-        """The name of the candidate that all others are compared with."""
+        """The name of the product that all others are compared with."""
         return f"torch {str(self.dtype).removeprefix('torch.')}"
 
 
-def place_of(device: str = "cpu") -> Place:
-    """Where `device` is. Raises `UsageError` where this machine has none of that name."""
+def timing_device(device: str = "cpu") -> TimingDevice:
+    """How `device` is timed. Raises `UsageError` if this machine has no such device."""
     found = device_of(device)
     if found.type == "cpu":
-        return Place(found, torch.float32, RING_BYTES, in_turns)
+        return TimingDevice(found, torch.float32, RING_BYTES, time_calls)
     cache = torch.cuda.get_device_properties(found).L2_cache_size
-    return Place(found, torch.bfloat16, max(RING_BYTES, CACHES * cache), as_a_graph)
+    return TimingDevice(found, torch.bfloat16, max(RING_BYTES, CACHES * cache), time_graph)
 
 
 def clock() -> Callable[[], float]:
-    """The clock that a busy machine disturbs least: the thread's own time, or with several threads the wall's."""
+    """The clock that other work disturbs least: the CPU time of the thread, or with several threads the wall clock."""
     return time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
 
 
-def in_turns(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """Times one call, the next time that of the next copy. Of several threads, calls before it wake those that sleep, while
-    those of the product before, which wait for more work on the same cores, go to sleep."""
+def time_calls(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
+    """A function that times one call, each time that of the next copy.
+
+    With several threads, untimed calls come first: they wake this product's threads, and meanwhile the threads of the previous
+    product, which still wait for work on the same cores, go to sleep.
+    """
     turns, now = cycle(ring), clock()
 
     def seconds() -> float:
@@ -98,15 +102,15 @@ def in_turns(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
     return seconds
 
 
-def as_a_graph(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
-    """Times all copies as one CUDA graph and divides: a call of its own takes longer to launch than to run."""
+def time_graph(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
+    """A function that times all copies as one CUDA graph and divides: a single call takes longer to launch than to run."""
     with torch.cuda.device_of(x):
-        beside = torch.cuda.Stream()
-        beside.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(beside):  # kernels are compiled before they are captured
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # kernels are compiled before they are captured
             for work in ring:
                 work(x)
-        torch.cuda.current_stream().wait_stream(beside)
+        torch.cuda.current_stream().wait_stream(side)
         graph, start, end = torch.cuda.CUDAGraph(), torch.cuda.Event(True), torch.cuda.Event(True)
         with torch.cuda.graph(graph):
             for work in ring:
@@ -123,9 +127,9 @@ def as_a_graph(ring: Sequence[Call], x: Tensor) -> Callable[[], float]:
     return seconds
 
 
-def machine_of(place: Place) -> Machine:
-    """What the machine is and can do there. Raises `Unavailable` without a C compiler, on CPUs."""
-    on_gpu = place.device.type != "cpu"
+def describe_machine(target: TimingDevice) -> Machine:
+    """The machine with its measured rates. Raises `Unavailable` on CPUs if there is no C compiler."""
+    on_gpu = target.device.type != "cpu"
     clock_name = "thread CPU time" if torch.get_num_threads() == 1 else "wall clock"
     return Machine(
         cpu=cpu_name(),
@@ -133,17 +137,17 @@ def machine_of(place: Place) -> Machine:
         torch=torch.__version__,
         threads=torch.get_num_threads(),
         clock="CUDA graphs of all copies" if on_gpu else clock_name,
-        ring_bytes=place.ring_bytes,
-        read_rate=_gpu_read_rate(place) if on_gpu else _read_rate(),
-        product_rate=_product_rate(place, GPU_SQUARE if on_gpu else SQUARE),
-        dtype=str(place.dtype).removeprefix("torch."),
-        gpu=torch.cuda.get_device_name(place.device) if on_gpu else None,
+        ring_bytes=target.ring_bytes,
+        read_rate=_gpu_read_rate(target) if on_gpu else _read_rate(),
+        product_rate=_product_rate(target, GPU_SQUARE if on_gpu else SQUARE),
+        dtype=str(target.dtype).removeprefix("torch."),
+        gpu=torch.cuda.get_device_name(target.device) if on_gpu else None,
         triton=version("triton") if on_gpu else None,
     )
 
 
 def _read_rate() -> float:
-    """Gigabytes per second of a loop in one thread that only reads: the best of five."""
+    """Gigabytes per second of a loop that only reads, in one thread: the best of five."""
     read = build.load(STREAM).read_stream
     read.argtypes, read.restype = (ctypes.c_void_p, ctypes.c_int64), ctypes.c_uint64
     memory = torch.ones(RING_BYTES, dtype=torch.uint8)
@@ -152,19 +156,19 @@ def _read_rate() -> float:
         read(x.data_ptr(), x.nbytes)
         return x
 
-    return memory.nbytes / _fastest(in_turns([work], memory)) / 1e9
+    return memory.nbytes / _fastest(time_calls([work], memory)) / 1e9
 
 
-def _gpu_read_rate(place: Place) -> float:
-    """The same of torch's sum."""
-    memory = torch.ones(GPU_READ // 4, device=place.device)
-    return memory.nbytes / _fastest(place.timer([torch.sum], memory)) / 1e9
+def _gpu_read_rate(target: TimingDevice) -> float:
+    """Gigabytes per second of torch's sum on a GPU: the best of five."""
+    memory = torch.ones(GPU_READ // 4, device=target.device)
+    return memory.nbytes / _fastest(target.timer([torch.sum], memory)) / 1e9
 
 
-def _product_rate(place: Place, size: int) -> float:
+def _product_rate(target: TimingDevice, size: int) -> float:
     """Gigaflops per second of a square product in the baseline's dtype."""
-    square = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(place.device, place.dtype)
-    return 2 * size**3 / _fastest(place.timer([lambda x: x @ x], square)) / 1e9
+    square = torch.randn(size, size, generator=torch.Generator().manual_seed(0)).to(target.device, target.dtype)
+    return 2 * size**3 / _fastest(target.timer([lambda x: x @ x], square)) / 1e9
 
 
 def _fastest(seconds: Callable[[], float]) -> float:

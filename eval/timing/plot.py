@@ -15,10 +15,10 @@ INCHES_PER_BAR, WIDTH = 0.22, 5.0
 
 
 def save(found: Bench, path: Path) -> None:
-    """Draw the ratios to the baseline, a dense product of torch, into `path`, whose ending says how (.svg, .png, .pdf).
+    """Draw the ratios to the baseline, a dense product of torch, into `path`, in the format of its suffix (.svg, .png, .pdf).
 
-    A row of pictures per shape, a column per number of input rows. Raises `UsageError` without matplotlib and for an ending
-    that it does not know.
+    One row of charts per shape, one column per number of input rows. Raises `UsageError` if matplotlib is missing, or for a
+    suffix that it does not support.
     """
     try:
         from matplotlib.figure import Figure
@@ -30,7 +30,7 @@ def save(found: Bench, path: Path) -> None:
     height = INCHES_PER_BAR * (max(map(len, panels)) + 4) * len(shapes)
     figure = Figure(figsize=(WIDTH * columns, height), layout="constrained")
     if path.suffix.removeprefix(".") not in figure.canvas.get_supported_filetypes():
-        raise UsageError(f"{path.name} names no kind of picture", "end it in .svg, .png or .pdf")
+        raise UsageError(f"--plot expects a file that ends in .svg, .png or .pdf, got {path.name}")
     for axes, panel in zip(figure.subplots(len(shapes), columns, squeeze=False).flat, panels, strict=True):
         _draw(axes, [timing for timing in panel if timing.ratio is not None])
     figure.supxlabel(f"times as fast as torch {found.machine.dtype} ({found.machine.name})")

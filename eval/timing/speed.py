@@ -1,8 +1,8 @@
-"""Tokens per second of whole models, in one run: reading a prompt, and answering a token at a time.
+"""Tokens per second of whole models, in one run: prefill of a prompt, and decoding one token at a time.
 
-Models take turns, in a new order in each round; medians; the first round warms up and does not count. A packed checkpoint is
-timed with exact kernels and with int8 inputs, unless its format or a forced kernel leaves no choice. Peak memory is that of a
-process of its own that loads the model and does the same once.
+Models take turns, in a new order in each round; results are medians; the first round is a warm-up and does not count. A packed
+checkpoint is timed with exact kernels and with int8 inputs, unless its format or a forced kernel allows only one of them. Peak
+memory is that of a separate process that loads the model and does the same once.
 """
 
 import json
@@ -36,12 +36,12 @@ CHILD = "import sys, json; from lmpress.eval.timing.speed import peak; print(pea
 
 @dataclass(frozen=True)
 class Speed:
-    """What one model reached: tokens per second, how many times as fast as the base that is, and bytes.
+    """Speed and memory of one model: `prefill` and `decode` in tokens per second, the ratios are those to the base's rates.
 
-    kernels       how many layers each kernel serves (see `kernels_of`)
-    blocks        how many blocks answer single tokens in two calls, and how many do not (see `blocks_of`)
+    kernels       number of layers per kernel (see `kernels_of`)
+    blocks        number of blocks with fused single-token decoding, and without it (see `blocks_of`)
     weight_bytes  of all parameters and buffers
-    peak_bytes    resident memory of a process that loads the model and answers, Python and torch included
+    peak_bytes    peak resident memory of a process that loads the model and decodes, Python and torch included
     """
 
     name: str
@@ -68,25 +68,25 @@ def speed(
     kernel: str | None = None,
     progress: Observer = silent,
 ) -> list[Speed]:
-    """Time `model`, and `against` beside it: its ratios are those to `against`. Random tokens; the same for all.
+    """Time `model` and, if given, `against`, to which the ratios relate, on the same random tokens.
 
-    Raises what `load` raises, and `UsageError` where the context is too short for a prompt and an answer.
+    Raises what `load` raises, and `UsageError` if the context is too short for the prompt and the decoded tokens.
     """
     options: dict[str, Any] = {"device": device, "dtype": str(dtype).removeprefix("torch."), "kernel": kernel}
     own, base_name = _names(model, against)
-    contestants = {} if against is None else {base_name: {"path": str(against), **options, "kernel": None}}
-    contestants[own] = {"path": str(model), **options}
-    models = {name: _loaded(**each) for name, each in contestants.items()}
-    if kernel is None and any(_has_a_choice(module) for module in models[own].modules()):
+    arguments = {} if against is None else {base_name: {"path": str(against), **options, "kernel": None}}
+    arguments[own] = {"path": str(model), **options}
+    models = {name: _loaded(**each) for name, each in arguments.items()}
+    if kernel is None and any(_takes_int8_inputs(module) for module in models[own].modules()):
         name = f"{own}, int8 inputs"
-        contestants[name] = {"path": str(model), **options, "exact": False}
-        models[name] = _loaded(**contestants[name])
+        arguments[name] = {"path": str(model), **options, "exact": False}
+        models[name] = _loaded(**arguments[name])
     prompt = _prompt(list(models.values()))
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in models}
     order = random.Random(0)  # noqa: S311
     for turn in range(ROUNDS + 1):
         for name in order.sample(list(models), len(models)):
-            seconds[name].append(_answer(models[name], prompt))
+            seconds[name].append(_decode(models[name], prompt))
         progress(Event("speed", block=turn + 1, blocks=ROUNDS + 1))
     found = [
         Speed(
@@ -96,7 +96,7 @@ def speed(
             prefill=PROMPT / statistics.median(read for read, _ in seconds[name][1:]),
             decode=ANSWER / statistics.median(wrote for _, wrote in seconds[name][1:]),
             weight_bytes=_weight_bytes(each),
-            peak_bytes=_peak_elsewhere(contestants[name]),
+            peak_bytes=_peak_of_process(arguments[name]),
         )
         for name, each in models.items()
     ]
@@ -108,19 +108,19 @@ def speed(
 
 
 def peak(path: str, device: str, dtype: str, kernel: str | None, exact: bool = True) -> int:
-    """Load the model at `path`, let it read and answer once; the largest resident memory of this process, in bytes.
+    """Load the model at `path`, run prefill and decoding once; the peak resident memory of this process, in bytes.
 
-    Linux counts in `ru_maxrss` what the process was before it became this program, so its own account is asked first.
+    On Linux `ru_maxrss` includes the memory of the parent process before `exec`, so `VmHWM` of /proc is read first.
     """
     model = _loaded(path, device, dtype, kernel, exact)
-    _answer(model, _prompt([model]))
+    _decode(model, _prompt([model]))
     status = Path("/proc/self/status")
     own = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
     return int(own[1]) * 1024 if own else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * PEAK_UNIT
 
 
 def _names(model: str | Path, against: str | Path | None) -> tuple[str, str]:
-    """The last parts of both paths, or all of them where these are the same."""
+    """The last parts of both paths, or the whole paths if these are the same."""
     names = (Path(model).resolve().name, Path(against or "").resolve().name)
     return (
         names
@@ -133,24 +133,24 @@ def _loaded(path: str, device: str, dtype: str, kernel: str | None, exact: bool 
     return load(path, device, getattr(torch, dtype), exact=exact, kernel=kernel)
 
 
-def _has_a_choice(module: torch.nn.Module) -> bool:
-    """Whether inputs may become int8 where they were not."""
+def _takes_int8_inputs(module: torch.nn.Module) -> bool:
+    """Whether the layer has a kernel for int8 inputs in addition to the exact one."""
     return type(module) in (PackedLinear, SpQRLinear)
 
 
 def _prompt(models: list[PreTrainedModel]) -> Tensor:
-    """Token ids int64 `[1, PROMPT]` that all models know."""
+    """Token ids int64 `[1, PROMPT]` below the vocabulary size of every model."""
     configs = [model.config.get_text_config() for model in models]
     contexts = [length for model in models if (length := context_length(model.config)) is not None]
     if contexts and min(contexts) < PROMPT + ANSWER:
-        raise UsageError(f"--speed reads {PROMPT} tokens and writes {ANSWER}; the context is {min(contexts)}")
+        raise UsageError(f"--speed needs a context of {PROMPT + ANSWER} tokens, the model has {min(contexts)}")
     vocabulary = min(config.vocab_size for config in configs)
     return torch.randint(0, vocabulary, (1, PROMPT), generator=torch.Generator().manual_seed(0))
 
 
 @torch.inference_mode()
-def _answer(model: PreTrainedModel, prompt: Tensor) -> tuple[float, float]:
-    """Seconds to read `prompt`, and to write ANSWER tokens after it."""
+def _decode(model: PreTrainedModel, prompt: Tensor) -> tuple[float, float]:
+    """Seconds of the prefill of `prompt`, and of decoding ANSWER tokens after it."""
     now, prompt = clock(), prompt.to(model.device)
     start = now()
     out = model(input_ids=prompt, use_cache=True)
@@ -173,7 +173,7 @@ def _weight_bytes(model: PreTrainedModel) -> int:
     return sum(held.values())
 
 
-def _peak_elsewhere(arguments: dict[str, Any]) -> int:
+def _peak_of_process(arguments: dict[str, Any]) -> int:
     environment = os.environ | {
         "PYTHONPATH": os.pathsep.join(sys.path),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),

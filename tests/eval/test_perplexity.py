@@ -211,9 +211,9 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path, tiny: Path, le
 @pytest.mark.parametrize(
     ("stride", "rows", "batch", "dtype", "message"),
     [
-        (17, None, None, "float32", "the stride is 17; it must be between 1 and the row length 16"),
-        (0, None, None, "float32", "the stride is 0"),
-        (None, 0, None, "float32", "the number of rows is 0"),
+        (17, None, None, "float32", "--stride must be between 1 and the row length 16, got 17"),
+        (0, None, None, "float32", "row length 16, got 0"),
+        (None, 0, None, "float32", "--rows must be at least 1, got 0"),
         (None, None, 0, "float32", "the batch size is 0"),
         (None, None, None, "int4", "dtype int4 is unknown; choose one of float32"),
     ],

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 from lmpress.cli import app
 from lmpress.errors import UsageError
 from lmpress.eval.timing import bench, machine, plot, products
-from lmpress.eval.timing.machine import Place, as_a_graph, in_turns
+from lmpress.eval.timing.machine import TimingDevice, time_calls, time_graph
 from lmpress.kernels.cpu import library
 from lmpress.kernels.kernel import Unavailable
 
@@ -30,7 +30,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_every_candidate_multiplies_by_its_weight(dtype: torch.dtype) -> None:
     x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).to(dtype)
     names = []
-    for each in products.candidates(64, 256, "^(torch [bf]|c-)", dtype=dtype):
+    for each in products.products(64, 256, "^(torch [bf]|c-)", dtype=dtype):
         expected, ring = x.double() @ each.dense().double().T, each.ring(1 << 20)
         for work in ring[:2]:
             y = work(x)
@@ -42,7 +42,7 @@ def test_every_candidate_multiplies_by_its_weight(dtype: torch.dtype) -> None:
 
 
 def test_products_that_only_cpus_have_are_timed_there() -> None:
-    names = [each.name for each in products.candidates(64, 256, "torch")]
+    names = [each.name for each in products.products(64, 256, "torch")]
     assert {"torch dynamic int8", "torch int8, bfloat16"} < set(names)
 
 
@@ -62,15 +62,15 @@ def test_figures_follow_from_the_times() -> None:
 
 
 def test_a_wrong_product_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    real = products.candidates
+    real = products.products
 
     def with_a_wrong_one(*wanted):
         for each in real(*wanted):
             yield each
         right = each.make()
-        yield products.Candidate("halved", lambda: lambda x: right(x) / 2, each.bytes, each.dense, 1e-2)
+        yield products.Product("halved", lambda: lambda x: right(x) / 2, each.bytes, each.dense, 1e-2)
 
-    monkeypatch.setattr(bench, "candidates", with_a_wrong_one)
+    monkeypatch.setattr(bench, "products", with_a_wrong_one)
     found = bench.bench(["64x128"], [1], rounds=1, only="w4a32")
     wrong = found.timings[-1]
     assert wrong.name == "halved" and wrong.error == pytest.approx(0.5, abs=1e-3)
@@ -81,7 +81,7 @@ def test_a_wrong_product_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 @pytest.mark.parametrize("shape", ["", "4096", "0x128", "64x100", "64x128x2"])
 def test_shapes_that_are_none_are_refused(shape: str) -> None:
-    with pytest.raises(UsageError, match="is no shape"):
+    with pytest.raises(UsageError, match="--shapes expects OUTxIN"):
         bench.bench([shape])
 
 
@@ -130,14 +130,14 @@ def test_a_ring_is_larger_than_a_gpus_cache_and_timed_as_one_graph(monkeypatch: 
     for name, stand_in in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, stand_in)
     calls = [lambda x, name=name: log.append(name) for name in ("one", "two", "three")]
-    seconds = as_a_graph(calls, torch.zeros(1))
+    seconds = time_graph(calls, torch.zeros(1))
     assert log.index("side begins") < log.index("one") < log.index("side ends") < log.index("capture begins")
     assert log[log.index("capture begins") :] == ["capture begins", "one", "two", "three", "capture ends"]
     assert seconds() == pytest.approx(6e-3 / 3)
     assert log[-4:] == ["event record", "graph replay", "event record", "event synchronize"]
     monkeypatch.setattr(machine, "device_of", torch.device)
-    found = machine.place_of("cuda")
-    assert (found.ring_bytes, found.baseline, found.timer) == (200 << 20, "torch bfloat16", as_a_graph)
+    found = machine.timing_device("cuda")
+    assert (found.ring_bytes, found.baseline, found.timer) == (200 << 20, "torch bfloat16", time_graph)
 
 
 def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -156,9 +156,9 @@ def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.Mon
 
     def timer(calls, x):
         seen.append(len(calls))
-        return in_turns(calls, x)
+        return time_calls(calls, x)
 
-    here = Place(torch.device("cpu"), torch.float32, 1 << 20, timer)
+    here = TimingDevice(torch.device("cpu"), torch.float32, 1 << 20, timer)
     bench.search([lambda x: x, *ring], [1], here)
     assert set(seen) == {2}
     (kept,) = (tmp_path / "lmpress" / "kernels").glob("triton-interpreter-*.json")

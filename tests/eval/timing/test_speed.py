@@ -56,13 +56,13 @@ def test_models_are_timed_side_by_side(folder: Path) -> None:
 def test_peak_memory_is_the_models_own(folder: Path) -> None:
     ballast = torch.ones(512 << 20, dtype=torch.uint8)  # of this process, not of the one that is measured
     arguments = {"path": str(folder / "dense"), "device": "cpu", "dtype": "float32", "kernel": None}
-    alone = module._peak_elsewhere(arguments)
-    assert abs(alone - module._peak_elsewhere(arguments)) < 0.1 * alone
+    alone = module._peak_of_process(arguments)
+    assert abs(alone - module._peak_of_process(arguments)) < 0.1 * alone
     assert ballast.sum() and alone < module.peak(**arguments) - 256e6
 
 
 def test_a_forced_kernel_leaves_one_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_peak_elsewhere", lambda arguments: 1)
+    monkeypatch.setattr(module, "_peak_of_process", lambda arguments: 1)
     found = speed(folder / "packed", kernel="torch-dequantize")
     assert [each.kernels for each in found] == [{"torch-dequantize float": 7}]
     assert found[0].decode_ratio is None
@@ -77,7 +77,7 @@ def test_models_of_one_name_are_told_apart() -> None:
 
 
 def test_a_context_that_is_too_short_is_refused(tiny: Path) -> None:
-    with pytest.raises(UsageError, match="the context is 32"):
+    with pytest.raises(UsageError, match="the model has 32"):
         speed(tiny)
 
 

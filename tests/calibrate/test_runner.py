@@ -265,7 +265,7 @@ def test_a_padding_mask_does_not_apply_to_routed_tokens(tmp_path: Path) -> None:
 
 
 def test_held_out_batches_are_also_in_the_main_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The main statistics include all rows; those of every second batch are also returned on their own."""
+    """The main statistics include all rows; those of the held-out batches are also returned on their own."""
     saved(tmp_path / "model", "llama")
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 1)
     monkeypatch.setattr(module, "HELD_OUT", 3)

@@ -15,7 +15,8 @@ from lmpress.compress.allocation import allocate
 from lmpress.errors import UsageError
 from lmpress.recipes import schema
 from lmpress.recipes.naming import default_out
-from lmpress.recipes.options import pruning_recipe, quantization_recipe
+from lmpress.recipes.options.prune import PruneOptions
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.schema import Recipe
 
 
@@ -27,9 +28,9 @@ def text(tmp_path: Path) -> str:
 
 
 def quantizing(text: str, average: float) -> Recipe:
-    return quantization_recipe(
+    return QuantizeOptions(
         method="rtn", average_bits=average, group_size=8, calib=text, samples=4, seq_len=16, keep=["*.k_proj"]
-    )
+    ).recipe()
 
 
 def test_the_budget_is_kept_and_the_plan_of_the_decision_is_exact(tiny: Path, tmp_path: Path, text: str) -> None:
@@ -96,7 +97,7 @@ def test_a_dry_run_says_what_is_decided_later(tiny: Path, tmp_path: Path, text: 
     arguments = ["quantize", str(tiny), "--average-bits", "6", "--dry-run", "--calib", text, "--json", str(file)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
-    planned = pipeline.plan(tiny, quantization_recipe(bits=4))
+    planned = pipeline.plan(tiny, QuantizeOptions(bits=4).recipe())
     weights = sum(math.prod(layer.shape) for layer in planned.layers if layer.args)
     assert json.loads(file.read_text())["layer_bytes_at_most"] == weights * 6 // 8
     assert "measured when" in " ".join(result.stderr.split())
@@ -106,7 +107,7 @@ def test_impossible_wishes_are_refused(tiny: Path, tmp_path: Path, text: str) ->
     with pytest.raises(UsageError, match="averages 1"):
         lmpress.run(tiny, tmp_path / "out", quantizing(text, 1.0))
     with pytest.raises(UsageError, match="contradict"):
-        quantization_recipe(bits=4, average_bits=3.5)
+        QuantizeOptions(bits=4, average_bits=3.5).recipe()
     with pytest.raises(UsageError, match="pattern"):
         lmpress.prune(tiny, tmp_path / "out", pattern="2:4", allocate=True, calib=text, samples=4, seq_len=16)
     with pytest.raises(UsageError, match="still to be measured"):
@@ -115,5 +116,5 @@ def test_impossible_wishes_are_refused(tiny: Path, tmp_path: Path, text: str) ->
 
 
 def test_names_of_outputs(tmp_path: Path) -> None:
-    assert default_out(tmp_path, quantization_recipe(average_bits=3.5)).name.endswith("-gptq-w3.5")
-    assert default_out(tmp_path, pruning_recipe(allocate=True)).name.endswith("-exactobs-s50-allocated")
+    assert default_out(tmp_path, QuantizeOptions(average_bits=3.5).recipe()).name.endswith("-gptq-w3.5")
+    assert default_out(tmp_path, PruneOptions(allocate=True).recipe()).name.endswith("-exactobs-s50-allocated")

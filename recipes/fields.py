@@ -83,6 +83,8 @@ def _as_usage_error(model: type[Options], error: ValidationError, flags: bool) -
             f"there is no option {name!r}", f"did you mean {' or '.join(close)}?" if close else f"options: {known}"
         )
     shown = flag_name(model, name) if flags and name in model.model_fields else name
+    if first["type"] == "missing":
+        return UsageError(f"{shown} is missing")
     wrong = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
     wrong = f"must{wrong.removeprefix('should')}" if wrong.startswith("should") else f"is wrong: {wrong}"
     return UsageError(f"{shown} {wrong}, got {first['input']!r}")

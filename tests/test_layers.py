@@ -18,7 +18,7 @@ FLOORS = (
 )  # a floor imports from those before it
 # The rooms of a floor, lowest first: a room imports from those before it, not from those that share its line.
 ROOMS = {
-    "recipes": ("scheme training", "methods", "schema", "naming options", "chain"),
+    "recipes": ("fields scheme", "methods training", "schema", "naming options", "chain"),
     "kernels": (
         "packing",
         "tensor",
@@ -46,8 +46,10 @@ ROOMS = {
         "report runtime_support",
         "distill methods workspace",
         "export pipeline",
-        "chain load",
+        "load",
         "allocation structured",
+        "run",
+        "chain",
         "api command",
     ),
     "eval": (

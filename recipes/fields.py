@@ -5,6 +5,7 @@ stands in a `Flag` in the field's annotation.
 """
 
 import difflib
+import inspect
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -53,7 +54,7 @@ class Options(BaseModel):
 
 def option_fields(model: type[Options]) -> dict[str, FieldInfo]:
     """The fields of a model by name: its own first, then those that it inherits."""
-    names = [name for each in model.__mro__ for name in each.__dict__.get("__annotations__", {})]
+    names = [name for each in model.__mro__ for name in inspect.get_annotations(each)]
     return {name: model.model_fields[name] for name in names if name in model.model_fields}
 
 

@@ -63,5 +63,8 @@ def _parameters(model: type[Options]) -> list[inspect.Parameter]:
 
 def _documentation(model: type[Options]) -> str:
     """What the options are, each in a line, for the docstring of the function."""
-    lines = [f"    {name}: {field.description}" for name, field in option_fields(model).items()]
+    fields = {name: field for name, field in option_fields(model).items() if name != OPTIONS}
+    mapping = "other options as a mapping, or " if OPTIONS in model.model_fields else ""
+    lines = [f"    {name}: {field.description}" for name, field in fields.items()]
+    lines.append(f"    {OPTIONS}: {mapping}all of these as one `{model.__name__}`.")
     return "\n".join([inspect.cleandoc(model.__doc__ or ""), "", "Options:", *lines])

@@ -19,7 +19,9 @@ class DistillConfig(Options):
 
     steps: int = Field(default=500, ge=0, description="Updates at most; 0: no training.")
     batch: int = Field(default=16, ge=1, description="Rows per update.")
-    accumulate: Annotated[int, BySet] = Field(default=1, ge=1, description="Forward passes that the batch is split into.")
+    accumulate: Annotated[int, BySet] = Field(
+        default=1, ge=1, description="Forward passes that the batch is split into."
+    )
     rate: float = Field(default=5e-4, gt=0, description="Highest learning rate.")
     temperature: Annotated[float, BySet] = Field(default=1.0, gt=0, description="Temperature of both predictions.")
     hidden: Annotated[float, BySet] = Field(

@@ -133,7 +133,10 @@ def _average(recipe: Recipe, allocation: Allocation) -> float:
     weights = recipe.scheme.weights
     if isinstance(weights, PruneArgs):
         if weights.n_of_m is not None:
-            raise UsageError("the pattern fixes the sparsity of every layer, so it cannot be allocated", "give --sparsity instead of --pattern")
+            raise UsageError(
+                "the pattern fixes the sparsity of every layer, so it cannot be allocated",
+                "give --sparsity instead of --pattern",
+            )
         return weights.sparsity if allocation.average is None else allocation.average
     if allocation.average is None:
         raise UsageError("`allocate` needs an average number of bits per weight", "write `allocate: {average: 3.5}`")

@@ -141,7 +141,9 @@ def distill(
             start = unfold(source, work / "unfolded") if packed else open_source(student)
         history = TrainingHistory()
         if options.steps:
-            pupil, history = _taught(start, teacher or model, kept, rows, options, TrainingState(work), device, observer)
+            pupil, history = _taught(
+                start, teacher or model, kept, rows, options, TrainingState(work), device, observer
+            )
             student = work / "taught"
             if team.is_main_process:
                 shutil.rmtree(student, ignore_errors=True)
@@ -222,9 +224,7 @@ def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> T
     return calibration_rows(data, load_tokenizer(source.path), samples, length, seed, split="training")
 
 
-def _manifest(
-    source: Source, reduction: Reduction, options: DistillOptions, rows: TokenRows
-) -> dict[str, Any]:
+def _manifest(source: Source, reduction: Reduction, options: DistillOptions, rows: TokenRows) -> dict[str, Any]:
     return {
         "source": source.fingerprint,
         "teacher": None if options.teacher is None else open_source(options.teacher).fingerprint,

@@ -21,7 +21,7 @@ class CalibrationOptions(Options):
     keep: tuple[str, ...] = Field(default=(), description="Pattern of layers that stay dense (repeatable).")
     options: NameValue = Field(
         default_factory=dict,
-        description="Option of the method, NAME=VALUE (repeatable): --set damping=0.05; see docs/methods.",
+        description="Option of the method, NAME=VALUE (repeatable): --set observer=mse",
     )
     seed: int = Field(default=0, description="Seed of the choice of calibration rows.")
 

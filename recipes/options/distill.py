@@ -31,11 +31,11 @@ class DistillOptions(DistillConfig):
         default="greedy", description="How the layers are selected."
     )
     mlp_width: float | None = Field(
-        default=None, gt=0, description="Inner channels that each MLP keeps; below 1: a share of them."
+        default=None, description="Inner channels that each MLP keeps; below 1: a share of them."
     )
     kv_heads: int | None = Field(default=None, ge=1, description="Key-value heads that stay, with their queries.")
     hidden_size: float | None = Field(
-        default=None, gt=0, description="Channels of the residual stream that stay; below 1: a share of them."
+        default=None, description="Channels of the residual stream that stay; below 1: a share of them."
     )
     teacher: str | None = Field(default=None, description="Model to learn from. Default: MODEL before the reduction.")
     data: str = Field(default="python-stdlib", description=f"Training text: {DATA}.")
@@ -44,7 +44,7 @@ class DistillOptions(DistillConfig):
     options: NameValue = Field(
         default_factory=dict,
         exclude=True,
-        description="Option of the training, NAME=VALUE (repeatable): --set hidden=1; see docs/distill.md.",
+        description="Option of the training, NAME=VALUE (repeatable): --set hidden=1",
     )
 
     @model_validator(mode="before")

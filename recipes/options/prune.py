@@ -27,7 +27,9 @@ class PruneOptions(CalibrationOptions):
     pattern: str | None = Field(
         default=None, description="Zeros in every group of columns instead: 2:4, 4:8; or blocks of columns: 1x4."
     )
-    allocate: bool = Field(default=False, description="Give each layer the sparsity that it tolerates, at the same average.")
+    allocate: bool = Field(
+        default=False, description="Give each layer the sparsity that it tolerates, at the same average."
+    )
     format: Storage = Field(
         default="dense",
         description="dense: loads everywhere, not smaller; bitmask or 2:4: smaller, loads with lmpress.load.",

@@ -1,6 +1,5 @@
 """The options of `quantize`, and the recipe that they stand for."""
 
-from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -78,7 +77,7 @@ class QuantizeOptions(CalibrationOptions):
         )
 
     def _scheme(
-        self, base: Scheme, size: int | None, grid: Mapping[str, Any], of_inputs: Mapping[str, Any]
+        self, base: Scheme, size: int | None, grid: dict[str, Any], of_inputs: dict[str, Any]
     ) -> dict[str, Any]:
         """The scheme `base` with what was asked."""
         asked = {"bits": self.bits, "symmetric": self.symmetric}
@@ -95,7 +94,7 @@ class QuantizeOptions(CalibrationOptions):
         return scheme
 
     def _passes(
-        self, known: Method, scheme: dict[str, Any], base: QuantArgs, of_method: Mapping[str, Any]
+        self, known: Method, scheme: dict[str, Any], base: QuantArgs, of_method: dict[str, Any]
     ) -> list[dict[str, Any]]:
         """The method, rounding to nearest after a transform, and block tuning if the best quality is asked for."""
         quantizer = {"method": known.name if known.compresses else "rtn", "scheme": scheme}

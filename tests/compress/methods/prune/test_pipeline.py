@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lmpress
 from lmpress.calibrate.model.architecture import find_blocks, find_linears, weight_of
-from lmpress.compress import pipeline
+from lmpress.compress.run import Run
 from lmpress.errors import UsageError
 from lmpress.kernels.modules.linear import PrunedLinear
 from lmpress.recipes.naming import default_out
@@ -38,7 +38,7 @@ def test_sizes_are_as_planned_and_the_result_loads(
     tiny: Path, text: str, tmp_path: Path, method: str, storage: str
 ) -> None:
     recipe = PruneOptions(method=method, pattern="2:4", format=storage, calib=text, samples=8, seq_len=32).recipe()
-    planned = pipeline.plan(tiny, recipe)
+    planned = Run.of(tiny, recipe).plan
     report = lmpress.run(tiny, tmp_path / "out", recipe)
     files = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert planned.bytes_after == report.bytes_after == files
@@ -89,14 +89,16 @@ def test_conv1d_layers_keep_their_layout(tmp_path: Path, text: str, letters) -> 
 
 
 def test_dense_files_claim_no_saving(tiny: Path) -> None:
-    dense = pipeline.plan(tiny, PruneOptions(method="magnitude").recipe())
-    masked = pipeline.plan(tiny, PruneOptions(method="magnitude", format="bitmask", options={"dtype": "float32"}).recipe())
+    dense = Run.of(tiny, PruneOptions(method="magnitude").recipe()).plan
+    masked = Run.of(
+        tiny, PruneOptions(method="magnitude", format="bitmask", options={"dtype": "float32"}).recipe()
+    ).plan
     before, after = (sum(layer.nbytes for layer in planned.layers) for planned in (dense, masked))
     assert dense.notes == [
         f"zeros in a dense file save nothing; --format bitmask makes these layers {1 - after / before:.0%} smaller"
     ]
-    assert not pipeline.plan(tiny, PruneOptions(method="magnitude", format="bitmask").recipe()).notes
-    tenth = pipeline.plan(tiny, PruneOptions(method="magnitude", sparsity=0.01).recipe()).notes
+    assert not Run.of(tiny, PruneOptions(method="magnitude", format="bitmask").recipe()).plan.notes
+    tenth = Run.of(tiny, PruneOptions(method="magnitude", sparsity=0.01).recipe()).plan.notes
     assert tenth == ["zeros in a dense file save nothing"]  # a bitmask would take more than it saves
 
 
@@ -121,7 +123,9 @@ def test_overrides_change_the_sparsity_of_layers(tiny: Path, tmp_path: Path) -> 
 
 def test_interrupted_runs_go_on(tiny: Path, text: str, tmp_path: Path) -> None:
     """Finished blocks are read back from their sparse form."""
-    recipe = PruneOptions(method="sparsegpt", sparsity=0.5, format="bitmask", calib=text, samples=4, seq_len=32).recipe()
+    recipe = PruneOptions(
+        method="sparsegpt", sparsity=0.5, format="bitmask", calib=text, samples=4, seq_len=32
+    ).recipe()
 
     def stop(event) -> None:
         if event.phase == "load" and event.block == 1:
@@ -139,7 +143,7 @@ def test_interrupted_runs_go_on(tiny: Path, text: str, tmp_path: Path) -> None:
 def test_blocks_go_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: str) -> None:
     options = {"calib": text, "samples": 8, "seq_len": 32}
     recipe = PruneOptions(pattern="1x4", sparsity=0.3, format=storage, **options).recipe()
-    planned = pipeline.plan(tiny, recipe)
+    planned = Run.of(tiny, recipe).plan
     report = lmpress.run(tiny, tmp_path / "out", recipe)
     assert planned.bytes_after == report.bytes_after
     assert default_out(tiny, recipe).name.endswith("-exactobs-s30-1x4")
@@ -149,8 +153,8 @@ def test_blocks_go_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: st
             assert set(zeros.unique().tolist()) == {0, 4}
             assert int((zeros == 4).sum()) == -(-zeros.numel() * 3 // 10)
     with pytest.raises(UsageError, match="wanda does not prune in blocks"):
-        pipeline.plan(tiny, PruneOptions(method="wanda", pattern="1x4", **options).recipe())
+        Run.of(tiny, PruneOptions(method="wanda", pattern="1x4", **options).recipe())
     with pytest.raises(UsageError, match="1x0"):
         PruneOptions(pattern="1x0").recipe()
-    ragged = pipeline.plan(tiny, PruneOptions(pattern="1x7", **options).recipe())
+    ragged = Run.of(tiny, PruneOptions(pattern="1x7", **options).recipe()).plan
     assert any("do not fit" in note for note in ragged.notes)

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 import lmpress
-from lmpress.compress import pipeline
 from lmpress.compress.block import Block
 from lmpress.compress.methods.reconstruct import tune
 from lmpress.compress.methods.reconstruct.loop import Result
 from lmpress.compress.methods.reconstruct.tune import Tune
 from lmpress.compress.report.verdict import judge
+from lmpress.compress.run import Run
 from lmpress.recipes.naming import default_out
 from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.schema import Recipe, build, dump, parse, read
@@ -70,7 +70,7 @@ def test_the_shipped_recipe_is_what_the_flag_stands_for() -> None:
 def test_the_plan_does_not_depend_on_the_training(tiny: Path, tmp_path: Path, best: Path) -> None:
     trained = read(best)
     untrained = trained.model_copy(update={"passes": trained.passes[:-1]})
-    assert pipeline.plan(tiny, trained).tensors == pipeline.plan(tiny, untrained).tensors
+    assert Run.of(tiny, trained).plan.tensors == Run.of(tiny, untrained).plan.tensors
     report = lmpress.run(tiny, tmp_path / "out", best)
     assert report.bytes_after == (tmp_path / "out/model.safetensors").stat().st_size
 

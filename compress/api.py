@@ -71,7 +71,8 @@ def distill(
 ) -> DistillReport:
     """Remove layers and channels of `model`, then recover accuracy by distillation, into the directory `out`.
 
-    `out` is by default `MODEL-distill` next to the model. Raises `UsageError` before anything is written, `CompressError` later.
+    `out` is by default `MODEL-distill` next to the model. Raises `UsageError` before anything is written, `CompressError`
+    later.
     """
     place = next_to(model, "distill") if out is None else Path(out)
     return structured.distill(model, place, options, overwrite=overwrite, device=device, observer=observer)

@@ -63,7 +63,7 @@ class Run:
     """A recipe on a model, planned from the config and the file headers alone.
 
     source, skeleton   the model's files, and the model without its weights
-    recipe             what is done; if it has a budget to allocate, `plan` is that of the scheme alone until `execute` allocates
+    recipe             what is done; if it has a budget, `plan` is that of the scheme alone until `execute` allocates it
     plan               what becomes of every tensor
     out, overwrite     where the result goes, and whether an existing one, or an unfinished run of it, is replaced
     targets            the runtimes that must be able to serve the result
@@ -90,10 +90,10 @@ class Run:
         device: str = "cpu",
         overwrite: bool = False,
     ) -> Self:
-        """The run of `recipe` on the Hugging Face directory (or hub id) `model` into the directory `out`, which writes nothing.
+        """The run of `recipe` on the Hugging Face directory (or hub id) `model` into the directory `out`. Writes nothing.
 
-        `out` is by default `MODEL-<methods>-w<bits>` next to the model. Raises `UsageError` if the recipe does not fit the model
-        or if one of the runtimes `targets` cannot serve the result.
+        `out` is by default `MODEL-<methods>-w<bits>` next to the model. Raises `UsageError` if the recipe does not fit the
+        model or if one of the runtimes `targets` cannot serve the result.
         """
         source = open_source(model)
         skeleton = build(source)
@@ -115,7 +115,7 @@ class Run:
 
     @return_freed_pages()
     def execute(self, observer: Observer = silent, on_plan: Callable[[Plan], None] | None = None) -> RunReport:
-        """Do what the recipe says; `out` appears only when it is complete. `on_plan` gets the final plan before the work begins.
+        """Do what the recipe says; `out` appears only when it is complete. `on_plan` gets the final plan before that.
 
         Raises `UsageError` before anything is written, `CompressError` later.
         """

@@ -21,7 +21,7 @@ FLAGS = {"flags": True}  # the validation context in which errors name the flag 
 class Flag:
     """How an option looks on the command line.
 
-    names      its spellings; default: `--` and the field's name. `--yes/--no` sets a bool to True or False
+    names      its spellings; default: `--` and the field's name. `--symmetric/--asymmetric` sets a bool to True or False
     metavar    the placeholder of its value in the help
     separated  several values are given at once, separated by commas, instead of by repeating the flag
     by_set     the option has no flag of its own: `--set NAME=VALUE` reaches it
@@ -64,7 +64,7 @@ def flag_of(field: FieldInfo) -> Flag:
 
 
 def flag_name(model: type[Options], name: str, value: object = None) -> str:
-    """The flag that sets the option `name`, such as `--seq-len`; the second one of `--yes/--no` if `value` is False."""
+    """The flag that sets the option `name`, such as `--seq-len`; the second one of `--symmetric/--asymmetric` if `value` is False."""
     flag = flag_of(model.model_fields[name])
     if flag.by_set:
         return f"--set {name}"

@@ -124,7 +124,6 @@ def test_inspect_and_recipes_as_json(tiny: Path) -> None:
         (["--set", "damping"], ["--set expects NAME=VALUE, got 'damping'"]),
         (["--set", "damping=["], ["--set 'damping=['"]),
         (["--keep", "*"], ["leaves every layer dense"]),
-        (["--recipe", "gptq-w5"], ["gptq-w5: no such recipe"]),
         (["--calib", "nowhere.txt"], ["nowhere.txt: no such file"]),
         (["--calib", "nowhere"], ["nowhere: no such data"]),
         (["--device", "gpu0"], ["device 'gpu0' is unknown"]),

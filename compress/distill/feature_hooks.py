@@ -46,7 +46,7 @@ def attention_scores(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     before = model.config._attn_implementation or "eager"
     modules = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
     if not modules:
-        raise UsageError(f"{type(model).__name__} does not tell its attention scores", "leave out --attention")
+        raise UsageError(f"{type(model).__name__} does not tell its attention scores", "leave out --set attention")
     model.set_attn_implementation(SCORES)
     for module in modules:
         vars(module)["recorded_scores"] = found
@@ -71,7 +71,7 @@ def _recording_attention(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention of `[rows, heads, length, width]` that appends its scores to the module's list."""
     if others.get("s_aux") is not None:
-        raise UsageError("attention with sinks cannot be recorded", "leave out --attention")
+        raise UsageError("attention with sinks cannot be recorded", "leave out --set attention")
     key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:

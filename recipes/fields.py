@@ -64,7 +64,7 @@ def flag_of(field: FieldInfo) -> Flag:
 
 
 def flag_name(model: type[Options], name: str, value: object = None) -> str:
-    """The flag that sets the option `name`, such as `--seq-len`; the second one of `--symmetric/--asymmetric` if `value` is False."""
+    """The flag that sets the option `name`, such as `--seq-len`; for False the second one of two, `--asymmetric`."""
     flag = flag_of(model.model_fields[name])
     if flag.by_set:
         return f"--set {name}"

@@ -141,6 +141,7 @@ def test_a_recipe_alone_is_run(tiny: Path, tmp_path: Path) -> None:
         (["quantize", "--quality", "finest"], "--quality must be 'fast', 'balanced' or 'best', got 'finest'"),
         (["quantize", "--average-bits", "0"], "--average-bits must be greater than 0, got 0.0"),
         (["quantize", "--bits", "4", "--average-bits", "4"], "--bits and --average-bits are mutually exclusive"),
+        (["prune", "--method", "gptq"], "gptq is not a method of compress prune"),
         (["prune", "--format", "zip"], "--format must be 'dense', 'bitmask' or '2:4', got 'zip'"),
         (["distill", "--layers", "1,two"], "--layers expects whole numbers separated by commas, got '1,two'"),
         (["distill", "--drop", "1", "--layers", "0"], "--layers, --keep-layers and --drop are mutually exclusive"),
@@ -158,7 +159,7 @@ def test_wrong_values_name_the_flag(tiny: Path, arguments: list[str], message: s
 
 
 def test_python_takes_keywords_or_an_object(tiny: Path, tmp_path: Path) -> None:
-    asked = QuantizeOptions(method="rtn", group_size=8)
+    asked = lmpress.QuantizeOptions(method="rtn", group_size=8)
     lmpress.quantize(tiny, tmp_path / "object", options=asked)
     lmpress.quantize(tiny, tmp_path / "keywords", method="rtn", group_size=8)
     first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("object", "keywords"))

@@ -7,7 +7,7 @@ from .. import schema
 from ..schema import Recipe
 from ..scheme.prune_args import Storage
 from .calibration import CalibrationOptions, split
-from .offered import offered
+from .offered import find_offered, offered
 
 SCHEME_OPTIONS = ("scope", "dtype")
 
@@ -39,6 +39,7 @@ class PruneOptions(CalibrationOptions):
         """The recipe that these options stand for. Raises `UsageError` if they contradict each other."""
         if self.sparsity is not None and self.pattern is not None and ":" in self.pattern:
             raise UsageError("a pattern such as 2:4 fixes the sparsity", "give --sparsity or --pattern, not both")
+        find_offered(self.method, "prune", "prune")
         of_scheme, of_method = split(self.options, SCHEME_OPTIONS)
         sparsity = 0.5 if self.sparsity is None else self.sparsity
         weights = {"sparsity": sparsity, "pattern": self.pattern, "storage": self.format, **of_scheme}

@@ -9,14 +9,14 @@ from ...errors import UsageError
 from .. import schema
 from ..fields import Flag
 from ..methods import Method
-from ..methods import method as find_method
 from ..schema import Recipe
 from ..scheme import LEVELS, QuantArgs, Scheme, group_strategy
 from .calibration import CalibrationOptions, split
-from .offered import offered
+from .offered import find_offered, offered
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
+FAMILIES = ("quantize", "transform")
 LEVEL = "level"  # SmoothQuant's O1, O2, O3
 
 
@@ -32,7 +32,7 @@ class QuantizeOptions(CalibrationOptions):
     SmoothQuant's).
     """
 
-    method: str = Field(default="gptq", description=f"{', '.join(offered('quantize', 'transform'))}.")
+    method: str = Field(default="gptq", description=f"{', '.join(offered(*FAMILIES))}.")
     bits: int | None = Field(
         default=None, description="Bits per weight, 2 to 8. Default: the method's own, for most methods 4."
     )
@@ -57,7 +57,7 @@ class QuantizeOptions(CalibrationOptions):
         """The recipe that these options stand for. Raises `UsageError` if they contradict each other."""
         if self.bits is not None and self.average_bits is not None:
             raise UsageError("--bits and --average-bits are mutually exclusive", "give one of them")
-        known = find_method(self.method)
+        known = find_offered(self.method, "quantize", *FAMILIES)
         preset = dict(known.preset(self.quality))
         own_size = preset.pop("group_size", None)
         chosen = {**preset, **self.options}

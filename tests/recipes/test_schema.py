@@ -107,6 +107,8 @@ def test_one_scale_per_row() -> None:
     [
         ({"method": "gtpq"}, "unknown method 'gtpq'; did you mean gptq"),
         ({"method": "zzz"}, "unknown method 'zzz'; methods: rtn, gptq"),
+        ({"method": "wanda"}, "wanda is not a method of compress quantize; use one of: .*gptq"),
+        ({"method": "tune"}, "tune is not a method of compress quantize"),
         ({"options": {"dampling": 1}}, "gptq has no option 'dampling'; did you mean damping"),
         ({"method": "rtn", "options": {"damping": 1}}, "rtn has no option 'damping'; known: scheme"),
         ({"options": {"order": "sideways"}}, "gptq: order"),

@@ -82,17 +82,17 @@ def command(app: typer.Typer, name: str | None = None, resumes: bool = False) ->
     def register(function: Callable[..., None]) -> Callable[..., None]:
         hints = get_type_hints(function, include_extras=True)
         models = {name: model for name, hint in hints.items() if (model := _model_of(hint)) is not None}
+        output_name = next(name for name, model in models.items() if issubclass(model, SessionFlags))
 
         def call(context: typer.Context, **values: Any) -> None:
             given = {name for name in values if _is_given(context, name)}
-            flags = next(model for name, model in models.items() if issubclass(model, SessionFlags))
-            settings = _build(flags, values, given)
+            settings = _build(models[output_name], values, given)
             threads = settings.threads if isinstance(settings, ThreadedFlags) else None
             with session(settings.json_file, settings.quiet, settings.debug, threads, resumes) as output:
-                built = {name: _build(model, values, given) for name, model in models.items() if model is not flags}
-                own = {name: values[name] for name in hints if name in values and name not in models}
-                holder = next(name for name, model in models.items() if model is flags)
-                function(**own, **built, **{holder: output})
+                arguments: dict[str, Any] = {name: values[name] for name in hints if name in values}
+                for parameter, model in models.items():
+                    arguments[parameter] = output if parameter == output_name else _build(model, values, given)
+                function(**arguments)
 
         parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
         for parameter in inspect.signature(function).parameters.values():
@@ -110,7 +110,8 @@ def command(app: typer.Typer, name: str | None = None, resumes: bool = False) ->
 
 def refuse_with_recipe(options: Options) -> None:
     """Raise `UsageError` if an option was given: with `--recipe` it would have no effect."""
-    for name in sorted(options.model_fields_set):
+    if options.model_fields_set:
+        name = min(options.model_fields_set)
         flag = flag_name(type(options), name, getattr(options, name))
         raise UsageError(f"{flag} cannot be combined with --recipe", f"edit the recipe, or leave out {flag}")
 

@@ -28,7 +28,7 @@ from .plan import Plan
 from .report.progress import Event, Observer, silent
 from .workspace import Workspace
 
-TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
+TABLE_ROWS = 8192  # of an embedding that are widened at a time: the whole of it would be the largest tensor in memory
 
 
 def compress_blocks(

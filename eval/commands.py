@@ -126,7 +126,7 @@ def bench(options: BenchOptions, output: OneThreadSession) -> None:
 def evaluator(model: str, data: str | None, device: str, output: Output) -> Callable[[Path], dict[str, Any]] | None:
     """A function that evaluates a checkpoint against `model` on `data`, prints the result and returns it for JSON.
 
-    None if there is no `data`. It is handed to runs from here, because compression must not depend on evaluation.
+    None if there is no `data`. Runs get it as an argument, because `compress` must not import `eval`.
     """
     return None if data is None else lambda made: _evaluated(made, model, data, device, output)
 

@@ -9,7 +9,7 @@ from ..recipes.fields import Flag, Options
 
 
 class EvaluateOptions(Options):
-    """How a model is evaluated.
+    """How a model is evaluated, and how it is loaded.
 
     `device`, `dtype` and `kernel` (for `model` alone) are used to load paths: a model in memory stays as it is.
     """
@@ -20,10 +20,10 @@ class EvaluateOptions(Options):
     )
     rows: int | None = Field(default=None, ge=1, description="First rows only.")
     split: Literal["calibration", "training", "heldout"] = Field(
-        default="heldout", description="Part of a data set with several parts."
+        default="heldout", description="Part of the data that is read, if it has several."
     )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        default="float32", description="Of the weights."
+        default="float32", description="Data type that the weights are loaded in."
     )
     batch_size: int | None = Field(
         default=None, ge=1, description="Rows per forward pass. Default: as many as make 4096 tokens."

@@ -5,13 +5,14 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
 
 import lmpress
 from lmpress.cli import app
+from lmpress.compress import export
 from lmpress.compress.chain import run
 from lmpress.errors import CompressError, UsageError
 from lmpress.recipes import chain, schema
@@ -105,7 +106,11 @@ def test_the_command_says_the_stages_and_writes_beside_the_model(tiny: Path, tmp
         (0, {"distill": {"dorp": 1}}, r"stage 1 \(distill\).*dorp"),
         (0, {"distill": {"steps": -1}}, r"stage 1 \(distill\): steps must be greater than or equal to 0, got -1"),
         (1, {"compress": {"passes": [{"method": "gtpq"}]}}, r"stage 2 \(compress\).*did you mean gptq"),
-        (2, {"export": {"format": "gptqq"}}, r"stage 3 \(export\).*unknown format"),
+        (
+            2,
+            {"export": {"format": "gptqq"}},
+            r"stage 3 \(export\): format must be 'pack-quantized', 'gptq', .* got 'gptqq'",
+        ),
         (2, {"distill": {"drop": 1}}, r"stage 3 \(distill\) cannot work on the result of stage 2"),
         (1, {"prune": {}}, "stage 2 must be one of distill, compress, export"),
     ],
@@ -164,6 +169,10 @@ def test_a_chain_that_ends_in_distillation_names_no_hidden_folder(tiny: Path, tm
     for file in (tmp_path / "out").glob("*.json"):
         assert ".chain" not in file.read_text() and ".distill" not in file.read_text(), file.name
     assert json.loads((tmp_path / "out/report.json").read_text())["kept"] == [1]
+
+
+def test_a_chain_exports_what_the_command_exports() -> None:
+    assert set(get_args(chain.Format)) == set(export.formats())
 
 
 def test_the_shipped_chain() -> None:

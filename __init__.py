@@ -1,10 +1,10 @@
-"""lmpress: compress language models with calibration, and trust the result.
+"""lmpress: compress language models with calibration, and measure the result.
 
     import lmpress
     lmpress.quantize("path/to/model", "path/to/out", method="gptq", bits=4)
     model = lmpress.load("path/to/out")
 
-Importing the package is cheap: a name below brings its module along when it is first used.
+Importing the package is cheap: the module of a name below is imported when the name is first used.
 """
 
 from importlib import import_module
@@ -17,11 +17,19 @@ if TYPE_CHECKING:
     from .compress.methods.prune.classifier import prune_classifier
     from .compress.methods.prune.networks import optimal_brain_damage, optimal_brain_surgeon
     from .errors import CompressError, StorageError, UsageError
+    from .eval.options import EvaluateOptions
     from .eval.perplexity import evaluate
     from .eval.verify import verify
+    from .recipes.options.distill import DistillOptions
+    from .recipes.options.prune import PruneOptions
+    from .recipes.options.quantize import QuantizeOptions
 
 __all__ = [
     "CompressError",
+    "DistillOptions",
+    "EvaluateOptions",
+    "PruneOptions",
+    "QuantizeOptions",
     "StorageError",
     "UsageError",
     "distill",
@@ -39,6 +47,10 @@ __all__ = [
 
 _HOMES = {
     "CompressError": "errors",
+    "DistillOptions": "recipes.options.distill",
+    "EvaluateOptions": "eval.options",
+    "PruneOptions": "recipes.options.prune",
+    "QuantizeOptions": "recipes.options.quantize",
     "StorageError": "errors",
     "UsageError": "errors",
     "distill": "compress.api",

@@ -1,8 +1,8 @@
-"""Running a chain: each stage on what the one before left.
+"""Running a chain: each stage works on the result of the previous one.
 
-The stages work in a hidden sibling of the target, each into a directory of the name that it would have by hand
-(`MODEL-distill-gptq-w4`). These stay until the last one is complete: a run that was killed goes on at the stage, and inside the
-stage, where it stopped.
+The stages work in a hidden sibling of the target, each into a directory with the name that its command would give it
+(`MODEL-distill-gptq-w4`). These stay until the last one is complete: a run that was interrupted continues at the stage, and
+inside the stage, at which it stopped.
 """
 
 import json
@@ -17,12 +17,14 @@ from typing import Any
 
 from ..calibrate.model.safetensors_io import storage_errors
 from ..errors import CompressError, UsageError
-from ..recipes.chain import Chain, Distillation, Export, base_name, kind_of, named
+from ..recipes.chain import Chain, Export, base_name, kind_of, named
+from ..recipes.options.distill import DistillOptions
 from ..recipes.schema import Recipe
-from . import api
 from .export import WEIGHTS, WHOLE_FILES, export
 from .formats.source import open_source
 from .report.progress import Event, Observer, silent
+from .run import Run
+from .structured import pipeline as structured
 from .workspace import check_target, put_in_place
 
 MANIFEST, RECORD = "manifest.json", "stages.json"
@@ -30,9 +32,9 @@ MANIFEST, RECORD = "manifest.json", "stages.json"
 
 @dataclass(frozen=True)
 class ChainReport:
-    """What a chain did: for every stage its kind, directory name, bytes of weights, seconds, and the verdict on it if any.
+    """What a chain did: for every stage its kind, directory name, bytes of weights, seconds, and its verdict if it has one.
 
-    `evaluation` was made of the stage `evaluated`, the last one that `load` reads: a GGUF or ONNX file holds the same codes
+    `evaluation` is that of the stage `evaluated`, the last one that `load` reads: a GGUF or ONNX file holds the same codes
     and scales as what it was exported from.
     """
 
@@ -59,8 +61,8 @@ def run(
     evaluate: Callable[[Path], dict[str, Any]] | None = None,
     observer: Observer = silent,
 ) -> ChainReport:
-    """Carry out the stages one after the other, from `model` into the directory `out`, and `evaluate` the last
-    stage that `load` reads, if asked to.
+    """Run the stages one after the other, from `model` into the directory `out`, and `evaluate` the last one that `load` reads,
+    if `evaluate` is given.
 
     Raises what a stage raises, with the stage's name in front; finished stages are kept then.
     """
@@ -76,7 +78,7 @@ def run(
         if not place.exists():
             observer(Event("warning", message=f"stage {number} of {len(names)}: {kind_of(stage)}"))
             with named(number, kind_of(stage)), _removed_if_empty(work):
-                figures = _carry_out(stage, previous, place, device, observer)
+                figures = _run_stage(stage, previous, place, device, observer)
             (work / f"{number}.json").write_text(json.dumps(figures))
         note = work / f"{number}.json"
         known = json.loads(note.read_text()) if note.exists() else {}
@@ -95,23 +97,22 @@ def run(
     return report
 
 
-def _carry_out(
-    stage: Distillation | Recipe | Export, model: str | Path, place: Path, device: str, observer: Observer
+def _run_stage(
+    stage: DistillOptions | Recipe | Export, model: str | Path, place: Path, device: str, observer: Observer
 ) -> dict[str, Any]:
-    """Carry one stage out, going on where it stopped; seconds, and the verdict if there is one."""
+    """Run one stage, from where it stopped if it was interrupted; its seconds, and its verdict if it has one."""
     if isinstance(stage, Export):
         return {"seconds": export(model, place, format=stage.format).seconds}
     if isinstance(stage, Recipe):
-        report = api.run(model, place, stage, device=device, observer=observer)
+        report = Run.of(model, stage, place, device=device).execute(observer)
         return {"seconds": report.seconds, "verdict": report.verdict.word}
-    words = {name: getattr(stage, name) for name in type(stage).model_fields}
-    return {"seconds": api.distill(model, place, **words, device=device, observer=observer).seconds}
+    return {"seconds": structured.distill(model, place, stage, device=device, observer=observer).seconds}
 
 
 def _prepare(work: Path, chain: Chain, fingerprint: str, names: list[str], overwrite: bool) -> None:
-    """The folder of this request, with what an unfinished run left of the same stages.
+    """Prepare the folder of this request, with what an unfinished run left of the same stages.
 
-    Stages that are not finished may differ from that run's; raises `UsageError` where finished ones do.
+    Stages that are not finished may differ from that run's; raises `UsageError` if finished ones do.
     """
     versions = {name: version(name) for name in ("lmpress", "torch", "transformers")}
     manifest = {"source": fingerprint, "versions": versions, **chain.as_dict()}

@@ -1,25 +1,19 @@
-"""The pipeline: for each block, gather what the passes need, apply the passes, pack and write, run it for the next block.
+"""The pipeline: for each block, collect what the passes need, apply the passes, pack and write, run it for the next block.
 
-The output grows in a hidden sibling of the target, a file per block, and is renamed when complete. A run that was killed
-goes on where it stopped: finished blocks are read back and only run forward.
+The output grows in the workspace, one file per block. If a run was interrupted, its finished blocks are read back and only run
+forward.
 """
 
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.channel_graph.probe import Probe
-from ..calibrate.data.token_rows import TokenRows, calibration_rows
 from ..calibrate.kv_cache import calibrate
 from ..calibrate.model.architecture import find_linears, set_weight, weight_of
-from ..calibrate.model.skeleton import Names, build, context_length, device_of
-from ..calibrate.model.source import Source
+from ..calibrate.model.skeleton import Names
 from ..calibrate.runner import Runner
 from ..calibrate.statistics.collect import Statistics
 from ..kernels.activations import quantized_inputs
@@ -28,202 +22,198 @@ from ..recipes.schema import PassSpec, Recipe
 from ..recipes.scheme import QuantArgs
 from .block import Block, BlockContext, Linear
 from .formats import pack_quantized
-from .formats.source import open_source
-from .formats.tokenizer import load_tokenizer
 from .input_grids import with_input_grids
-from .memory import peak_bytes, return_freed_pages
 from .methods.quantize.rtn import round_to_nearest
-from .plan import Plan, make_plan
+from .plan import Plan
 from .report.progress import Event, Observer, silent
-from .report.verdict import Verdict, judge
-from .runtime_support import check as check_targets
-from .workspace import Workspace, check_target
+from .workspace import Workspace
 
-TABLE_ROWS = 8192  # of an embedding that are widened at a time: all of it would be the largest tensor
-Tell = Callable[..., None]  # (phase, layer=None, **figures)
+TABLE_ROWS = 8192  # of an embedding that are widened at a time: the whole of it would be the largest tensor in memory
 
 
-@dataclass(frozen=True)
-class RunReport:
-    """What a run did. `layers` holds one dictionary of figures per quantized layer; sizes are of the weight files."""
-
-    out: Path
-    plan: Plan
-    layers: list[dict[str, float | int | str]]
-    bytes_before: int
-    bytes_after: int
-    bits_per_weight: float
-    seconds: float
-    peak_bytes: int
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the result can be trusted."""
-        return judge(self.layers)
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "out": str(self.out),
-            "bytes_before": self.bytes_before,
-            "bytes_after": self.bytes_after,
-            "bits_per_weight": self.bits_per_weight,
-            "seconds": self.seconds,
-            "peak_bytes": self.peak_bytes,
-            "verdict": self.verdict.word,
-            "notes": self.plan.notes,
-            "layers": self.layers,
-        }
+def compress_blocks(
+    skeleton: PreTrainedModel, workspace: Workspace, device: str = "cpu", observer: Observer = silent
+) -> None:
+    """Apply the workspace's recipe to the blocks of `skeleton`, the model of its source without weights, and write them."""
+    walk = Walk.of(skeleton, workspace, device, observer)
+    walk.capture()
+    for index in range(walk.plan.blocks):
+        if not workspace.has(index) or walk.calibrated:
+            walk.visit(index)
 
 
-def plan(model: str | Path, recipe: Recipe, targets: Sequence[str] = ()) -> Plan:
-    """What `run` would do, from the config and the file headers alone.
+def round_tables(skeleton: PreTrainedModel, workspace: Workspace) -> None:
+    """Round the embedding and the head to nearest, as planned, and write them."""
+    source = workspace.source
+    names, packed = Names(skeleton, source), {}
+    for table in workspace.plan.tables:
+        stored = names.find(f"{table.name}.weight")
+        assert stored is not None and isinstance(table.args, QuantArgs)
+        parts = source.read(stored, check=True).split(TABLE_ROWS)
+        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
+    if packed:
+        workspace.write_outside(packed)
 
-    Raises `UsageError` where one of the runtimes `targets` could not serve the result.
-    """
-    source = open_source(model)
-    planned = make_plan(source, build(source), recipe)
-    check_targets((*planned.layers, *planned.tables), targets, planned.inputs, planned.kv)
-    return planned
 
-
-@return_freed_pages()
-def run(
-    model: str | Path,
-    out: Path,
-    recipe: Recipe,
-    *,
-    overwrite: bool = False,
-    device: str = "cpu",
-    targets: Sequence[str] = (),
-    observer: Observer = silent,
-) -> RunReport:
-    """Compress the Hugging Face directory (or hub id) `model` by `recipe` into the directory `out`.
-
-    Raises `UsageError` before anything is written, `CompressError` later; `out` appears only when it is complete.
-    """
-    started = time.monotonic()
-    device_of(device)
-    source = open_source(model)
-    skeleton = build(source)
-    planned = make_plan(source, skeleton, recipe)
-    check_target(out, overwrite)
-    check_targets((*planned.layers, *planned.tables), targets, planned.inputs, planned.kv)
-    observer(Event("plan", blocks=planned.blocks))
-    rows = _rows(source, context_length(skeleton.config), recipe, observer) if _calibrated(recipe, planned) else None
-    with Workspace.open(out, source, planned, recipe, rows, overwrite) as workspace:
-        _walk(skeleton, source, recipe, planned, rows, workspace, device, observer)
-        _round_tables(skeleton, source, planned, workspace)
-        observer(Event("assemble", planned.blocks, planned.blocks))
-        layers = workspace.finish()
-    observer(Event("done", planned.blocks, planned.blocks))
-    return RunReport(
-        out=out,
-        plan=planned,
-        layers=layers,
-        bytes_before=planned.bytes_before,
-        bytes_after=planned.bytes_after,
-        bits_per_weight=planned.bits_per_weight,
-        seconds=time.monotonic() - started,
-        peak_bytes=peak_bytes(),
-    )
+def needs_calibration(recipe: Recipe, plan: Plan) -> bool:
+    """Whether calibration rows are read: by a pass, or for static ranges of inputs or of the cache."""
+    static_inputs = plan.inputs is not None and not plan.inputs.dynamic
+    return bool(_needs(recipe) - {"trial"}) or static_inputs or (plan.kv is not None and plan.kv.static)
 
 
 def _needs(recipe: Recipe) -> frozenset[str]:
     return frozenset().union(*(p.config.needs for p in recipe.passes))
 
 
-def _calibrated(recipe: Recipe, planned: Plan) -> bool:
-    """Whether calibration rows are read: by a pass, or for static ranges of inputs or of the cache."""
-    static_inputs = planned.inputs is not None and not planned.inputs.dynamic
-    return bool(_needs(recipe) - {"trial"}) or static_inputs or (planned.kv is not None and planned.kv.static)
+@dataclass(frozen=True)
+class Walk:
+    """One walk through the blocks: the model, where results go, and what runs blocks and tries changes on them."""
 
+    skeleton: PreTrainedModel
+    workspace: Workspace
+    runner: Runner
+    probe: Probe | None
+    observer: Observer
 
-def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> TokenRows:
-    """The calibration rows, no longer than the model's context `limit`."""
-    asked = recipe.calibration
-    length = asked.seq_len if limit is None else min(asked.seq_len, limit)
-    if length < asked.seq_len:
-        observer(Event("warning", message=f"rows of {length} tokens instead of {asked.seq_len}: the model's context"))
-    rows = calibration_rows(asked.data, load_tokenizer(source.path), asked.samples, length, recipe.seed)
-    for note in rows.notes:
-        observer(Event("warning", message=note))
-    return rows
+    @classmethod
+    def of(cls, skeleton: PreTrainedModel, workspace: Workspace, device: str, observer: Observer) -> "Walk":
+        """A walk with the runner, and the probe if a pass needs one, on `device`."""
+        needs, source, scratch = _needs(workspace.recipe), workspace.source, workspace.scratch
+        trains = "block_io" in needs
+        references = trains or "drift" in needs
+        runner = Runner(skeleton, source, workspace.rows, scratch, device, references, small_batches=trains)
+        probe = Probe(skeleton, source, scratch / "probe", device) if needs & {"samples", "trial"} else None
+        return cls(skeleton, workspace, runner, probe, observer)
 
+    @property
+    def plan(self) -> Plan:
+        """What becomes of every tensor."""
+        return self.workspace.plan
 
-def _walk(
-    skeleton: PreTrainedModel,
-    source: Source,
-    recipe: Recipe,
-    planned: Plan,
-    rows: TokenRows | None,
-    workspace: Workspace,
-    device: str,
-    observer: Observer,
-) -> None:
-    needs = _needs(recipe)
-    trains = "block_io" in needs
-    runner = Runner(skeleton, source, rows, workspace.scratch, device, trains or "drift" in needs, small_batches=trains)
-    if rows is not None:
-        observer(Event("capture", blocks=planned.blocks))
-        runner.capture()
-    probe = None
-    if _needs(recipe) & {"samples", "trial"}:
-        probe = Probe(skeleton, source, workspace.scratch / "probe", device)
-        _transform_outside(recipe, probe, planned, runner, workspace)
-    for index in range(planned.blocks):
+    @property
+    def recipe(self) -> Recipe:
+        """The passes."""
+        return self.workspace.recipe
 
-        def tell(phase: str, layer: str | None = None, index: int = index, **figures: float | int | str) -> None:
-            observer(Event(phase, index, planned.blocks, layer, figures=figures))
+    @property
+    def calibrated(self) -> bool:
+        """Whether calibration rows go through the blocks."""
+        return self.workspace.rows is not None
 
-        if workspace.has(index) and rows is None:
-            continue
-        tell("load")
-        module = runner.load(index)
-        if workspace.has(index):
-            compressed = workspace.compressed(index)
-            _restore(skeleton, compressed, workspace.dense(index))
+    def emit(self, index: int, phase: str, layer: str | None = None, **figures: float | int | str) -> None:
+        """Report an event of block `index`."""
+        self.observer(Event(phase, index, self.plan.blocks, layer, figures=figures))
+
+    def capture(self) -> None:
+        """Record the inputs of the first block, and let transforms of the whole model rewrite what is outside the blocks."""
+        if self.calibrated:
+            self.observer(Event("capture", blocks=self.plan.blocks))
+            self.runner.capture()
+        if self.probe is not None:
+            self._transform_outside(self.probe)
+
+    def visit(self, index: int) -> None:
+        """Compress block `index`, or restore it if it is finished, and run it for the next one."""
+        self.emit(index, "load")
+        module = self.runner.load(index)
+        if self.workspace.has(index):
+            compressed = self.workspace.compressed(index)
+            _restore(self.skeleton, compressed, self.workspace.dense(index))
         else:
-            compressed = _compress(index, module, recipe, planned, runner, workspace, probe, tell)
-        if rows is not None and index + 1 < planned.blocks:
-            tell("forward")
-            with quantized_inputs(
-                module, {_local(name, runner.block_name(index)): t for name, t in compressed.items()}
-            ):
-                runner.forward(index)
+            compressed = self._compress(index, module)
+        if self.calibrated and index + 1 < self.plan.blocks:
+            self.emit(index, "forward")
+            with quantized_inputs(module, self._by_local_name(index, compressed)):
+                self.runner.forward(index)
         del compressed  # not held while the next block is at work
-        runner.unload(index)
-        tell("block")
+        self.runner.unload(index)
+        self.emit(index, "block")
 
+    def _compress(self, index: int, module: nn.Module) -> dict[str, Compressed]:
+        """Apply the passes to the loaded block and write the result."""
+        name, plan = self.runner.block_name(index), self.plan
+        block = Block(name, module, _linears(name, module, plan), seed=self.recipe.seed)
+        block.context = None if self.probe is None else self._context(index, self.probe)
+        for entry in self.recipe.passes:
+            starts_compressing = entry.method_entry.compresses and entry.config.scheme is not None
+            if "original" in _needs(self.recipe) and starts_compressing:
+                _keep_originals(block)
+            self._apply(entry, block, index)
+            if not entry.method_entry.compresses:
+                _round_to_stored_dtype(block, plan)
+                self.runner.update_reference(index)
+        compressed = self._with_inputs(block, index)
+        if plan.kv is not None and plan.kv.static:
+            with quantized_inputs(module, self._by_local_name(index, compressed)):
+                self.workspace.write_cache_ranges(index, calibrate(module, self.runner.samples(index), plan.kv))
+        self.emit(index, "write")
+        self.workspace.write(index, block.linears, _dense(block, plan) if self.probe is not None else {})
+        return compressed
 
-def _compress(
-    index: int,
-    module: nn.Module,
-    recipe: Recipe,
-    planned: Plan,
-    runner: Runner,
-    workspace: Workspace,
-    probe: Probe | None,
-    tell: Tell,
-) -> dict[str, Compressed]:
-    """Apply the passes to the loaded block and write what becomes of it."""
-    name = runner.block_name(index)
-    block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
-    block.context = None if probe is None else _surroundings(index, runner, probe, planned)
-    for entry in recipe.passes:
-        if "original" in _needs(recipe) and entry.method_entry.compresses and entry.config.scheme is not None:
-            _keep_originals(block)
-        _apply(entry, block, runner, index, tell)
-        if not entry.method_entry.compresses:
-            _settle(block, planned)
-            runner.update_reference(index)
-    compressed = _with_inputs(block, runner, index)
-    if planned.kv is not None and planned.kv.static:
-        with quantized_inputs(module, {_local(n, name): tensor for n, tensor in compressed.items()}):
-            workspace.write_cache_ranges(index, calibrate(module, runner.samples(index), planned.kv))
-    tell("write")
-    workspace.write(index, block.linears, _dense(block, planned) if probe is not None else {})
-    return compressed
+    def _apply(self, entry: PassSpec, block: Block, index: int) -> None:
+        """Run one pass on a loaded block, in one stage or, if the pass is truly sequential, group by group of linears."""
+        local, needs = block.local(), entry.config.needs
+        if "block_io" in needs:
+            self.emit(index, "train")
+            block = replace(block, io=self.runner.io(index))
+        if "hessian" not in needs:
+            self._solve(entry, block, local, Statistics(), index)
+            return
+        self.emit(index, "collect")
+        groups = self.runner.groups(index, set(local)) if entry.config.true_sequential else [list(local)]
+        for names in groups:
+            statistics = self.runner.collect(index, set(names), hold_out="held" in needs)
+            self._solve(entry, block, {name: local[name] for name in names}, statistics, index)
+
+    def _solve(
+        self, entry: PassSpec, block: Block, local: dict[str, Linear], statistics: Statistics, index: int
+    ) -> None:
+        """Apply the pass to the linears `local` (by name inside the block) and put the results into the module."""
+        for name, linear in local.items():
+            linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
+            linear.held_out = statistics.held_out.get(name)
+            if linear.hessian is not None:
+                linear.figures["tokens"] = linear.hessian.tokens
+        entry.method_entry.apply(entry.config, replace(block, linears=list(local.values())))
+        for name, linear in local.items():
+            linear.hessian = linear.drift = linear.held_out = None
+            if linear.result is not None:
+                set_weight(block.module.get_submodule(name), linear.result.dequantize())
+                self.emit(index, "solve", linear.name, **linear.figures)
+
+    def _context(self, index: int, probe: Probe) -> BlockContext:
+        """What a pass may ask about the block's surroundings."""
+        prefix, runner = f"{self.runner.block_name(index)}.", self.runner
+        specs = {name.removeprefix(prefix): s for name, s in self.plan.tensors.items() if name.startswith(prefix)}
+        config = runner.model.config.get_text_config()
+        return BlockContext(
+            samples=lambda: runner.samples(index),
+            trial=probe.experiment(index),
+            dtypes={name: spec.torch_dtype for name, spec in specs.items()},
+            head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        )
+
+    def _transform_outside(self, probe: Probe) -> None:
+        """Let a transform of the whole model rewrite what is outside the blocks, and rotate the recorded hidden states."""
+        for entry in self.recipe.passes:
+            if entry.method_entry.apply_outside is not None:
+                with probe.outside() as (model, ids):
+                    matrix, names = entry.method_entry.apply_outside(entry.config, model, ids)
+                    dtypes = {name: self.plan.tensors[name].torch_dtype for name in names}
+                    rewritten = {name: model.get_parameter(name).to(dtypes[name]) for name in names}
+                    self.workspace.write_outside(rewritten)
+                self.runner.rotate_hidden_states(matrix)
+
+    def _with_inputs(self, block: Block, index: int) -> dict[str, Compressed]:
+        """The results of the block's linears by full name, with the grids of their inputs."""
+        local = block.local()
+        for name, tensor in with_input_grids(block, self.runner.samples(index)).items():
+            local[name].result = tensor
+        return {linear.name: linear.result for linear in block.linears if linear.result is not None}
+
+    def _by_local_name(self, index: int, compressed: dict[str, Compressed]) -> dict[str, Compressed]:
+        block = self.runner.block_name(index)
+        return {_local(name, block): tensor for name, tensor in compressed.items()}
 
 
 def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
@@ -237,7 +227,7 @@ def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:
 
 
 def _keep_originals(block: Block) -> None:
-    """Let the linears' weights be copies, which stay as they are when the module's own are replaced."""
+    """Copy the linears' weights, which then stay as they are when the module's own are replaced."""
     for linear in block.linears:
         linear.weight = linear.weight.clone()
 
@@ -246,48 +236,14 @@ def _local(name: str, block: str) -> str:
     return name.removeprefix(f"{block}.")
 
 
-def _surroundings(index: int, runner: Runner, probe: Probe, planned: Plan) -> BlockContext:
-    prefix = f"{runner.block_name(index)}."
-    config = runner.model.config.get_text_config()
-    return BlockContext(
-        samples=lambda: runner.samples(index),
-        trial=probe.experiment(index),
-        dtypes={n.removeprefix(prefix): s.torch_dtype for n, s in planned.tensors.items() if n.startswith(prefix)},
-        head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
-    )
-
-
-def _transform_outside(recipe: Recipe, probe: Probe, planned: Plan, runner: Runner, workspace: Workspace) -> None:
-    """Let a transform of the whole model rewrite what lies outside the blocks, and turn the recorded stream."""
-    for entry in recipe.passes:
-        if entry.method_entry.apply_outside is not None:
-            with probe.outside() as (model, ids):
-                matrix, names = entry.method_entry.apply_outside(entry.config, model, ids)
-                dtypes = {name: planned.tensors[name].torch_dtype for name in names}
-                workspace.write_outside({name: model.get_parameter(name).to(dtypes[name]) for name in names})
-            runner.rotate_hidden_states(matrix)
-
-
-def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, workspace: Workspace) -> None:
-    """Round the embedding and the head to nearest, as planned."""
-    names, packed = Names(skeleton, source), {}
-    for table in planned.tables:
-        stored = names.find(f"{table.name}.weight")
-        assert stored is not None and isinstance(table.args, QuantArgs)
-        parts = source.read(stored, check=True).split(TABLE_ROWS)
-        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
-    if packed:
-        workspace.write_outside(packed)
-
-
 def _rounded(rows: Tensor, args: QuantArgs) -> CompressedTensor:
     rounded = round_to_nearest(rows, args)
     assert isinstance(rounded, CompressedTensor)
     return rounded
 
 
-def _settle(block: Block, planned: Plan) -> None:
-    """Round what a transform left in the tensors that stay dense to their stored dtype: what is evaluated is what is served."""
+def _round_to_stored_dtype(block: Block, planned: Plan) -> None:
+    """Round what a transform left in the dense tensors to their stored dtype, so that what is evaluated is what is served."""
     with torch.no_grad():
         for name, tensor in _dense(block, planned).items():
             parameter = block.module.get_parameter(_local(name, block.name))
@@ -308,44 +264,3 @@ def _restore(skeleton: PreTrainedModel, compressed: dict[str, Compressed], dense
     for name, tensor in dense.items():
         if name in parameters:
             parameters[name].copy_(tensor)
-
-
-def _with_inputs(block: Block, runner: Runner, index: int) -> dict[str, Compressed]:
-    """The results of the block's linears by full name, told how their inputs are quantized."""
-    local = block.local()
-    for name, tensor in with_input_grids(block, runner.samples(index)).items():
-        local[name].result = tensor
-    return {linear.name: linear.result for linear in block.linears if linear.result is not None}
-
-
-def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell) -> None:
-    """Carry out one pass on a loaded block, in one stage or, if it asks for it, linears with a common input at a time."""
-    local = block.local()
-    if "block_io" in entry.config.needs:
-        tell("train")
-        block = replace(block, io=runner.io(index))
-    if "hessian" not in entry.config.needs:
-        return _solve(entry, block, local, Statistics(), tell)
-    tell("collect")
-    hold_out = "held" in entry.config.needs
-    if not entry.config.true_sequential:
-        return _solve(entry, block, local, runner.collect(index, set(local), hold_out=hold_out), tell)
-    for names in runner.groups(index, set(local)):
-        statistics = runner.collect(index, set(names), hold_out=hold_out)
-        _solve(entry, block, {name: local[name] for name in names}, statistics, tell)
-    return None
-
-
-def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: Statistics, tell: Tell) -> None:
-    """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
-    for name, linear in local.items():
-        linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
-        linear.held_out = statistics.held_out.get(name)
-        if linear.hessian is not None:
-            linear.figures["tokens"] = linear.hessian.tokens
-    entry.method_entry.apply(entry.config, replace(block, linears=list(local.values())))
-    for name, linear in local.items():
-        linear.hessian = linear.drift = linear.held_out = None
-        if linear.result is not None:
-            set_weight(block.module.get_submodule(name), linear.result.dequantize())
-            tell("solve", linear.name, **linear.figures)

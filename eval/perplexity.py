@@ -1,4 +1,4 @@
-"""Perplexity of a model, and beside its base the divergence of the two: one run, one protocol, both in lock-step."""
+"""Perplexity of a model, and its divergence from a base model: both read the same batches in the same order."""
 
 import math
 import time
@@ -11,14 +11,16 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..calibrate.data.documents import Split, documents
+from ..calibrate.data.documents import documents
 from ..calibrate.model.skeleton import context_length
 from ..compress.formats.tokenizer import has_tokenizer, load_tokenizer
 from ..compress.load import cache_scheme, load
 from ..compress.report.progress import Event, Observer, silent
 from ..errors import CompressError, UsageError
 from ..kernels.cache.cache import PackedCache
+from ..recipes.keywords import takes
 from ..recipes.scheme import CacheScheme
+from .options import EvaluateOptions
 from .protocol import Protocol, prepare
 
 DEFAULT_LENGTH = 2048
@@ -30,7 +32,7 @@ Model = str | Path | PreTrainedModel
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate` measured; fields about a base are None without one, standard errors are None for a single row.
+    """What `evaluate` measured. Fields about a base are None without one, standard errors are None for a single row.
 
     `kl` is KL(base || model) in nats per token, `nll_difference` model minus base. Standard errors take the rows as the
     independent unit (tokens of one row are not), and the differences are paired row by row. `cache_bytes` are those of one
@@ -59,52 +61,38 @@ class Evaluation:
         return {name: value for name, value in asdict(self).items() if value is not None}
 
 
+@takes(EvaluateOptions)
 def evaluate(
     model: Model,
-    data: str,
+    data: str | Path,
     *,
-    seq_len: int | None = None,
-    stride: int | None = None,
-    rows: int | None = None,
     against: Model | None = None,
-    split: Split = "heldout",
-    device: str = "cpu",
-    dtype: str = "float32",
-    batch_size: int | None = None,
-    kernel: str | None = None,
-    kv_bits: int | None = None,
-    kv_window: int | None = None,
+    options: EvaluateOptions,
     progress: Observer = silent,
 ) -> Evaluation:
-    """Perplexity of `model` on `data`, and its divergence from `against`, both reading the same batches.
+    """Perplexity of `model` on `data`, and its divergence from `against`, both of which read the same batches.
 
-    `seq_len` is by default the context, at most 2048; `stride` the row length; `rows` limits the rows. `device`, `dtype` and
-    `kernel` (for `model` alone) say how paths are loaded: a model that is loaded already stays as it is. The tokenizer is that
-    of `model`.
+    The tokenizer is that of `model`. With `kv_bits` (see `load`), or if the checkpoint stores a packed cache, every
+    prediction of `model` reads the packed keys and values that it would read in generation, and `against` is by default the
+    same model with its cache in full precision.
 
-    With `kv_bits` (see `load`), or where the checkpoint says so, every prediction of `model` reads the packed keys and values
-    that generating it would read, and `against` is by default the same model with its cache in full precision.
-
-    Raises UsageError for impossible requests and models of different vocabularies, CompressError for data that cannot
-    be used, a missing tokenizer, and logits that are not finite.
+    Raises `UsageError` if the request is not possible or the models have different vocabularies, `CompressError` for data that
+    cannot be used, a missing tokenizer, and logits that are not finite.
     """
-    if dtype not in DTYPES:
-        raise UsageError(f"dtype {dtype} is unknown", f"choose one of {', '.join(DTYPES)}")
-    if batch_size is not None and batch_size < 1:
-        raise UsageError(f"the batch size is {batch_size}", "it must be at least 1")
     tokenizer = load_tokenizer(_path(model))
     _check_tokenizers(tokenizer, against)
-    found = documents(data, split)
-    opened = _opened(model, device, DTYPES[dtype], kernel)
-    scheme = cache_scheme(opened.config, kv_bits, kv_window)
+    found = documents(str(data), options.split)
+    device, dtype = options.device, DTYPES[options.dtype]
+    opened = _opened(model, device, dtype, options.kernel)
+    scheme = cache_scheme(opened.config, options.kv_bits, options.kv_window)
     base = opened if against is None and scheme is not None else against
-    runners = [_Runner(opened, scheme)] + ([] if base is None else [_Runner(_opened(base, device, DTYPES[dtype]))])
+    runners = [_Runner(opened, scheme)] + ([] if base is None else [_Runner(_opened(base, device, dtype))])
     _check_vocabularies(runners)
-    length = _row_length(seq_len, runners)
-    protocol = prepare(found, tokenizer, length, stride, rows)
+    length = _row_length(options.seq_len, runners)
+    protocol = prepare(found, tokenizer, length, options.stride, options.rows)
     _check_ids(protocol, runners[0])
     with torch.inference_mode(), _evaluation_mode(runners):
-        sums = _walk(runners, protocol, batch_size or max(1, TOKENS_PER_BATCH // length), progress)
+        sums = _walk(runners, protocol, options.batch_size or max(1, TOKENS_PER_BATCH // length), progress)
     return _summary(sums, protocol, runners)
 
 
@@ -131,7 +119,7 @@ class _Runner:
         return self.model(input_ids=ids, use_cache=False).logits
 
     def _in_steps(self, ids: Tensor, scheme: CacheScheme) -> Tensor:
-        """As `_whole`, handed over so that every token reads what it would read if tokens came one by one."""
+        """As `_whole`, in steps so that every token reads the cache that it would read if tokens came one by one."""
         cache = PackedCache.of(self.model, scheme)
         first = scheme.window + scheme.step
         parts = [ids[:, :first], *ids[:, first:].split(scheme.step, dim=1)]
@@ -218,7 +206,7 @@ def _summary(sums: Tensor, protocol: Protocol, runners: list[_Runner]) -> Evalua
 
 @dataclass(frozen=True)
 class _Estimate:
-    """A mean per token and its standard error; as an NLL, also its perplexity (error by the delta method)."""
+    """A mean per token and its standard error; for an NLL, also its perplexity (error by the delta method)."""
 
     mean: float
     stderr: float | None
@@ -266,7 +254,7 @@ def _row_length(asked: int | None, runners: list[_Runner]) -> int:
 
 
 def _check_tokenizers(tokenizer: PreTrainedTokenizerBase, against: Model | None) -> None:
-    """A base with a tokenizer of its own must have the model's; one without can only be held against its size later."""
+    """Raise `UsageError` if the base has another tokenizer; if it has none, only its vocabulary's size is compared, later."""
     path = against.name_or_path if isinstance(against, PreTrainedModel) else against
     if path and has_tokenizer(path) and load_tokenizer(path).get_vocab() != tokenizer.get_vocab():
         raise UsageError(
@@ -287,7 +275,7 @@ def _check_vocabularies(runners: list[_Runner]) -> None:
 def _check_ids(protocol: Protocol, runner: _Runner) -> None:
     if int(protocol.ids.max()) >= runner.vocabulary:
         raise CompressError(
-            f"the tokenizer gives the token {int(protocol.ids.max())}, the model knows {runner.vocabulary}",
+            f"the tokenizer returns the token {int(protocol.ids.max())}, the model has {runner.vocabulary}",
             "the tokenizer belongs to another model",
         )
 
@@ -302,7 +290,7 @@ def _check_finite(figures: Tensor, start: int) -> None:
 
 @contextmanager
 def _evaluation_mode(runners: list[_Runner]) -> Iterator[None]:
-    """Dropout off, and the models as they were afterwards."""
+    """Switch the models to evaluation (no dropout), and back afterwards."""
     training = [runner.model for runner in runners if runner.model.training]
     for model in training:
         model.eval()

@@ -4,14 +4,15 @@ import difflib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from importlib import import_module
-from typing import Any, ClassVar, Protocol
-
-from torch import Tensor
-from transformers import PreTrainedModel
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ..errors import UsageError
 from .scheme import QuantArgs, Scheme
 from .scheme.prune_args import Pruning
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
 
 # Method name -> (module below `compress.methods`, config class). The module also holds `apply`.
 METHODS: dict[str, tuple[str, str]] = {
@@ -71,7 +72,7 @@ class Method:
     config: type[Any]
     apply: Callable[[Any, Any], None]  # config, block
     scheme: Scheme
-    apply_outside: Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None = None
+    apply_outside: "Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None" = None
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     adapt: Callable[[Any, QuantArgs, tuple[int, int]], QuantArgs] | None = None
 

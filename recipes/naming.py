@@ -7,31 +7,33 @@ from .scheme.prune_args import Pruning
 
 
 def default_out(model: str | Path, recipe: Recipe) -> Path:
-    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` beside the model; for a hub id, in the working directory.
+    """`MODEL-<methods>-w<bits>`, `-s<percent>` or `-2of4` next to the model; in the working directory if it is from the Hub.
 
-    Passes that improve on what another one left are not named: `--quality` does not change where a result lies.
+    Passes that refine what the previous one left are not named: `--quality` does not change where a result lies.
     """
     names = [entry.method for entry in recipe.passes if not refines_previous(entry)]
     methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
-    return _beside(model, f"{methods}-{_amount(recipe)}")
+    return next_to(model, f"{methods}-{_amount(recipe)}")
 
 
-def _beside(model: str | Path, suffix: str) -> Path:
+def next_to(model: str | Path, suffix: str) -> Path:
+    """`MODEL-<suffix>` next to the model; in the working directory if it is from the Hub."""
     path = Path(model)
     return path.resolve().parent / f"{path.resolve().name}-{suffix}" if path.exists() else Path(f"{path.name}-{suffix}")
 
 
 def refines_previous(entry: PassSpec) -> bool:
+    """Whether the pass has no scheme of its own and works on what the previous one left."""
     return entry.method_entry.compresses and entry.config.scheme is None
 
 
 def _amount(recipe: Recipe) -> str:
-    scheme, shared = recipe.scheme, recipe.allocate
+    scheme, allocation = recipe.scheme, recipe.allocate
     if isinstance(scheme, Pruning):
         args = scheme.weights
         amount = f"s{100 * args.sparsity:g}" + (f"-{args.pattern}" if args.block > 1 else "")
         if args.n_of_m is not None:
             amount = "{}of{}".format(*args.n_of_m)
-        return f"{amount}-allocated" if shared else amount
-    bits = scheme.weights.bits if shared is None else shared.average
+        return f"{amount}-allocated" if allocation else amount
+    bits = scheme.weights.bits if allocation is None else allocation.average
     return f"w{bits:g}" + (f"a{scheme.inputs.bits}" if scheme.inputs else "")

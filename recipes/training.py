@@ -1,50 +1,64 @@
-"""The options of distillation."""
+"""The options of the training in a distillation."""
 
-from dataclasses import dataclass
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
 
 from ..errors import UsageError
+from .fields import Flag, Options
+
+BySet = Flag(by_set=True)
 
 
-@dataclass(frozen=True)
-class DistillConfig:
-    """How a student is taught.
+class DistillConfig(Options):
+    """How the smaller model is trained.
 
-    steps        updates at most; none leaves the student as it is
-    batch        rows of an update; `accumulate` splits them into that many passes
-    rate         AdamW's at its height: it rises over the first twentieth of the steps and falls to zero along a half cosine
-    temperature  of both predictions
-    hidden       weight of the hidden states' term: mean over layers and tokens of `|s - t|^2 / |t|^2`
-    attention    weight of the attention scores' term: mean over layers of the mean squared difference
-    keep_zeros   weights of linears that are zero at the start stay zero; None: in layers where at least a tenth are (pruned
-                 models)
-    lora         rank of the low-rank adapters that are trained in place of all parameters, and folded in at the end; 0: none
-    checks       how often, evenly over the steps, the held-out rows are looked at and the state is saved
-    precision    of the passes: no (that of the weights), bf16 or fp16
+    AdamW's learning rate rises over the first twentieth of the steps and falls to zero along a half cosine. Creating one
+    raises `UsageError` if a value is not possible.
     """
 
-    steps: int = 500
-    batch: int = 16
-    accumulate: int = 1
-    rate: float = 5e-4
-    temperature: float = 1.0
-    hidden: float = 0.0
-    attention: float = 0.0
-    keep_zeros: bool | None = None
-    lora: int = 0
-    checks: int = 10
-    precision: str = "no"
-    seed: int = 0
+    steps: int = Field(default=500, ge=0, description="Updates at most; 0: no training.")
+    batch: int = Field(default=16, ge=1, description="Rows per update.")
+    accumulate: Annotated[int, BySet] = Field(
+        default=1, ge=1, description="Forward passes that the batch is split into."
+    )
+    rate: float = Field(default=5e-4, gt=0, description="Highest learning rate.")
+    temperature: Annotated[float, BySet] = Field(default=1.0, gt=0, description="Temperature of both predictions.")
+    hidden: Annotated[float, BySet] = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the hidden states' term: mean over layers and tokens of |s - t|^2 / |t|^2.",
+    )
+    attention: Annotated[float, BySet] = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the attention scores' term: mean over layers of the mean squared difference.",
+    )
+    keep_zeros: Annotated[bool | None, BySet] = Field(
+        default=None,
+        description="Weights of linear layers that are zero at the start stay zero. "
+        "Default: in layers in which at least a tenth are (pruned models).",
+    )
+    lora: int = Field(
+        default=0,
+        ge=0,
+        description="Rank of low-rank adapters that are trained instead of all parameters, and merged at the end; 0: none.",
+    )
+    checks: int = Field(
+        default=10,
+        ge=1,
+        description="How often, evenly over the steps, the held-out loss is measured and the state is saved.",
+    )
+    precision: Annotated[Literal["no", "bf16", "fp16"], BySet] = Field(
+        default="no", description="Precision of the forward passes; no: that of the weights."
+    )
+    seed: int = Field(default=0, description="Seed of the choice and order of the training rows.")
 
-    def __post_init__(self) -> None:
-        if self.steps < 0 or self.checks < 1 or self.rate <= 0 or self.temperature <= 0:
-            raise UsageError("distillation needs steps, checks, a rate and a temperature above 0", "see --help")
-        if self.lora < 0:
-            raise UsageError(f"adapters of rank {self.lora} are not possible", "use 8, or 0 to train all parameters")
-        if self.batch < 1 or self.accumulate < 1 or self.batch % self.accumulate:
+    @model_validator(mode="after")
+    def _check_batch(self) -> Self:
+        if self.batch % self.accumulate:
             raise UsageError(
-                f"a batch of {self.batch} rows cannot be split into {self.accumulate} passes", "use a divisor"
+                f"a batch of {self.batch} rows cannot be split into {self.accumulate} equal passes",
+                "set accumulate to a divisor of the batch",
             )
-        if min(self.hidden, self.attention) < 0:
-            raise UsageError("the weight of a term is negative", "use 0 to leave the term out")
-        if self.precision not in ("no", "bf16", "fp16"):
-            raise UsageError(f"unknown precision {self.precision!r}", "use no, bf16 or fp16")
+        return self

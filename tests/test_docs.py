@@ -14,8 +14,8 @@ from typer.testing import CliRunner, Result
 
 from lmpress import cli
 from lmpress.compress import export
+from lmpress.compress.command import flags
 from lmpress.compress.runtime_support import ROW, TARGETS, RuntimeFormat
-from lmpress.eval import commands as look
 from lmpress.recipes.methods import METHODS, QUALITIES, Method, method
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +96,7 @@ def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
     def end(*_: object) -> NoReturn:
         raise typer.Exit
 
-    for module in (cli, look):
-        monkeypatch.setattr(module, "session", end)
+    monkeypatch.setattr(flags, "session", end)
 
 
 def option_table(page: str) -> dict[str, dict[str, str]]:

@@ -18,7 +18,7 @@ FLOORS = (
 )  # a floor imports from those before it
 # The rooms of a floor, lowest first: a room imports from those before it, not from those that share its line.
 ROOMS = {
-    "recipes": ("scheme training", "methods", "schema", "naming options", "chain"),
+    "recipes": ("fields scheme", "keywords methods training", "schema", "naming options", "chain"),
     "kernels": (
         "packing",
         "tensor",
@@ -46,12 +46,14 @@ ROOMS = {
         "report runtime_support",
         "distill methods workspace",
         "export pipeline",
-        "chain load",
+        "load",
         "allocation structured",
+        "run",
+        "chain",
         "api command",
     ),
     "eval": (
-        "mlx",
+        "mlx options",
         "protocol",
         "onnx_runtimes inspect llamacpp",
         "dispatch_report",

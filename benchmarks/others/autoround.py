@@ -102,9 +102,9 @@ def measure(python: str, model: Path, calib: str, heldout: str, bits: int, symme
 def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, symmetric: bool) -> Any:
     """The recipe of `compress quantize --method M --quality Q`, with `steps` steps of tuning if given."""
     from lmpress.recipes import schema
-    from lmpress.recipes.options import quantization_recipe
+    from lmpress.recipes.options.quantize import QuantizeOptions
 
-    recipe = quantization_recipe(
+    recipe = QuantizeOptions(
         method=method,
         quality=quality,
         bits=bits,
@@ -113,7 +113,7 @@ def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, sy
         calib=calib,
         samples=SAMPLES,
         seq_len=LENGTH,
-    )
+    ).recipe()
     document = yaml.safe_load(schema.dump(recipe))
     if steps is not None:
         document["passes"][-1]["steps"] = steps

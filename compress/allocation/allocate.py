@@ -1,9 +1,9 @@
 """From a budget to a recipe: which layer gets how many bits, or how many zeros.
 
-Every layer is rounded (or loses its smallest weights) alone, at every level, and the model's own divergence is measured; the
-cheapest sum within the budget follows by dynamic programming. The result is an ordinary recipe whose `overrides` say what
-each layer gets: its plan is exact, and repeating it measures nothing. What it costs: the whole model in memory, and
-`layers * levels` forward passes over `tokens` tokens.
+Every layer is rounded (or loses its smallest weights) alone, at every level, and the divergence of the model from itself is
+measured; dynamic programming finds the least sum of divergences within the budget. The result is an ordinary recipe whose
+`overrides` hold the level of each layer: its plan is exact, and running it again measures nothing. The cost is the whole model
+in memory, and `layers * levels` forward passes over `tokens` tokens.
 """
 
 import json
@@ -14,17 +14,17 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ...calibrate.data.token_rows import TokenRows, calibration_rows
 from ...calibrate.model.architecture import weight_of
 from ...calibrate.model.safetensors_io import storage_errors
-from ...calibrate.model.skeleton import build, context_length
+from ...calibrate.model.skeleton import context_length
 from ...calibrate.model.source import Source
 from ...errors import UsageError
 from ...kernels.tensor.grid import Grid
 from ...recipes.schema import Allocation, Recipe
 from ...recipes.scheme import PruneArgs, QuantArgs, WeightArgs
-from ..formats.source import open_source
 from ..formats.tokenizer import load_tokenizer
 from ..load import load
 from ..methods.prune.masks import smallest
@@ -40,23 +40,28 @@ Overrides = dict[str, dict[str, float]]
 
 
 @contextmanager
-def decided(
-    model: str | Path, out: Path, recipe: Recipe, device: str = "cpu", observer: Observer = silent
+def allocated(
+    source: Source,
+    skeleton: PreTrainedModel,
+    out: Path,
+    recipe: Recipe,
+    device: str = "cpu",
+    observer: Observer = silent,
 ) -> Iterator[Recipe]:
-    """The recipe that a run of `recipe` on `model` into `out` carries out: `recipe` itself where it has no budget to spend.
+    """The recipe that a run of `recipe` on `source` into `out` uses: `recipe` itself if it has no budget to allocate.
 
     What was measured is kept in a hidden sibling of `out` until the context ends without an error, so that a run that was
-    killed goes on without measuring again.
+    interrupted continues without measuring again. `skeleton` is the model of `source` without weights.
     """
     if recipe.allocate is None:
         yield recipe
         return
-    source, note = open_source(model), out.parent / f".{out.name}.allocation.json"
-    rows = _rows(source, recipe, recipe.allocate)
+    note = out.parent / f".{out.name}.allocation.json"
+    rows = _rows(source, skeleton, recipe, recipe.allocate)
     request = {"recipe": recipe.model_dump(mode="json"), "source": source.fingerprint, "rows": rows.fingerprint}
     known = json.loads(note.read_text()) if note.exists() else {}
     if known.get("request") != request:
-        overrides = spend(source, recipe, recipe.allocate, rows, device, observer)
+        overrides = choose_overrides(source, skeleton, recipe, rows, device, observer)
         known = {"request": request, "overrides": overrides}
         with storage_errors(note):
             note.parent.mkdir(parents=True, exist_ok=True)
@@ -69,7 +74,7 @@ def decided(
 
 
 def most_bytes(planned: Plan, recipe: Recipe) -> int:
-    """What the compressed layers take at most once the budget is spent; `planned` is the plan of the uniform recipe."""
+    """The most bytes that the compressed layers take after the allocation; `planned` is the plan of the uniform recipe."""
     assert recipe.allocate is not None
     layers = [layer for layer in planned.layers if layer.args is not None]
     if isinstance(recipe.scheme.weights, PruneArgs):
@@ -78,25 +83,34 @@ def most_bytes(planned: Plan, recipe: Recipe) -> int:
 
 
 def uniform(recipe: Recipe) -> Recipe:
-    """`recipe` without its budget: every layer as the scheme says."""
+    """`recipe` without its budget: every layer as in the scheme."""
     return recipe.model_copy(update={"allocate": None})
 
 
-def spend(
+def choose_overrides(
     source: Source,
+    skeleton: PreTrainedModel,
     recipe: Recipe,
-    allocation: Allocation,
     rows: TokenRows,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> Overrides:
-    """Measure every layer at every level and choose. Raises `UsageError` where no choice fits the budget."""
+    """Measure every layer at every level and choose a level for each: overrides of the recipe by layer name.
+
+    Raises `UsageError` if no choice fits the budget.
+    """
+    allocation = recipe.allocate
+    assert allocation is not None
     offered = levels(recipe, allocation)
-    plans = [_at_level(source, recipe, level) for level in offered]
+    plans = [_at_level(source, skeleton, recipe, level) for level in offered]
     budget = _budget(plans[0], recipe, allocation)
     if budget < sum(min(_cost(at) for at in variants) for variants in zip(*plans, strict=True)):
         average = _average(recipe, allocation)
-        raise UsageError(f"no choice among {offered} averages {average:g}", "ask for another average, or other levels")
+        unit = "zeros" if isinstance(recipe.scheme.weights, PruneArgs) else "bits"
+        raise UsageError(
+            f"an average of {average:g} {unit} cannot be reached with levels {offered}",
+            "ask for another average, or other levels",
+        )
     database = _measure(source, plans, rows, device, observer)
     field = _field(recipe)
     return {
@@ -119,25 +133,28 @@ def _average(recipe: Recipe, allocation: Allocation) -> float:
     weights = recipe.scheme.weights
     if isinstance(weights, PruneArgs):
         if weights.n_of_m is not None:
-            raise UsageError("a pattern fixes the sparsity of every layer", "give --sparsity instead of --pattern")
+            raise UsageError(
+                "the pattern fixes the sparsity of every layer, so it cannot be allocated",
+                "give --sparsity instead of --pattern",
+            )
         return weights.sparsity if allocation.average is None else allocation.average
     if allocation.average is None:
-        raise UsageError("the budget of bits a weight is missing", "write `allocate: {average: 3.5}`")
+        raise UsageError("`allocate` needs an average number of bits per weight", "write `allocate: {average: 3.5}`")
     return allocation.average
 
 
 def _budget(layers: Sequence[LayerPlan], recipe: Recipe, allocation: Allocation) -> float:
-    """Bytes on disk, scales included; when pruning, weights that stay."""
+    """Bytes on disk, scales included; for pruning, the number of weights that stay."""
     average = _average(recipe, allocation)
     if isinstance(recipe.scheme.weights, PruneArgs):
         return sum(_cost(replace(layer, args=replace(layer.args, sparsity=average))) for layer in layers if layer.args)
     return sum(layer.shape[0] * layer.shape[1] for layer in layers) * average / 8
 
 
-def _at_level(source: Source, recipe: Recipe, level: float) -> list[LayerPlan]:
-    """What becomes of every layer that is compressed, all of them at `level` but for those that have one of their own."""
+def _at_level(source: Source, skeleton: PreTrainedModel, recipe: Recipe, level: float) -> list[LayerPlan]:
+    """The plans of the compressed layers, all of them at `level` except those that the recipe overrides."""
     changed = {"*": {_field(recipe): level}} | recipe.overrides
-    planned = make_plan(source, build(source), recipe.model_copy(update={"overrides": changed, "allocate": None}))
+    planned = make_plan(source, skeleton, recipe.model_copy(update={"overrides": changed, "allocate": None}))
     return [layer for layer in planned.layers if layer.args is not None]
 
 
@@ -171,7 +188,10 @@ def _measure(
 
 
 def _stand_in(weight: Tensor, args: WeightArgs | None, energy: Tensor) -> Tensor:
-    """The quick form of what a method makes of `weight` `[out, in]`: rounded, or without its smallest `|w| * ||x||`."""
+    """A quick substitute for the method's result for `weight` `[out, in]`: rounded, or without its smallest `|w| * ||x||`.
+
+    `energy` `[in]` is the sum of squares of each input.
+    """
     if isinstance(args, PruneArgs):
         return weight.masked_fill(smallest(weight.square() * energy, replace(args, scope="layer")), 0)
     assert isinstance(args, QuantArgs)
@@ -179,9 +199,9 @@ def _stand_in(weight: Tensor, args: WeightArgs | None, energy: Tensor) -> Tensor
     return grid.dequantize(grid.quantize(weight))
 
 
-def _rows(source: Source, recipe: Recipe, allocation: Allocation) -> TokenRows:
-    """The first calibration rows, `tokens` tokens of them."""
-    asked, limit = recipe.calibration, context_length(build(source).config)
+def _rows(source: Source, skeleton: PreTrainedModel, recipe: Recipe, allocation: Allocation) -> TokenRows:
+    """The first calibration rows, as many as make `tokens` tokens."""
+    asked, limit = recipe.calibration, context_length(skeleton.config)
     length = min(asked.seq_len, allocation.tokens, *([] if limit is None else [limit]))
     count = min(asked.samples, max(1, allocation.tokens // length))
     return calibration_rows(asked.data, load_tokenizer(source.path), count, length, recipe.seed)

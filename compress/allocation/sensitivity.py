@@ -1,4 +1,4 @@
-"""What a model loses when one of its layers alone is changed: the KL divergence of its predictions, measured."""
+"""How much the predictions of a model change if a single layer is changed, measured as KL divergence."""
 
 from collections.abc import Mapping
 
@@ -10,9 +10,9 @@ from ...calibrate.model.architecture import set_weight, weight_of
 
 
 class Sensitivity:
-    """Compares `model`, which is in memory as a whole, with itself on the rows `ids` `[rows, length]` (`mask`: real tokens).
+    """Compares `model`, all of which is in memory, with itself on the rows `ids` `[rows, length]` (`mask`: real tokens).
 
-    Holds the log-probabilities of all those tokens, `rows * length * vocabulary` numbers: a few thousand tokens are enough
+    It holds the log-probabilities of all those tokens, `rows * length * vocabulary` numbers: a few thousand tokens are enough
     to rank layers.
     """
 
@@ -22,7 +22,7 @@ class Sensitivity:
 
     @torch.no_grad()
     def loss(self, layer: str, weight: Tensor) -> float:
-        """KL(model || changed model) in nats a token, the linear layer `layer` having the weight `[out, in]` meanwhile."""
+        """KL(model || changed model) in nats per token, with `weight` `[out, in]` in the linear layer `layer`."""
         module = self._model.get_submodule(layer)
         original = weight_of(module).clone()
         set_weight(module, weight)
@@ -35,7 +35,7 @@ class Sensitivity:
 
     @torch.no_grad()
     def energies(self, layers: Mapping[str, object]) -> dict[str, Tensor]:
-        """The sum of squares of every input `[in]` of the linear `layers` over the rows."""
+        """The sum of squares over the rows of every input of the linear `layers`: float32 `[in]` by name."""
         found: dict[str, Tensor] = {}
 
         def note(name: str):  # noqa: ANN202

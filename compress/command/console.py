@@ -1,4 +1,4 @@
-"""A run as people see it: progress with the time left, warnings as they come, and everything in a log file."""
+"""What a run shows: progress with the time left, warnings as they come, reports, and every event in a log file."""
 
 import logging
 import time
@@ -11,23 +11,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.text import Text
 
 from ...calibrate.model.safetensors_io import storage_errors
+from ..chain import ChainReport
 from ..export import ExportReport
-from ..pipeline import RunReport
 from ..plan import Plan
 from ..report.progress import Event, Observer
 from ..report.verdict import output_errors
+from ..run import RunReport
 from ..structured.pipeline import DistillReport
 
 DOING = {
     "plan": "planning",
-    "allocate": "measuring what each layer is worth",
+    "allocate": "measuring the sensitivity of each layer",
     "capture": "reading the calibration rows",
     "load": "loading",
     "collect": "collecting statistics",
     "solve": "solving",
     "forward": "running the compressed block",
     "write": "writing",
-    "assemble": "putting the checkpoint together",
+    "assemble": "assembling the checkpoint",
     "evaluate": "evaluating",
     "bench": "timing kernels",
     "speed": "timing the models",
@@ -37,7 +38,7 @@ DOING = {
 
 @contextmanager
 def watching(console: Console, log_file: Path | None = None) -> Iterator[Observer]:
-    """An observer that draws progress on `console` and writes a line per event to `log_file`."""
+    """An observer that draws progress on `console` and writes one line per event to `log_file`."""
     progress = Progress(
         SpinnerColumn(),
         TextColumn("{task.description}"),
@@ -73,7 +74,7 @@ def watching(console: Console, log_file: Path | None = None) -> Iterator[Observe
 
 
 def _time_left(elapsed: float, finished: int, total: int) -> str:
-    """The time that the rest will take if it goes on as so far; nothing before the first block is done."""
+    """The time that the rest takes at the present rate; empty before the first block is finished."""
     if not finished or finished >= total:
         return ""
     left = elapsed / finished * (total - finished)
@@ -106,7 +107,7 @@ def _logger(file: Path | None) -> Iterator[logging.Logger]:
 
 
 def print_plan(console: Console, plan: Plan) -> None:
-    """What will be done, before it is done."""
+    """The plan of a run, before it starts."""
     console.print(
         f"{len(plan.quantized)} layers in {plan.blocks} blocks to compress, {len(plan.dense)} kept dense; "
         f"{size(plan.bytes_before)} -> {size(plan.bytes_after)} exactly",
@@ -122,7 +123,7 @@ def print_report(console: Console, report: RunReport) -> None:
     verdict = report.verdict
     lines = [
         f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({share:.1%}); "
-        f"{report.bits_per_weight:.2f} bits a compressed weight, scales included",
+        f"{report.bits_per_weight:.2f} bits per compressed weight, scales included",
         f"{report.seconds:.1f} s, peak memory {size(report.peak_bytes)}",
         *_worst(report),
         f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word,
@@ -132,7 +133,7 @@ def print_report(console: Console, report: RunReport) -> None:
 
 
 def print_export(console: Console, report: ExportReport) -> None:
-    """What an export wrote, and where it is not the checkpoint bit for bit."""
+    """What an export wrote, and in what it differs from the checkpoint."""
     for note in report.notes:
         console.print(Text.assemble(("note: ", "yellow"), note))
     console.print(
@@ -142,6 +143,19 @@ def print_export(console: Console, report: ExportReport) -> None:
         markup=False,
         soft_wrap=True,
     )
+
+
+def print_chain(console: Console, report: ChainReport) -> None:
+    """The last lines of a chain."""
+    for number, record in enumerate(report.stages, start=1):
+        console.print(f"stage {number}: {record['stage']}, {size(record['bytes'])}", highlight=False)
+    share = report.bytes_after / report.bytes_before
+    lines = [
+        f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({share:.1%}), {report.seconds:.1f} s",
+        f"written to {report.out}",
+        *([] if report.evaluated is None else [f"evaluated: {report.evaluated}"]),
+    ]
+    console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
 
 
 def print_distilled(console: Console, report: DistillReport) -> None:
@@ -162,7 +176,7 @@ def print_distilled(console: Console, report: DistillReport) -> None:
 
 
 def _worst(report: RunReport) -> list[str]:
-    """The layer with the largest relative output error, where errors were measured."""
+    """The layer with the largest relative output error, if errors were measured."""
     errors = output_errors(report.layers)
     if not errors:
         return []

@@ -1,67 +1,216 @@
-"""The flags that several commands share, each written once."""
+"""From option models to a command's flags, and the flags that several commands share."""
 
+import inspect
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import typer
+from pydantic import Field
+from pydantic.fields import FieldInfo
 
 from ...errors import UsageError
+from ...recipes.fields import FLAGS, Flag, Options, flag_name, flag_of, option_fields
+from .session import Output, session
 
 Model = Annotated[
-    str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a hub model.")
+    str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a Hugging Face Hub model.")
 ]
-Out = Annotated[
-    Path | None, typer.Option("--out", "-o", help="Directory to write. Default: beside the model.", show_default=False)
-]
-Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace the output, and discard an unfinished run of it.")
-]
-Target = Annotated[
-    str, typer.Option("--target", help="Runtimes that must be able to serve it: vllm,llamacpp.", show_default=False)
-]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the plan with its exact sizes, and stop.")]
-Calib = Annotated[
-    str, typer.Option(help="Calibration text: a .txt, .jsonl or .parquet file, python-stdlib, or a hub data set.")
-]
-Eval = Annotated[
-    str | None,
-    typer.Option("--eval", help="Evaluate the result against the original on this data.", show_default=False),
-]
-Json = Annotated[str | None, typer.Option("--json", help="Write the result as JSON to a file, or - for stdout.")]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
-Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads.", show_default=False)]
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ...")]
-KernelName = Annotated[
-    str | None, typer.Option("--kernel", help="Force a kernel on packed layers by its name.", show_default=False)
-]
-Samples = Annotated[int, typer.Option(min=1, help="Calibration rows.")]
-SeqLen = Annotated[int, typer.Option(min=2, help="Tokens a row.")]
-Keep = Annotated[list[str], typer.Option(help="Pattern of layers that stay dense (repeatable).")]
-Seed = Annotated[int, typer.Option(help="Seed of the choice of calibration rows.")]
+KEYWORD = inspect.Parameter.KEYWORD_ONLY
+
+
+class SessionFlags(Options):
+    """Where results and errors go."""
+
+    json_file: Annotated[str | None, Flag(names=("--json",))] = Field(
+        default=None, description="Write the result as JSON to a file, or - for stdout."
+    )
+    quiet: Annotated[bool, Flag(names=("--quiet", "-q"))] = Field(
+        default=False, description="Print nothing but errors."
+    )
+    debug: bool = Field(default=False, description="Show the traceback of an error.")
+
+
+class ThreadedFlags(SessionFlags):
+    """The same, and how many threads compute."""
+
+    threads: int | None = Field(default=None, ge=1, description="CPU threads.")
+
+
+class OneThreadFlags(ThreadedFlags):
+    """The same, for measurements that compare single threads."""
+
+    threads: int | None = Field(default=1, ge=1, description="CPU threads.")
+
+
+Session = Annotated[Output, SessionFlags]
+ThreadedSession = Annotated[Output, ThreadedFlags]
+OneThreadSession = Annotated[Output, OneThreadFlags]
+
+
+class ResultFlags(Options):
+    """Where the result goes, what becomes of it, and on which device it is made."""
+
+    out: Annotated[Path | None, Flag(names=("--out", "-o"))] = Field(
+        default=None, description="Directory to write. Default: next to the model."
+    )
+    evaluate_on: Annotated[str | None, Flag(names=("--eval",))] = Field(
+        default=None, description="Evaluate the result against the original on this data."
+    )
+    overwrite: bool = Field(default=False, description="Replace the output, and discard an unfinished run of it.")
+    device: str = Field(default="cpu", description="cpu, cuda, cuda:1, ...")
+
+
+class RunFlags(ResultFlags):
+    """The same for what is planned before it runs."""
+
+    target: Annotated[tuple[str, ...], Flag(separated=True)] = Field(
+        default=(), description="Runtimes that must be able to serve the result: vllm,llamacpp."
+    )
+    dry_run: bool = Field(default=False, description="Print the plan with its exact sizes, and stop.")
+
+
+def command(app: typer.Typer, name: str | None = None, resumes: bool = False) -> Callable[[Callable[..., None]], Any]:
+    """Make a function a command of `app`.
+
+    A parameter whose type is an option model becomes one flag per field, and the function gets the model with the values that
+    were given. The parameter of type `Session` (or `ThreadedSession`) becomes the flags of the session that the function runs
+    in. `resumes`: the same command continues an interrupted run.
+    """
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        hints = get_type_hints(function, include_extras=True)
+        models = {name: model for name, hint in hints.items() if (model := _model_of(hint)) is not None}
+        output_name = next(name for name, model in models.items() if issubclass(model, SessionFlags))
+
+        def call(context: typer.Context, **values: Any) -> None:
+            given = {name for name in values if _is_given(context, name)}
+            settings = _build(models[output_name], values, given)
+            threads = settings.threads if isinstance(settings, ThreadedFlags) else None
+            with session(settings.json_file, settings.quiet, settings.debug, threads, resumes) as output:
+                arguments: dict[str, Any] = {name: values[name] for name in hints if name in values}
+                for parameter, model in models.items():
+                    arguments[parameter] = output if parameter == output_name else _build(model, values, given)
+                function(**arguments)
+
+        parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
+        for parameter in inspect.signature(function).parameters.values():
+            model = models.get(parameter.name)
+            shown = [parameter.replace(kind=KEYWORD, annotation=hints[parameter.name])]
+            parameters += shown if model is None else _parameters(model)
+        call.__dict__["__signature__"] = inspect.Signature(parameters)
+        call.__annotations__ = {each.name: each.annotation for each in parameters}
+        call.__doc__ = function.__doc__
+        app.command(name or function.__name__)(call)
+        return function
+
+    return register
+
+
+def refuse_with_recipe(options: Options) -> None:
+    """Raise `UsageError` if an option was given: with `--recipe` it would have no effect."""
+    if options.model_fields_set:
+        name = min(options.model_fields_set)
+        flag = flag_name(type(options), name, getattr(options, name))
+        raise UsageError(f"{flag} cannot be combined with --recipe", f"edit the recipe, or leave out {flag}")
+
+
+def _model_of(hint: Any) -> type[Options] | None:
+    """The option model that a parameter stands for: its type, or what a session is annotated with."""
+    candidates = [hint, *getattr(hint, "__metadata__", ())]
+    return next((each for each in candidates if isinstance(each, type) and issubclass(each, Options)), None)
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _build(model: type[Options], values: Mapping[str, Any], given: set[str]) -> Any:
+    """The model with the values that were given; the others keep their defaults."""
+    fields = {name: field for name, field in option_fields(model).items() if name in given}
+    parsed = {name: _parse(model, name, field, values[name]) for name, field in fields.items()}
+    return model.model_validate(parsed, context=FLAGS)
+
+
+def _parse(model: type[Options], name: str, field: FieldInfo, value: Any) -> Any:
+    kind, flag = _kind(field), flag_of(field)
+    if get_origin(kind) is dict:
+        return parse_options(value)
+    if not flag.separated:
+        return value
+    words = [word.strip() for word in value.split(",")]
+    if _is_number(kind) and not all(word.isdecimal() for word in words):
+        example = flag.metavar or "1,8,64"
+        raise UsageError(
+            f"{flag_name(model, name)} expects whole numbers separated by commas, got {value!r}",
+            f"write for example {example}",
+        )
+    return [int(word) for word in words] if _is_number(kind) else words
 
 
 def parse_options(given: list[str]) -> dict[str, Any]:
-    """Turn NAME=VALUE pairs into values by YAML's rules."""
+    """Turn NAME=VALUE pairs into values by YAML's rules. Raises `UsageError`."""
     import yaml
 
     options = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals or not name:
-            raise UsageError(f"--set {pair!r} is no NAME=VALUE", "write for example --set observer=mse")
+            raise UsageError(f"--set expects NAME=VALUE, got {pair!r}", "write for example --set observer=mse")
         try:
             options[name] = yaml.safe_load(value)
         except yaml.YAMLError:
-            raise UsageError(f"--set {pair!r} holds no value that YAML knows", "write a number or a word") from None
+            raise UsageError(
+                f"--set {pair!r}: the value is not valid YAML", "write a number, a word, true or false"
+            ) from None
     return options
 
 
-def parse_numbers(given: str, flag: str, least: int = 1) -> list[int]:
-    """Whole numbers from `least` on, separated by commas. Raises `UsageError`."""
-    words = [word.strip() for word in given.split(",")]
-    if not all(word.isdecimal() and int(word) >= least for word in words):
-        raise UsageError(
-            f"{flag} {given!r} holds something else than numbers from {least} on", "write for example 1,8,64"
+def _parameters(model: type[Options]) -> Iterator[inspect.Parameter]:
+    """A keyword for typer per field that has a flag."""
+    for name, field in option_fields(model).items():
+        flag = flag_of(field)
+        if flag.by_set:
+            continue
+        kind, default = _kind(field), field.get_default(call_default_factory=True)
+        names = flag.names or (flag_name(model, name),)
+        option = typer.Option(
+            *names,
+            help=field.description,
+            metavar=flag.metavar or _metavar(kind),
+            show_default=default not in (None, (), {}),
+            min=next((each.ge for each in field.metadata if hasattr(each, "ge")), None),
         )
-    return [int(word) for word in words]
+        parameter, default = _shown(kind, default, flag)
+        optional = parameter | None if default is None else parameter
+        missing = inspect.Parameter.empty if field.is_required() else default
+        annotation = Annotated[parameter if field.is_required() else optional, option]
+        yield inspect.Parameter(name, KEYWORD, default=missing, annotation=annotation)
+
+
+def _kind(field: FieldInfo) -> Any:
+    """The field's type, without None and without annotations."""
+    kind = field.annotation
+    if get_origin(kind) in (Union, UnionType):
+        kind = next(each for each in get_args(kind) if each is not NoneType)
+    return get_args(kind)[0] if get_origin(kind) is Annotated else kind
+
+
+def _shown(kind: Any, default: Any, flag: Flag) -> tuple[Any, Any]:
+    """The type and the default that typer parses the flag with: texts for what is parsed here."""
+    if flag.separated:
+        return str, ",".join(map(str, default)) if default else None
+    if get_origin(kind) in (tuple, dict):
+        return list[str], list(default)
+    return (str if get_origin(kind) is Literal else kind), default
+
+
+def _metavar(kind: Any) -> str | None:
+    return "|".join(get_args(kind)) if get_origin(kind) is Literal else None
+
+
+def _is_number(kind: Any) -> bool:
+    first = get_args(kind)[0]
+    return (get_args(first)[0] if get_origin(first) is Annotated else first) is int

@@ -1,118 +1,89 @@
-"""Carry out a recipe for a command: plan, run, report, evaluate."""
+"""Run a recipe or a chain for a command: plan, execute, report, evaluate."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
+from ...errors import UsageError
+from .flags import RunFlags
 from .session import Output
 
 if TYPE_CHECKING:
     from ...recipes.chain import Chain
     from ...recipes.schema import Recipe
+    from ..run import Run
 
 BROKEN = 3
-Evaluate = Callable[[Path], dict[str, Any]]  # shows the evaluation of a checkpoint; its figures for JSON
+Evaluate = Callable[[Path], dict[str, Any]]  # shows the evaluation of a checkpoint, and returns its figures for JSON
 
 
-def run_recipe(
-    model: str,
-    out: Path | None,
-    recipe: "Recipe",
-    overwrite: bool,
-    dry_run: bool,
-    evaluate: Evaluate | None,
-    device: str,
-    output: Output,
-    targets: str = "",
-) -> None:
-    from ...recipes.naming import default_out
-    from ..allocation.allocate import decided
-    from ..pipeline import plan
-    from ..pipeline import run as run_recipe
-    from ..workspace import check_target
+def run_recipe(model: str, recipe: "Recipe", flags: RunFlags, evaluate: Evaluate | None, output: Output) -> None:
+    """Run `recipe` on `model`, or with `--dry-run` print its plan. Exits with 3 if the verdict is BROKEN."""
+    from ..run import Run
     from .console import print_plan, print_report, watching
 
-    target, runtimes = out or default_out(model, recipe), targets.split(",") if targets else ()
-    if dry_run:
-        preview(model, recipe, runtimes, output)
+    run = Run.of(model, recipe, flags.out, targets=flags.target, device=flags.device, overwrite=flags.overwrite)
+    if flags.dry_run:
+        preview(run, output)
         return
-    check_target(target, overwrite)
-    with (
-        watching(output.console, target.parent / f"{target.name}.log") as observer,
-        decided(model, target, recipe, device, observer) as final,
-    ):
-        print_plan(output.console, plan(model, final, runtimes))
-        report = run_recipe(
-            model, target, final, overwrite=overwrite, device=device, targets=runtimes, observer=observer
-        )
+    with watching(output.console, run.out.parent / f"{run.out.name}.log") as observer:
+        report = run.execute(observer, on_plan=lambda plan: print_plan(output.console, plan))
     print_report(output.console, report)
     output.result(report.as_dict() | ({"evaluation": evaluate(report.out)} if evaluate else {}))
     if report.verdict.word == "BROKEN":
         raise typer.Exit(BROKEN)
 
 
-def carry_chain(
-    model: str,
-    out: Path | None,
-    wanted: "Chain",
-    overwrite: bool,
-    dry_run: bool,
-    evaluate: Evaluate | None,
-    device: str,
-    output: Output,
-) -> None:
-    from ...recipes import chain
-    from ..chain import run as run_chain
-    from ..formats.source import open_source
-    from .console import size, watching
-
-    target = out or chain.default_out(model, wanted)
-    names = wanted.names(Path(model).name)
-    if dry_run:
-        before = open_source(model).nbytes
-        for number, (stage, name) in enumerate(zip(wanted.stages, names, strict=True), start=1):
-            output.console.print(f"stage {number}: {chain.kind_of(stage)} -> {name}", highlight=False)
-        output.result({"bytes_before": before, **wanted.as_dict()})
-        return
-    with watching(output.console, target.parent / f"{target.name}.log") as observer:
-        report = run_chain(
-            model, target, wanted, overwrite=overwrite, device=device, evaluate=evaluate, observer=observer
-        )
-    for number, record in enumerate(report.stages, start=1):
-        output.console.print(f"stage {number}: {record['stage']}, {size(record['bytes'])}", highlight=False)
-    share = report.bytes_after / report.bytes_before
-    output.console.print(
-        f"{size(report.bytes_before)} -> {size(report.bytes_after)} ({share:.1%}), {report.seconds:.1f} s\n"
-        f"written to {report.out}",
-        highlight=False,
-        markup=False,
-        soft_wrap=True,
-    )
-    if report.evaluation is not None:
-        output.console.print(f"evaluated: {report.evaluated}", highlight=False, markup=False, soft_wrap=True)
-    output.result(report.as_dict())
-    if any(record.get("verdict") == "BROKEN" for record in report.stages):
-        raise typer.Exit(BROKEN)
-
-
-def preview(model: str, recipe: "Recipe", runtimes: Sequence[str], output: Output) -> None:
-    """The plan with its exact sizes or, where layers share a budget, with the most that they may take."""
-    from ..allocation.allocate import most_bytes, uniform
-    from ..pipeline import plan
+def preview(run: "Run", output: Output) -> None:
+    """Print the plan with its exact sizes or, if layers share a budget, with the most that they may take."""
     from .console import print_plan, size
 
-    planned = plan(model, uniform(recipe), runtimes)
-    sizes: dict[str, Any] = {"bytes_before": planned.bytes_before, "notes": planned.notes}
-    if recipe.allocate is None:
-        print_plan(output.console, planned)
-        output.result(sizes | {"bytes_after": planned.bytes_after})
+    run.check_targets()
+    plan, most = run.plan, run.most_bytes
+    sizes: dict[str, Any] = {"bytes_before": plan.bytes_before, "notes": plan.notes}
+    if most is None:
+        print_plan(output.console, plan)
+        output.result(sizes | {"bytes_after": plan.bytes_after})
         return
-    most = most_bytes(planned, recipe)
     output.console.print(
-        f"{len(planned.quantized)} layers in {planned.blocks} blocks share a budget and take {size(most)} at most; "
-        "which of them gets what is measured when the recipe is carried out",
+        f"{len(plan.quantized)} layers in {plan.blocks} blocks share a budget and take {size(most)} at most; "
+        "the share of each is measured when the recipe is run",
         highlight=False,
     )
     output.result(sizes | {"layer_bytes_at_most": most})
+
+
+def run_chain(model: str, chain: "Chain", flags: RunFlags, evaluate: Evaluate | None, output: Output) -> None:
+    """Run the stages of `chain` on `model`, or with `--dry-run` print them. Exits with 3 if a verdict is BROKEN."""
+    from ...recipes.chain import default_out, kind_of
+    from ..chain import run
+    from ..formats.source import open_source
+    from .console import print_chain, watching
+
+    if flags.target:
+        raise UsageError(
+            "--target cannot be combined with a chain", "end the chain with an export to the runtime's format"
+        )
+    if flags.dry_run:
+        names = chain.names(Path(model).name)
+        for number, (stage, name) in enumerate(zip(chain.stages, names, strict=True), start=1):
+            output.console.print(f"stage {number}: {kind_of(stage)} -> {name}", highlight=False)
+        output.result({"bytes_before": open_source(model).nbytes, **chain.as_dict()})
+        return
+    target = flags.out or default_out(model, chain)
+    with watching(output.console, target.parent / f"{target.name}.log") as observer:
+        report = run(
+            model,
+            target,
+            chain,
+            overwrite=flags.overwrite,
+            device=flags.device,
+            evaluate=evaluate,
+            observer=observer,
+        )
+    print_chain(output.console, report)
+    output.result(report.as_dict())
+    if any(record.get("verdict") == "BROKEN" for record in report.stages):
+        raise typer.Exit(BROKEN)

@@ -1,4 +1,4 @@
-"""Everything between a command's words and its exit code: where words and data go, threads, errors as one line."""
+"""What surrounds every command: where messages and data go, threads, and errors as one line with an exit code."""
 
 import json
 from collections.abc import Iterator
@@ -18,14 +18,14 @@ INTERRUPTED = 130
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's words and its data go."""
+    """Where a command's messages and its data go."""
 
     console: Console
     json: str | None
     data: Console = field(default_factory=lambda: Console(soft_wrap=True))
 
     def result(self, content: dict[str, Any], shown: object = None) -> None:
-        """Print `shown`, and write `content` where JSON was asked for."""
+        """Print `shown`, and write `content` as JSON if `--json` was given."""
         if shown is not None and self.json != "-" and not self.console.quiet:
             self.data.print(shown)
         if self.json is None:
@@ -41,8 +41,13 @@ class Output:
 
 
 @contextmanager
-def session(json_file: str | None, quiet: bool, debug: bool, threads: int | None = None) -> Iterator[Output]:
-    """Everything between a command's words and its exit code: consoles, threads, errors as one line."""
+def session(
+    json_file: str | None, quiet: bool, debug: bool, threads: int | None = None, resumes: bool = False
+) -> Iterator[Output]:
+    """Consoles and threads for a command, and its errors as one line with the exit code.
+
+    `resumes`: the same command continues an interrupted run. With `debug` errors are raised with their traceback.
+    """
     console = Console(stderr=True, quiet=quiet)
     try:
         if threads is not None:
@@ -53,22 +58,24 @@ def session(json_file: str | None, quiet: bool, debug: bool, threads: int | None
     except CompressError as error:
         if debug:
             raise
-        _say(error.message, error.hint)
+        _print_error(error.message, error.hint)
         raise typer.Exit(error.exit_code) from None
     except KeyboardInterrupt:
         if debug:
             raise
-        _say("interrupted", "the same command goes on where it stopped")
+        _print_error("interrupted", "the same command continues from the last finished step" if resumes else None)
         raise typer.Exit(INTERRUPTED) from None
     except (ArithmeticError, LookupError, MemoryError, OSError, RuntimeError, TypeError, ValueError) as error:
         if debug or isinstance(error, typer.Exit):
             raise
         reason = " ".join(str(error).split())[:300]
-        _say(f"unexpected {type(error).__name__}: {reason}", "repeat it with --debug and report it")
+        _print_error(
+            f"unexpected {type(error).__name__}: {reason}", "run it again with --debug, and report the traceback"
+        )
         raise typer.Exit(1) from None
 
 
-def _say(message: str, hint: str | None) -> None:
+def _print_error(message: str, hint: str | None) -> None:
     console = Console(stderr=True, soft_wrap=True)
     console.print(Text.assemble(("error: ", "bold red"), message), highlight=False)
     if hint:

@@ -24,6 +24,7 @@ from ...calibrate.model.safetensors_io import storage_errors
 from ...calibrate.model.skeleton import Names, build, context_length, device_of
 from ...calibrate.model.source import Source
 from ...errors import CompressError, StorageError, UsageError
+from ...recipes.options.distill import DistillOptions
 from ...recipes.training import DistillConfig
 from ..distill.knowledge import TrainingHistory, train
 from ..distill.training_state import TrainingState
@@ -62,11 +63,17 @@ class Reduction:
     width_rows: int = 128
     hidden: float | None = None
 
-    def __post_init__(self) -> None:
-        if sum(asked is not None for asked in (self.layers, self.keep_layers, self.drop)) > 1:
-            raise UsageError("layers are chosen in two ways", "give one of --layers, --keep-layers and --drop")
-        if self.drop is not None and self.drop >= 1 and self.drop % 1:
-            raise UsageError(f"--drop {self.drop:g} is no number of layers", "give 1, 2, ... or a share such as 0.25")
+    @classmethod
+    def of(cls, options: DistillOptions) -> "Reduction":
+        """What the options of `distill` ask for."""
+        return cls(
+            options.layers,
+            options.keep_layers,
+            options.drop,
+            options.choice,
+            width=Width(options.mlp_width, options.kv_heads),
+            hidden=options.hidden_size,
+        )
 
     def layers_to_keep(self, layers: int) -> int | None:
         """How many of `layers` layers are to be selected; None if no layer is removed or `layers` gives the numbers."""
@@ -106,40 +113,37 @@ class DistillReport:
 def distill(
     model: str | Path,
     out: Path,
-    reduction: Reduction,
-    config: DistillConfig,
+    options: DistillOptions,
     *,
-    teacher: str | Path | None = None,
-    data: str = "python-stdlib",
-    samples: int = 2048,
-    seq_len: int = 512,
     overwrite: bool = False,
     device: str = "cpu",
     observer: Observer = silent,
 ) -> DistillReport:
-    """Reduce `model`, teach what is left on `samples` rows of `data`, and write it as a dense checkpoint into `out`.
+    """Reduce `model`, train the result to predict as the teacher does, and write it as a dense checkpoint into `out`.
 
-    Where accelerate has launched several processes the first one reduces and writes, and all of them teach.
-
-    The teacher is `model` itself, or another one of the same vocabulary. Raises `UsageError` before anything is written.
+    The teacher is `model` itself, or another one of the same vocabulary. If accelerate has launched several processes, the
+    first one reduces and writes, and all of them train. Raises `UsageError` before anything is written.
     """
     started = time.monotonic()
+    reduction, teacher = Reduction.of(options), options.teacher
     team = PartialState(cpu=device_of(device).type == "cpu")
     observer = observer if team.is_main_process else silent
     source = open_source(model)
     count = len(find_blocks(build(source))[1])
     packed = is_sparse(source)
-    _check(reduction, config, source, count, teacher, packed)
+    _check(reduction, options, source, count, teacher, packed)
     check_target(out, overwrite)
-    rows = _rows(source, data, samples, seq_len, config.seed)
-    manifest = _manifest(source, teacher, reduction, config, rows)
+    rows = _rows(source, options.data, options.samples, options.seq_len, options.seed)
+    manifest = _manifest(source, reduction, options, rows)
     with _working(out.parent / f".{out.name}.distill", manifest, overwrite, team) as work:
         with team.main_process_first():  # the others find it done
             kept, student = _reduced(work, source, count, reduction, rows, device, observer)
             start = unfold(source, work / "unfolded") if packed else open_source(student)
         history = TrainingHistory()
-        if config.steps:
-            pupil, history = _taught(start, teacher or model, kept, rows, config, TrainingState(work), device, observer)
+        if options.steps:
+            pupil, history = _taught(
+                start, teacher or model, kept, rows, options, TrainingState(work), device, observer
+            )
             student = work / "taught"
             if team.is_main_process:
                 shutil.rmtree(student, ignore_errors=True)
@@ -223,14 +227,12 @@ def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> T
     return calibration_rows(data, load_tokenizer(source.path), samples, length, seed, split="training")
 
 
-def _manifest(
-    source: Source, teacher: str | Path | None, reduction: Reduction, config: DistillConfig, rows: TokenRows
-) -> dict[str, Any]:
+def _manifest(source: Source, reduction: Reduction, options: DistillOptions, rows: TokenRows) -> dict[str, Any]:
     return {
         "source": source.fingerprint,
-        "teacher": None if teacher is None else open_source(teacher).fingerprint,
+        "teacher": None if options.teacher is None else open_source(options.teacher).fingerprint,
         "reduction": asdict(reduction),
-        "config": asdict(config),
+        "training": options.training(),
         "rows": rows.fingerprint,
         "versions": {name: version(name) for name in ("lmpress", "torch", "transformers")},
     }

@@ -3,13 +3,15 @@
 import math
 import re
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...errors import UsageError
+
+if TYPE_CHECKING:
+    import torch
 
 FloatDtype = Literal["float16", "bfloat16", "float32"]
 Scope = Literal["layer", "row", "block"]
@@ -74,10 +76,10 @@ class PruneArgs:
             return sum(block_zeros(rows * width, self.sparsity) for width in widths)
         return layer_zeros(rows * columns // self.block, self.sparsity) * self.block
 
-    def for_layer(self, columns: int, stored: torch.dtype, scope: Scope, transposed: bool = False) -> "PruneArgs":
+    def for_layer(self, columns: int, stored: "torch.dtype", scope: Scope, transposed: bool = False) -> "PruneArgs":
         """These arguments for a layer whose weight is stored as `stored`, pruned by a method whose own scope is `scope`."""
-        half = stored if stored.itemsize == 2 else torch.float16
-        dtype = self.dtype or str(stored if self.storage == "dense" else half).removeprefix("torch.")
+        name = str(stored).removeprefix("torch.")
+        dtype = self.dtype or (name if self.storage == "dense" or stored.itemsize == 2 else "float16")
         storage = "bitmask" if self.storage == "2:4" and columns % 4 else self.storage
         scope, pattern = self.scope or scope, None if columns % self.block else self.pattern
         return replace(self, scope=scope, pattern=pattern, dtype=dtype, storage=storage, transposed=transposed)  # type: ignore[arg-type]

@@ -5,14 +5,16 @@ Field names follow compressed-tensors where it has one. All validation of bits, 
 
 import math
 from dataclasses import replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...errors import UsageError
 from .prune_args import FloatDtype
+
+if TYPE_CHECKING:
+    import torch
 
 Strategy = Literal["tensor", "channel", "group", "flat", "token"]
 Formula = Literal["gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"]
@@ -159,8 +161,10 @@ class QuantArgs:
         return 2**self.bits - 1
 
     @property
-    def torch_scale_dtype(self) -> torch.dtype:
+    def torch_scale_dtype(self) -> "torch.dtype":
         """The dtype in which scales are stored, those of the second level where there are two."""
+        import torch  # here, because the command line builds its flags from the recipes and starts without torch
+
         quantized = {"bilevel": torch.float16, "nested": torch.float32, "super": torch.float16}
         return quantized.get(self.scale_dtype) or getattr(torch, self.scale_dtype)
 
@@ -194,10 +198,10 @@ class QuantArgs:
         return replace(self, bits=bits, symmetric=symmetric, group_size=size, scale_dtype="float16")
 
 
-def float_name(dtype: torch.dtype) -> FloatDtype:
+def float_name(dtype: "torch.dtype") -> FloatDtype:
     """`torch.float16` as `float16`; whatever is none of the three that models are stored in counts as float32."""
-    names: dict[torch.dtype, FloatDtype] = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
-    return names.get(dtype, "float32")
+    names: dict[str, FloatDtype] = {"torch.float16": "float16", "torch.bfloat16": "bfloat16"}
+    return names.get(str(dtype), "float32")
 
 
 GROUP_HINT = "use a multiple of 8 such as 32, 64 or 128, or -1 for one scale per output row"

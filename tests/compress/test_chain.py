@@ -5,15 +5,18 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from typer.testing import CliRunner
 
 import lmpress
 from lmpress.cli import app
+from lmpress.compress import export
+from lmpress.compress.chain import run
 from lmpress.errors import CompressError, UsageError
 from lmpress.recipes import chain, schema
+from lmpress.recipes.options.distill import DistillOptions
 
 TIMED = {"stages.json"}
 
@@ -45,6 +48,7 @@ KILLED = """
 import json, os, signal, sys
 import torch
 from pathlib import Path
+from lmpress.compress.chain import run
 from lmpress.recipes import chain
 
 torch.set_num_threads(1)
@@ -56,7 +60,7 @@ for number, point in enumerate(points):
 
     child = os.fork()
     if child == 0:
-        chain.run(model, Path(folder) / str(number), chain.build(json.loads(content)), observer=die)
+        run(model, Path(folder) / str(number), chain.build(json.loads(content)), observer=die)
         os._exit(0)
     print(os.WTERMSIG(os.waitpid(child, 0)[1]))
 """
@@ -65,8 +69,8 @@ for number, point in enumerate(points):
 def test_a_chain_is_its_stages_by_hand_also_after_a_kill(tiny: Path, tmp_path: Path, text: str) -> None:
     wanted = chain.build(content(text))
     first = wanted.stages[0]
-    assert isinstance(first, chain.Distillation) and isinstance(wanted.stages[1], schema.Recipe)
-    lmpress.distill(tiny, tmp_path / "tiny-distill", **{n: getattr(first, n) for n in type(first).model_fields})
+    assert isinstance(first, DistillOptions) and isinstance(wanted.stages[1], schema.Recipe)
+    lmpress.distill(tiny, tmp_path / "tiny-distill", options=first)
     lmpress.run(tmp_path / "tiny-distill", tmp_path / "tiny-distill-gptq-w4", wanted.stages[1])
     lmpress.export(tmp_path / "tiny-distill-gptq-w4", tmp_path / "hand", format="fp16")
     points = ["distill/2", "plan/0", "write/0", "done/1"]  # in the training, between stages, in the solving, between
@@ -78,7 +82,7 @@ def test_a_chain_is_its_stages_by_hand_also_after_a_kill(tiny: Path, tmp_path: P
     for number, point in enumerate(points):
         out, work, seen = tmp_path / str(number), tmp_path / f".{number}.chain", []
         assert not out.exists() and (work / "tiny-distill").exists() == (point != "distill/2")
-        report = chain.run(tiny, out, wanted, observer=lambda event, seen=seen: seen.append(event.phase))
+        report = run(tiny, out, wanted, observer=lambda event, seen=seen: seen.append(event.phase))
         assert contents(out) == contents(tmp_path / "hand"), point
         assert ("distill" in seen, "solve" in seen) == (point == "distill/2", point != "done/1")
         assert not work.exists() and [record["stage"] for record in report.stages] == ["distill", "compress", "export"]
@@ -100,11 +104,15 @@ def test_the_command_says_the_stages_and_writes_beside_the_model(tiny: Path, tmp
     ("stage", "changes", "words"),
     [
         (0, {"distill": {"dorp": 1}}, r"stage 1 \(distill\).*dorp"),
-        (0, {"distill": {"steps": -1}}, r"stage 1 \(distill\).*above 0"),
+        (0, {"distill": {"steps": -1}}, r"stage 1 \(distill\): steps must be greater than or equal to 0, got -1"),
         (1, {"compress": {"passes": [{"method": "gtpq"}]}}, r"stage 2 \(compress\).*did you mean gptq"),
-        (2, {"export": {"format": "gptqq"}}, r"stage 3 \(export\).*unknown format"),
-        (2, {"distill": {"drop": 1}}, r"stage 3 \(distill\) cannot work on what stage 2"),
-        (1, {"prune": {}}, "stage 2 is none of"),
+        (
+            2,
+            {"export": {"format": "gptqq"}},
+            r"stage 3 \(export\): format must be 'pack-quantized', 'gptq', .* got 'gptqq'",
+        ),
+        (2, {"distill": {"drop": 1}}, r"stage 3 \(distill\) cannot work on the result of stage 2"),
+        (1, {"prune": {}}, "stage 2 must be one of distill, compress, export"),
     ],
 )
 def test_a_wrong_stage_is_named(text: str, stage: int, changes: dict[str, Any], words: str) -> None:
@@ -118,13 +126,13 @@ def test_a_failing_stage_is_named_and_can_be_mended(tiny: Path, tmp_path: Path, 
     wrong, right = content(text), chain.build(content(text))
     wrong["stages"][1]["compress"]["calibration"]["data"] = str(tmp_path / "nowhere.txt")
     with pytest.raises(CompressError, match=r"stage 2 \(compress\): .*nowhere.txt"):
-        chain.run(tiny, tmp_path / "out", chain.build(wrong))
+        run(tiny, tmp_path / "out", chain.build(wrong))
     phases: list[str] = []
-    chain.run(tiny, tmp_path / "out", right, observer=lambda event: phases.append(event.phase))
+    run(tiny, tmp_path / "out", right, observer=lambda event: phases.append(event.phase))
     assert "distill" not in phases and not (tmp_path / ".out.chain").exists()
     wrong["stages"][0]["distill"]["data"] = str(tmp_path / "nowhere.txt")
     with pytest.raises(UsageError, match=r"stage 1 \(distill\)"):
-        chain.run(tiny, tmp_path / "again", chain.build(wrong))
+        run(tiny, tmp_path / "again", chain.build(wrong))
     assert not (tmp_path / ".again.chain").exists()
 
 
@@ -135,7 +143,7 @@ def test_python_takes_chains_as_the_command_does(tiny: Path, tmp_path: Path, tex
     assert report.out == tmp_path / "tiny-distill-gptq-w4-fp16"
     lmpress.run(tiny, tmp_path / "file", str(tmp_path / "chain.yaml"))
     assert contents(tmp_path / "file") == contents(report.out)
-    with pytest.raises(UsageError, match="a chain has no target"):
+    with pytest.raises(UsageError, match="a chain takes no target"):
         lmpress.run(tiny, tmp_path / "no", str(tmp_path / "chain.yaml"), target=["vllm"])
 
 
@@ -161,6 +169,10 @@ def test_a_chain_that_ends_in_distillation_names_no_hidden_folder(tiny: Path, tm
     for file in (tmp_path / "out").glob("*.json"):
         assert ".chain" not in file.read_text() and ".distill" not in file.read_text(), file.name
     assert json.loads((tmp_path / "out/report.json").read_text())["kept"] == [1]
+
+
+def test_a_chain_exports_what_the_command_exports() -> None:
+    assert set(get_args(chain.Format)) == set(export.formats())
 
 
 def test_the_shipped_chain() -> None:

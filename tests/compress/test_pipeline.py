@@ -19,9 +19,11 @@ from lmpress.compress.block import Linear
 from lmpress.compress.formats.source import open_source
 from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.compress.methods.quantize import gptq
+from lmpress.compress.plan import make_plan
 from lmpress.compress.report.progress import Event
+from lmpress.compress.run import Run
 from lmpress.errors import UsageError
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.scheme import QuantArgs
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 16, "group_size": 8}
@@ -41,7 +43,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 def test_sizes_are_as_promised(tiny: Path, tmp_path: Path, text: str, method: str, symmetric: bool) -> None:
     options = {"method": method, "bits": 3, "symmetric": symmetric, "calib": text, **SMALL}
-    promised = pipeline.plan(tiny, quantization_recipe(**options))
+    promised = Run.of(tiny, QuantizeOptions(**options).recipe()).plan
     report = lmpress.quantize(tiny, tmp_path / "out", **options)
     stored = open_source(tmp_path / "out")
     assert {name: tensor.spec for name, tensor in stored.tensors.items()} == promised.tensors
@@ -220,9 +222,9 @@ def test_the_bookkeeping_identity_on_every_linear_of_a_trained_model(assets: Pat
     source = open_source(assets / "models/stories260K")
     tokenizer = load_tokenizer(source.path)
     rows = calibration_rows(str(assets / "data/tinystories/train.jsonl"), tokenizer, samples=32, length=256)
-    recipe = quantization_recipe(group_size=32, quality="fast")  # the sweep alone, no descent after it
+    recipe = QuantizeOptions(group_size=32, quality="fast").recipe()  # the sweep alone, no descent after it
     skeleton = build(source)
-    planned, config = pipeline.make_plan(source, skeleton, recipe), recipe.passes[0].config
+    planned, config = make_plan(source, skeleton, recipe), recipe.passes[0].config
     runner = Runner(skeleton, source, rows, tmp_path)
     runner.capture()
     checked = 0

@@ -10,7 +10,7 @@ from lmpress.cli import app
 from lmpress.compress.methods.quantize.gptq import GPTQ
 from lmpress.compress.methods.quantize.rtn import RTN
 from lmpress.errors import UsageError
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.schema import Recipe, build, configure, dump, parse, read, shipped
 from lmpress.recipes.scheme import QuantArgs, Scheme
 
@@ -29,7 +29,7 @@ WEIGHTS = QuantArgs(3, False, "group", 64, observer="mse")
 
 
 def from_python() -> Recipe:
-    return quantization_recipe(
+    return QuantizeOptions(
         method="gptq",
         bits=3,
         group_size=64,
@@ -41,7 +41,7 @@ def from_python() -> Recipe:
         keep=["*.down_proj"],
         quality="fast",
         options={"observer": "mse", "damping": 0.05, "order": "group"},
-    )
+    ).recipe()
 
 
 def test_yaml_and_python_are_one() -> None:
@@ -58,7 +58,7 @@ def test_flags_are_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
     command = f"quantize {tiny} -o {out} {flags} {options} --calib {data}"
     result = CliRunner().invoke(app, command.split())
     assert result.exit_code == 0, result.output
-    expected = quantization_recipe(
+    expected = QuantizeOptions(
         bits=2,
         group_size=8,
         symmetric=False,
@@ -68,7 +68,7 @@ def test_flags_are_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
         seed=5,
         keep=["*.down_proj"],
         options={"observer": "mse", "damping": 0.05, "order": "group"},
-    )
+    ).recipe()
     assert read(out / "recipe.yaml") == expected
     again = CliRunner().invoke(
         app, ["run", str(tiny), "--recipe", str(out / "recipe.yaml"), "-o", str(tmp_path / "again"), "--quiet"]
@@ -77,7 +77,7 @@ def test_flags_are_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
     assert all((tmp_path / "again" / f.name).read_bytes() == f.read_bytes() for f in out.iterdir())
 
 
-@pytest.mark.parametrize("recipe", [parse(YAML, "here"), quantization_recipe(method="rtn"), *map(read, PLAIN)])
+@pytest.mark.parametrize("recipe", [parse(YAML, "here"), QuantizeOptions(method="rtn").recipe(), *map(read, PLAIN)])
 def test_dump_and_parse_are_inverse(recipe: Recipe) -> None:
     text = dump(recipe)
     assert parse(text, "dumped") == recipe
@@ -94,12 +94,12 @@ def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
 
 def test_the_shipped_names() -> None:
     assert {"gptq-w4", "gptq-w3", "rtn-w4"} <= shipped().keys()
-    assert read("gptq-w4") == quantization_recipe()
-    assert read("rtn-w4") == quantization_recipe(method="rtn")
+    assert read("gptq-w4") == QuantizeOptions().recipe()
+    assert read("rtn-w4") == QuantizeOptions(method="rtn").recipe()
 
 
 def test_one_scale_per_row() -> None:
-    assert quantization_recipe(group_size=-1).scheme.weights == QuantArgs(4, True, "channel", None, observer="mse")
+    assert QuantizeOptions(group_size=-1).recipe().scheme.weights == QuantArgs(4, True, "channel", None, observer="mse")
 
 
 @pytest.mark.parametrize(
@@ -107,6 +107,8 @@ def test_one_scale_per_row() -> None:
     [
         ({"method": "gtpq"}, "unknown method 'gtpq'; did you mean gptq"),
         ({"method": "zzz"}, "unknown method 'zzz'; methods: rtn, gptq"),
+        ({"method": "wanda"}, "wanda is not a method of compress quantize; use one of: .*gptq"),
+        ({"method": "tune"}, "tune is not a method of compress quantize"),
         ({"options": {"dampling": 1}}, "gptq has no option 'dampling'; did you mean damping"),
         ({"method": "rtn", "options": {"damping": 1}}, "rtn has no option 'damping'; known: scheme"),
         ({"options": {"order": "sideways"}}, "gptq: order"),
@@ -125,7 +127,7 @@ def test_one_scale_per_row() -> None:
 )
 def test_wrong_arguments_are_named(changes: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
-        quantization_recipe(**changes)  # type: ignore[arg-type]
+        QuantizeOptions(**changes).recipe()  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

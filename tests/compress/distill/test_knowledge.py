@@ -6,8 +6,8 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,7 +21,8 @@ from lmpress.errors import UsageError
 from lmpress.recipes.training import DistillConfig
 
 IDS = torch.randint(2, 12, (24, 10), generator=torch.Generator().manual_seed(0))
-CONFIG = DistillConfig(steps=12, batch=4, rate=5e-3, hidden=1.0, attention=1.0, checks=4)
+WORDS: dict[str, Any] = {"steps": 12, "batch": 4, "rate": 5e-3, "hidden": 1.0, "attention": 1.0, "checks": 4}
+CONFIG = DistillConfig(**WORDS)
 
 
 def model(layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
@@ -60,7 +61,7 @@ def test_the_terms_of_an_identical_student() -> None:
 def test_the_terms_against_their_formulas() -> None:
     teacher = model()
     student = shallower(teacher)
-    config = replace(CONFIG, temperature=2.0)
+    config = changed(temperature=2.0)
     with torch.no_grad():
         terms = loss_terms(student, teacher, IDS, [(0, 0), (1, 2)], config)
     with torch.no_grad():
@@ -87,6 +88,10 @@ def test_scores_are_the_logarithms_of_the_attention_weights() -> None:
         assert torch.allclose((score + causal).softmax(-1), weight, atol=1e-6)
 
 
+def changed(**words: Any) -> DistillConfig:
+    return DistillConfig(**(WORDS | words))
+
+
 def trained(folder: Path, config: DistillConfig = CONFIG) -> tuple[PreTrainedModel, list[tuple[int, float, float]]]:
     folder.mkdir(exist_ok=True)
     teacher = model()
@@ -107,8 +112,8 @@ def test_the_loss_falls_and_the_best_weights_are_kept(tmp_path: Path) -> None:
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    whole, _ = trained(tmp_path / "whole", replace(CONFIG, steps=2))
-    parts, _ = trained(tmp_path / "parts", replace(CONFIG, steps=2, accumulate=2))
+    whole, _ = trained(tmp_path / "whole", changed(steps=2))
+    parts, _ = trained(tmp_path / "parts", changed(steps=2, accumulate=2))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
@@ -140,7 +145,7 @@ def test_zeros_stay(tmp_path: Path) -> None:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             masks[name] = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
             module.weight.data.masked_fill_(masks[name], 0)
-    config = replace(CONFIG, keep_zeros=True)
+    config = changed(keep_zeros=True)
     history = train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1), (2, 2)], config, TrainingState(tmp_path))
     assert history.best_step > 0
     for name, mask in masks.items():
@@ -155,7 +160,7 @@ def test_zeros_stay(tmp_path: Path) -> None:
 )
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        replace(CONFIG, **options)
+        changed(**options)
 
 
 COMMAND = [sys.executable, "-m", "lmpress.cli", "distill"]

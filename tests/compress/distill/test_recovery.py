@@ -1,6 +1,5 @@
 """Recovery without training all weights: adapters that are merged at the end, and pruned weights that stay zero."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -173,5 +172,5 @@ def test_refusals(tiny: Path, tmp_path: Path, text: str, made: str, words: dict[
 
 
 def test_impossible_ranks_are_refused() -> None:
-    with pytest.raises(UsageError, match="rank -1"):
-        replace(DistillConfig(), lora=-1)
+    with pytest.raises(UsageError, match="lora must be greater than or equal to 0, got -1"):
+        DistillConfig(lora=-1)

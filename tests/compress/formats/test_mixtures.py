@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
 from lmpress.compress.formats.source import open_source
-from lmpress.compress.pipeline import plan
 from lmpress.compress.plan import LayerPlan
+from lmpress.compress.run import Run
 from lmpress.compress.runtime_support import check
 from lmpress.errors import UsageError
 from lmpress.eval.verify import verify
@@ -130,5 +130,9 @@ def test_targets_refuse_other_mixtures(target: str, found: list[LayerPlan], mess
 
 
 def test_targets_take_mixtures_that_they_read(tmp_path: Path) -> None:
-    plan(saved(tmp_path, "mixtral"), parse(MIXED.replace("16", "32"), "recipe"), ["transformers", "vllm", "lmpress"])
+    Run.of(
+        saved(tmp_path, "mixtral"),
+        parse(MIXED.replace("16", "32"), "recipe"),
+        targets=["transformers", "vllm", "lmpress"],
+    )
     check(layers(attention=EIGHT, one=FOUR, two=FOUR), ["transformers", "sglang"])

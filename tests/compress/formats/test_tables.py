@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 import lmpress
-from lmpress.compress import pipeline
 from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.compress.run import Run
 from lmpress.errors import UsageError
 from lmpress.recipes import schema
 from lmpress.recipes.scheme import QuantArgs
@@ -47,7 +47,7 @@ def test_tables_are_served_as_their_rounded_rows(
 ) -> None:
     model = saved(tmp_path / "model", tiny, tied)
     wanted = recipe(bits=bits, symmetric=symmetric)
-    planned = pipeline.plan(model, wanted)
+    planned = Run.of(model, wanted).plan
     report = lmpress.run(model, tmp_path / "out", wanted)
     assert planned.bytes_after == report.bytes_after == (tmp_path / "out/model.safetensors").stat().st_size
     reference = LlamaForCausalLM.from_pretrained(model).eval()
@@ -105,7 +105,7 @@ def test_the_config_names_tables_beside_all_linears(tiny: Path, tmp_path: Path) 
 
 
 def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
-    notes = pipeline.plan(tiny, recipe(group_size=128)).notes
+    notes = Run.of(tiny, recipe(group_size=128)).plan.notes
     assert notes == ["group size 128 does not divide 16, uses one scale per row: model.embed_tokens, lm_head"]
 
 
@@ -124,10 +124,10 @@ def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
 )
 def test_refusals(tiny: Path, passes: list[dict[str, Any]], embedding: dict[str, Any], words: str) -> None:
     with pytest.raises(UsageError, match=words):
-        pipeline.plan(tiny, schema.build({"passes": passes, "embedding": WEIGHTS | embedding}))
+        Run.of(tiny, schema.build({"passes": passes, "embedding": WEIGHTS | embedding}))
 
 
 def test_scaled_embeddings_are_refused(tmp_path: Path, make_model: Any) -> None:
     make_model("gemma3").save_pretrained(tmp_path / "gemma")
     with pytest.raises(UsageError, match="not a plain table"):
-        pipeline.plan(tmp_path / "gemma", recipe())
+        Run.of(tmp_path / "gemma", recipe())

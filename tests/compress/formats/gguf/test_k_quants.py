@@ -21,7 +21,7 @@ from lmpress.errors import UsageError
 from lmpress.kernels.modules.linear import PackedLinear
 from lmpress.kernels.tensor import BlockTensor, of_grid
 from lmpress.kernels.tensor.grid import Grid, groups_of
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.scheme import QuantArgs
 
 SUPER = {"formula": "ggml", "scale_dtype": "super"}
@@ -95,7 +95,7 @@ def test_what_is_solved_is_stored_loaded_and_exported_bit_for_bit(
     calib = {} if method == "rtn" else {"calib": "random-tokens", "samples": 8, "seq_len": 16}
     if method == "obq":
         calib["keep"] = ("*.1.*", "*mlp*", "*q_proj", "*k_proj")  # it takes long
-    wanted = quantization_recipe(method=method, options=SUPER, **KINDS[kind], **calib)
+    wanted = QuantizeOptions(method=method, options=SUPER, **KINDS[kind], **calib).recipe()
     plan = make_plan(open_source(letters), build(open_source(letters)), wanted)
     report = lmpress.run(letters, tmp_path / "q", wanted)
     assert (tmp_path / "q" / "model.safetensors").stat().st_size == plan.bytes_after == report.plan.bytes_after
@@ -127,7 +127,7 @@ def test_a_process_of_its_own_reads_the_codes_as_they_are_stored(letters: Path, 
 
 def test_rows_that_no_super_block_fills_get_the_block_that_llama_cpp_gives_them(tmp_path: Path) -> None:
     small = model(tmp_path, hidden=256, inner=288)
-    wanted = quantization_recipe(method="rtn", options=SUPER, **Q4_K)
+    wanted = QuantizeOptions(method="rtn", options=SUPER, **Q4_K).recipe()
     plan = make_plan(open_source(small), build(open_source(small)), wanted)
     assert len(plan.notes) == 1 and "Q4_K's super-block of 256 does not divide 288, uses Q5_0" in plan.notes[0]
     lmpress.run(small, tmp_path / "q", wanted)
@@ -144,15 +144,15 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"mlp.down_proj cannot be stored: no GGUF block holds rows of 200.*--keep"):
         lmpress.quantize(odd, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
     with pytest.raises(UsageError, match="no block of 4 bits in groups of 128"):
-        quantization_recipe(method="rtn", bits=4, symmetric=False, options=SUPER)
+        QuantizeOptions(method="rtn", bits=4, symmetric=False, options=SUPER).recipe()
     with pytest.raises(UsageError, match="scales of super-blocks need the 'ggml' grid"):
-        quantization_recipe(method="rtn", options={"scale_dtype": "super"})
+        QuantizeOptions(method="rtn", options={"scale_dtype": "super"}).recipe()
     with pytest.raises(UsageError, match="zeroquant leaves no GGUF blocks"):
-        quantization_recipe(method="zeroquant", options=SUPER, **Q6_K)
+        QuantizeOptions(method="zeroquant", options=SUPER, **Q6_K).recipe()
     with pytest.raises(UsageError, match="Q4_1 is read, not solved"):
-        quantization_recipe(method="rtn", options={"formula": "ggml"}, **Q4_K)
+        QuantizeOptions(method="rtn", options={"formula": "ggml"}, **Q4_K).recipe()
     with pytest.raises(UsageError, match="scales together; use groups=static"):
-        quantization_recipe(method="gptq", options=SUPER | {"groups": "dynamic", "order": "group"}, **Q4_K)
+        QuantizeOptions(method="gptq", options=SUPER | {"groups": "dynamic", "order": "group"}, **Q4_K).recipe()
     assert not (tmp_path / "q").exists()
 
 

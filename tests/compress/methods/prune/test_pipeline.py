@@ -8,11 +8,11 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 import lmpress
 from lmpress.calibrate.model.architecture import find_blocks, find_linears, weight_of
-from lmpress.compress import pipeline
+from lmpress.compress.run import Run
 from lmpress.errors import UsageError
 from lmpress.kernels.modules.linear import PrunedLinear
 from lmpress.recipes.naming import default_out
-from lmpress.recipes.options import pruning_recipe
+from lmpress.recipes.options.prune import PruneOptions
 
 
 @pytest.fixture
@@ -37,8 +37,8 @@ def weights(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 def test_sizes_are_as_planned_and_the_result_loads(
     tiny: Path, text: str, tmp_path: Path, method: str, storage: str
 ) -> None:
-    recipe = pruning_recipe(method=method, pattern="2:4", format=storage, calib=text, samples=8, seq_len=32)
-    planned = pipeline.plan(tiny, recipe)
+    recipe = PruneOptions(method=method, pattern="2:4", format=storage, calib=text, samples=8, seq_len=32).recipe()
+    planned = Run.of(tiny, recipe).plan
     report = lmpress.run(tiny, tmp_path / "out", recipe)
     files = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert planned.bytes_after == report.bytes_after == files
@@ -89,28 +89,30 @@ def test_conv1d_layers_keep_their_layout(tmp_path: Path, text: str, letters) -> 
 
 
 def test_dense_files_claim_no_saving(tiny: Path) -> None:
-    dense = pipeline.plan(tiny, pruning_recipe(method="magnitude"))
-    masked = pipeline.plan(tiny, pruning_recipe(method="magnitude", format="bitmask", options={"dtype": "float32"}))
+    dense = Run.of(tiny, PruneOptions(method="magnitude").recipe()).plan
+    masked = Run.of(
+        tiny, PruneOptions(method="magnitude", format="bitmask", options={"dtype": "float32"}).recipe()
+    ).plan
     before, after = (sum(layer.nbytes for layer in planned.layers) for planned in (dense, masked))
     assert dense.notes == [
         f"zeros in a dense file save nothing; --format bitmask makes these layers {1 - after / before:.0%} smaller"
     ]
-    assert not pipeline.plan(tiny, pruning_recipe(method="magnitude", format="bitmask")).notes
-    tenth = pipeline.plan(tiny, pruning_recipe(method="magnitude", sparsity=0.01)).notes
+    assert not Run.of(tiny, PruneOptions(method="magnitude", format="bitmask").recipe()).plan.notes
+    tenth = Run.of(tiny, PruneOptions(method="magnitude", sparsity=0.01).recipe()).plan.notes
     assert tenth == ["zeros in a dense file save nothing"]  # a bitmask would take more than it saves
 
 
 def test_names_and_contradictions(tiny: Path) -> None:
-    assert default_out(tiny, pruning_recipe(sparsity=0.6)).name == "tiny-exactobs-s60"
-    assert default_out(tiny, pruning_recipe(pattern="2:4")).name == "tiny-exactobs-2of4"
+    assert default_out(tiny, PruneOptions(sparsity=0.6).recipe()).name == "tiny-exactobs-s60"
+    assert default_out(tiny, PruneOptions(pattern="2:4").recipe()).name == "tiny-exactobs-2of4"
     with pytest.raises(UsageError, match="not both"):
-        pruning_recipe(sparsity=0.5, pattern="2:4")
+        PruneOptions(sparsity=0.5, pattern="2:4").recipe()
     with pytest.raises(UsageError):
-        pruning_recipe(sparsity=0.5, format="zip")
+        PruneOptions(sparsity=0.5, format="zip").recipe()
 
 
 def test_overrides_change_the_sparsity_of_layers(tiny: Path, tmp_path: Path) -> None:
-    recipe = pruning_recipe(method="magnitude", sparsity=0.5, format="bitmask")
+    recipe = PruneOptions(method="magnitude", sparsity=0.5, format="bitmask").recipe()
     recipe = recipe.model_copy(update={"overrides": {"*.down_proj": {"sparsity": 0.25}}})
     report = lmpress.run(tiny, tmp_path / "out", recipe)
     found = {str(layer["name"]): layer["sparsity"] for layer in report.layers}
@@ -121,7 +123,9 @@ def test_overrides_change_the_sparsity_of_layers(tiny: Path, tmp_path: Path) -> 
 
 def test_interrupted_runs_resume(tiny: Path, text: str, tmp_path: Path) -> None:
     """Finished blocks are read back from their sparse form."""
-    recipe = pruning_recipe(method="sparsegpt", sparsity=0.5, format="bitmask", calib=text, samples=4, seq_len=32)
+    recipe = PruneOptions(
+        method="sparsegpt", sparsity=0.5, format="bitmask", calib=text, samples=4, seq_len=32
+    ).recipe()
 
     def stop(event) -> None:
         if event.phase == "load" and event.block == 1:
@@ -138,8 +142,8 @@ def test_interrupted_runs_resume(tiny: Path, text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("storage", ["dense", "bitmask"])
 def test_blocks_are_pruned_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: str) -> None:
     options = {"calib": text, "samples": 8, "seq_len": 32}
-    recipe = pruning_recipe(pattern="1x4", sparsity=0.3, format=storage, **options)
-    planned = pipeline.plan(tiny, recipe)
+    recipe = PruneOptions(pattern="1x4", sparsity=0.3, format=storage, **options).recipe()
+    planned = Run.of(tiny, recipe).plan
     report = lmpress.run(tiny, tmp_path / "out", recipe)
     assert planned.bytes_after == report.bytes_after
     assert default_out(tiny, recipe).name.endswith("-exactobs-s30-1x4")
@@ -149,8 +153,8 @@ def test_blocks_are_pruned_as_a_whole(tiny: Path, text: str, tmp_path: Path, sto
             assert set(zeros.unique().tolist()) == {0, 4}
             assert int((zeros == 4).sum()) == -(-zeros.numel() * 3 // 10)
     with pytest.raises(UsageError, match="wanda does not prune in blocks"):
-        pipeline.plan(tiny, pruning_recipe(method="wanda", pattern="1x4", **options))
+        Run.of(tiny, PruneOptions(method="wanda", pattern="1x4", **options).recipe())
     with pytest.raises(UsageError, match="1x0"):
-        pruning_recipe(pattern="1x0")
-    ragged = pipeline.plan(tiny, pruning_recipe(pattern="1x7", **options))
+        PruneOptions(pattern="1x0").recipe()
+    ragged = Run.of(tiny, PruneOptions(pattern="1x7", **options).recipe()).plan
     assert any("do not fit" in note for note in ragged.notes)

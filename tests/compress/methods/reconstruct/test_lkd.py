@@ -20,8 +20,8 @@ from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.methods.reconstruct import lkd, loop, tune
 from lmpress.compress.methods.reconstruct.learnable import LearnableQuantizer
 from lmpress.compress.methods.reconstruct.loop import Target, original_outputs, reconstruct
-from lmpress.compress.pipeline import RunReport
 from lmpress.compress.plan import make_plan
+from lmpress.compress.run import RunReport
 from lmpress.errors import UsageError
 from lmpress.recipes import schema
 from lmpress.recipes.schema import Recipe

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 import lmpress
-from lmpress.compress import pipeline
 from lmpress.compress.block import Block
 from lmpress.compress.methods.reconstruct import tune
 from lmpress.compress.methods.reconstruct.loop import Result
 from lmpress.compress.methods.reconstruct.tune import Tune
 from lmpress.compress.report.verdict import judge
+from lmpress.compress.run import Run
 from lmpress.recipes.naming import default_out
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.schema import Recipe, build, dump, parse, read
 
 
@@ -33,7 +33,7 @@ def text(tmp_path: Path) -> str:
 @pytest.fixture
 def best(tmp_path: Path, text: str) -> Path:
     """The recipe of `--quality best` with fewer steps, as a file."""
-    recipe = quantization_recipe(bits=2, group_size=8, quality="best", calib=text, samples=16, seq_len=16, seed=3)
+    recipe = QuantizeOptions(bits=2, group_size=8, quality="best", calib=text, samples=16, seq_len=16, seed=3).recipe()
     written = dump(recipe)
     assert "steps: 300" in written
     (tmp_path / "best.yaml").write_text(written.replace("steps: 300", "steps: 12").replace("rate: 0.02", "rate: 0.1"))
@@ -54,23 +54,23 @@ def best(tmp_path: Path, text: str) -> Path:
     ],
 )
 def test_the_best_quality_is_a_recipe_with_block_tuning(method: str, passes: list[str]) -> None:
-    best = quantization_recipe(method=method, quality="best")
+    best = QuantizeOptions(method=method, quality="best").recipe()
     assert names(best) == passes and parse(dump(best), "dumped") == best
-    assert "tune" not in names(quantization_recipe(method=method, quality="balanced"))
+    assert "tune" not in names(QuantizeOptions(method=method, quality="balanced").recipe())
     if "tune" in passes:
         assert best.passes[-1].config == Tune()
-    assert default_out("x/model", best) == default_out("x/model", quantization_recipe(method=method))
+    assert default_out("x/model", best) == default_out("x/model", QuantizeOptions(method=method).recipe())
 
 
 def test_the_shipped_recipe_equals_the_flag() -> None:
-    assert read("best-w4") == quantization_recipe(quality="best")
-    assert read("best-w2") == quantization_recipe(bits=2, group_size=32, symmetric=False, quality="best")
+    assert read("best-w4") == QuantizeOptions(quality="best").recipe()
+    assert read("best-w2") == QuantizeOptions(bits=2, group_size=32, symmetric=False, quality="best").recipe()
 
 
 def test_the_plan_does_not_depend_on_the_training(tiny: Path, tmp_path: Path, best: Path) -> None:
     trained = read(best)
     untrained = trained.model_copy(update={"passes": trained.passes[:-1]})
-    assert pipeline.plan(tiny, trained).tensors == pipeline.plan(tiny, untrained).tensors
+    assert Run.of(tiny, trained).plan.tensors == Run.of(tiny, untrained).plan.tensors
     report = lmpress.run(tiny, tmp_path / "out", best)
     assert report.bytes_after == (tmp_path / "out/model.safetensors").stat().st_size
 

@@ -15,7 +15,7 @@ from lmpress.errors import StorageError, UsageError
 from lmpress.kernels.activations import quantized_inputs
 from lmpress.recipes import schema
 from lmpress.recipes.naming import default_out
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.scheme import QuantArgs
 
 ASYMMETRIC = {"bits": 8, "symmetric": False, "strategy": "group", "group_size": 16}
@@ -174,19 +174,19 @@ def test_layers_that_stay_dense_take_part_in_the_transform(saved, text, random_i
 
 
 def test_the_short_forms_of_methods():
-    awq = quantization_recipe(method="awq")
+    awq = QuantizeOptions(method="awq").recipe()
     assert [p.method for p in awq.passes] == ["awq", "rtn"]
     assert (awq.scheme.weights.bits, awq.scheme.weights.symmetric, awq.scheme.inputs) == (4, False, None)
-    smooth = quantization_recipe(method="smoothquant", options={"alpha": 0.8})
+    smooth = QuantizeOptions(method="smoothquant", options={"alpha": 0.8}).recipe()
     assert smooth.passes[0].config.alpha == 0.8
     assert (smooth.scheme.weights.bits, smooth.scheme.weights.strategy, smooth.scheme.inputs.strategy) == (
         8,
         "channel",
         "token",
     )
-    level = quantization_recipe(method="smoothquant", options={"level": "O3"}).scheme
+    level = QuantizeOptions(method="smoothquant", options={"level": "O3"}).recipe().scheme
     assert (level.weights.strategy, level.inputs.strategy, level.inputs.dynamic) == ("tensor", "tensor", False)
-    assert quantization_recipe(method="rotate", bits=3, group_size=32).scheme.weights.group_size == 32
+    assert QuantizeOptions(method="rotate", bits=3, group_size=32).recipe().scheme.weights.group_size == 32
     assert default_out("x/model", awq).name == "model-awq-w4"
     assert default_out("x/model", smooth).name == "model-smoothquant-w8a8"
 

@@ -7,6 +7,8 @@ goes on where it stopped: finished blocks are read back and only run forward.
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..calibrate.runner import Runner
 from ..calibrate.statistics.collect import Statistics
 from ..kernels.activations import quantized_inputs
 from ..kernels.tensor import Compressed, CompressedTensor, joined
+from ..recipes.methods import Needs
 from ..recipes.schema import PassSpec, Recipe
 from ..recipes.scheme import QuantArgs
 from .block import Block, BlockContext, Linear
@@ -129,14 +132,14 @@ def run(
     )
 
 
-def _needs(recipe: Recipe) -> frozenset[str]:
-    return frozenset().union(*(p.config.needs for p in recipe.passes))
+def _needs(recipe: Recipe) -> Needs:
+    return reduce(or_, (entry.config.needs for entry in recipe.passes))
 
 
 def _calibrated(recipe: Recipe, planned: Plan) -> bool:
     """Whether calibration rows are read: by a pass, or for static ranges of inputs or of the cache."""
     static_inputs = planned.inputs is not None and not planned.inputs.dynamic
-    return bool(_needs(recipe) - {"trial"}) or static_inputs or (planned.kv is not None and planned.kv.static)
+    return _needs(recipe).text or static_inputs or (planned.kv is not None and planned.kv.static)
 
 
 def _rows(source: Source, limit: int | None, recipe: Recipe, observer: Observer) -> TokenRows:
@@ -162,13 +165,13 @@ def _walk(
     observer: Observer,
 ) -> None:
     needs = _needs(recipe)
-    trains = "block_io" in needs
-    runner = Runner(skeleton, source, rows, workspace.scratch, device, trains or "drift" in needs, small_batches=trains)
+    trains = needs.block_io
+    runner = Runner(skeleton, source, rows, workspace.scratch, device, trains or needs.drift, small_batches=trains)
     if rows is not None:
         observer(Event("capture", blocks=planned.blocks))
         runner.capture()
     probe = None
-    if _needs(recipe) & {"samples", "trial"}:
+    if needs.samples or needs.trial:
         probe = Probe(skeleton, source, workspace.scratch / "probe", device)
         _transform_outside(recipe, probe, planned, runner, workspace)
     for index in range(planned.blocks):
@@ -211,7 +214,7 @@ def _compress(
     block = Block(name, module, _linears(name, module, planned), seed=recipe.seed)
     block.context = None if probe is None else _surroundings(index, runner, probe, planned)
     for entry in recipe.passes:
-        if "original" in _needs(recipe) and entry.method_entry.compresses and entry.config.scheme is not None:
+        if _needs(recipe).original and entry.method_entry.compresses and not entry.method_entry.refines:
             _keep_originals(block)
         _apply(entry, block, runner, index, tell)
         if not entry.method_entry.compresses:
@@ -321,13 +324,13 @@ def _with_inputs(block: Block, runner: Runner, index: int) -> dict[str, Compress
 def _apply(entry: PassSpec, block: Block, runner: Runner, index: int, tell: Tell) -> None:
     """Carry out one pass on a loaded block, in one stage or, if it asks for it, linears with a common input at a time."""
     local = block.local()
-    if "block_io" in entry.config.needs:
+    if entry.config.needs.block_io:
         tell("train")
         block = replace(block, io=runner.io(index))
-    if "hessian" not in entry.config.needs:
+    if not entry.config.needs.hessian:
         return _solve(entry, block, local, Statistics(), tell)
     tell("collect")
-    hold_out = "held" in entry.config.needs
+    hold_out = entry.config.needs.held
     if not entry.config.true_sequential:
         return _solve(entry, block, local, runner.collect(index, set(local), hold_out=hold_out), tell)
     for names in runner.groups(index, set(local)):

@@ -6,9 +6,11 @@ from typing import Any
 
 from ..errors import UsageError
 from . import schema
+from .methods import AFTER_TRANSFORM, TRAINED_BY, Family, method_names
 from .methods import method as find_method
 from .schema import Recipe
 from .scheme import LEVELS, Scheme, group_strategy
+from .scheme.kind_names import PRUNED
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
@@ -33,6 +35,9 @@ def quantization_recipe(
     if bits is not None and average_bits is not None:
         raise UsageError("bits and average bits contradict each other", "give one of them")
     known = find_method(method)
+    if not isinstance(known.scheme, Scheme):
+        quantizers = ", ".join(method_names(Family.QUANTIZE, Family.TRANSFORM))
+        raise UsageError(f"{method} is not a method that quantizes", f"use one of: {quantizers}")
     preset = dict(known.preset(quality))
     own_size = preset.pop("group_size", None)
     size = own_size if group_size is None else group_size
@@ -49,21 +54,20 @@ def quantization_recipe(
         if usual.inputs is None:
             raise UsageError(f"{method} leaves the inputs as they are: no {', '.join(of_inputs)}", "use llm-int8")
         scheme["inputs"] = asdict(usual.inputs) | of_inputs
-    quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
+    quantizer = {"method": method if known.compresses else AFTER_TRANSFORM, "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
-    weights = scheme["weights"]  # nothing but plain codes can be trained
-    plain = usual.weights.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
-    trained = quality == "best" and plain
-    return schema.build(
-        {
-            "passes": [*solved, {"method": "tune"}] if trained else solved,
-            "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
-            "keep": list(keep),
-            "seed": seed,
-            "allocate": None if average_bits is None else {"average": average_bits},
-        },
-        "quantize",
-    )
+    asked_for = {
+        "passes": solved,
+        "calibration": {"data": calib, "samples": samples, "seq_len": seq_len},
+        "keep": list(keep),
+        "seed": seed,
+        "allocate": None if average_bits is None else {"average": average_bits},
+    }
+    recipe = schema.build(asked_for, "quantize")
+    kind = recipe.scheme.weights.kind if isinstance(recipe.scheme, Scheme) else PRUNED
+    if quality == "best" and find_method(TRAINED_BY).supports(kind):
+        return schema.build(asked_for | {"passes": [*solved, {"method": TRAINED_BY}]}, "quantize")
+    return recipe
 
 
 def pruning_recipe(
@@ -83,6 +87,10 @@ def pruning_recipe(
     """The recipe of `prune`. Raises `UsageError` for values that cannot be."""
     if sparsity is not None and pattern is not None and ":" in pattern:
         raise UsageError("a pattern has its own sparsity", "give --sparsity or --pattern, not both")
+    if find_method(method).family is not Family.PRUNE:
+        raise UsageError(
+            f"{method} is not a method that prunes", f"use one of: {', '.join(method_names(Family.PRUNE))}"
+        )
     chosen, rest = _split(options or {}, ("scope", "dtype"))
     weights = {"sparsity": 0.5 if sparsity is None else sparsity, "pattern": pattern, "storage": format, **chosen}
     return schema.build(

@@ -106,7 +106,7 @@ def test_one_scale_per_row() -> None:
     ("changes", "message"),
     [
         ({"method": "gtpq"}, "unknown method 'gtpq'; did you mean gptq"),
-        ({"method": "zzz"}, "unknown method 'zzz'; methods: rtn, gptq"),
+        ({"method": "zzz"}, "unknown method 'zzz'; methods: gptq, rtn"),
         ({"options": {"dampling": 1}}, "gptq has no option 'dampling'; did you mean damping"),
         ({"method": "rtn", "options": {"damping": 1}}, "rtn has no option 'damping'; known: scheme"),
         ({"options": {"order": "sideways"}}, "gptq: order"),
@@ -132,18 +132,18 @@ def test_wrong_arguments_are_named(changes: dict[str, object], message: str) -> 
     ("text", "message"),
     [
         ("passes: [", "here is not valid YAML"),
-        ("- gptq", "here is no recipe; it must be a mapping"),
-        ("", "here is no recipe"),
+        ("- gptq", "here is not a recipe; it must be a mapping"),
+        ("", "here is not a recipe"),
         ("passes: []", "here: passes"),
         ("seed: 1", "here: passes"),
-        ("passes: [{bits: 4}]", "names no method"),
+        ("passes: [{bits: 4}]", "has no method"),
         ("passes: [gptq]", "here: passes.0"),
         ("passes: [{method: gptq}]\nsamples: 5", "here: samples"),
         ("passes: [{method: gptq}]\ncalibration: {sample: 5}", "here: calibration.sample"),
         ("passes: [{method: gptq, scheme: {weights: {bits: 9}}}]", "bits 9 is outside"),
         ("passes: [{method: gptq, scheme: {weights: {bit: 4}}}]", "gptq: scheme.weights.bit"),
         ("passes: [{method: gptq, scheme: {weights: {group_size: 0}}}]", "group size 0 is not"),
-        ("passes: [{method: [gptq]}]", "names no method"),
+        ("passes: [{method: [gptq]}]", "has no method"),
     ],
 )
 def test_wrong_recipes_are_named(text: str, message: str) -> None:

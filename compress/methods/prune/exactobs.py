@@ -5,16 +5,16 @@ squares on the mask, which is what the elimination itself converges to (identity
 Costs `O(in^3)` per row: for layers up to some thousand columns; `sparsegpt` with `refit` is for the larger ones.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from ...solver.masked_lstsq import refit, row_losses
@@ -41,17 +41,15 @@ class ExactOBS:
     true_sequential: bool = True
     compare: bool = True
     drift: float = 1.0
-    scope: ClassVar[Scope] = "layer"
-    blocks: ClassVar[bool] = True  # patterns 1xc
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope == "block":
             raise UsageError("ExactOBS spends one budget on a layer or on each row", "use scope layer or row")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to gather."""
-        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
+        return Needs(hessian=True, drift=bool(self.drift))
 
 
 def apply(config: ExactOBS, block: Block) -> None:
@@ -82,3 +80,6 @@ def _better_rows(weight: Tensor, matrix: Tensor, first: Tensor, second: Tensor) 
     """Row by row the mask on which least squares leaves the smaller loss."""
     losses = [row_losses(weight - refit(weight, matrix, mask), matrix) for mask in (first, second)]
     return torch.where((losses[1] < losses[0]).unsqueeze(1), second, first)
+
+
+METHOD = Method(ExactOBS, apply, kinds=frozenset({PRUNED}), scheme=Pruning(), prunes_blocks=True)

@@ -13,8 +13,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope, layer_zeros
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning, layer_zeros
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from .layers import prune_linears
@@ -36,8 +38,7 @@ class OBD:
     refit: bool = False
     damping: float = 0.01
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
 
 def apply(config: OBD, block: Block) -> None:
@@ -92,3 +93,6 @@ def prune_network(
 def _clear(parameters: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
     for parameter, mask in zip(parameters, masks, strict=True):
         parameter.masked_fill_(mask, 0)
+
+
+METHOD = Method(OBD, apply, kinds=frozenset({PRUNED}), scheme=Pruning())

@@ -16,8 +16,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.curvature import recursive_inverse
 from ...solver.damped_hessian import DampedHessian
@@ -39,8 +41,7 @@ class OBS:
     block: int = 64
     damping: float = 0.001
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -129,3 +130,6 @@ def prune_network(
 def _inverse(vectors: Tensor, kept: Tensor, alpha: float, block: int | None) -> Tensor:
     """Of the weights that are left: the gradients of deleted ones do not count."""
     return recursive_inverse(vectors.double() * kept, alpha, block)
+
+
+METHOD = Method(OBS, apply, kinds=frozenset({PRUNED}), scheme=Pruning())

@@ -18,7 +18,9 @@ from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
 from ....kernels.tensor import CompressedTensor, MixedTensor
 from ....kernels.tensor.grid import Grid
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme, inputs_per, signed_weights
+from ....recipes.scheme.kind_names import OUTLIER_COLUMNS
 from ...block import Block, Linear
 from ...formats.int_quantized import OFFSET
 from ...formats.llm_int8 import kept_columns
@@ -54,9 +56,9 @@ class LLMInt8:
             raise UsageError(f"{self.tokens} tokens tell nothing of the columns", "use for example tokens=8192")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """What to prepare."""
-        return frozenset({"samples", "hessian"}) if self.solve else frozenset({"samples"})
+        return Needs(samples=True, hessian=self.solve)
 
 
 # `--quality`: the published method rounds.
@@ -153,3 +155,6 @@ def _size(linear: Linear) -> tuple[int, int]:
     """How many columns are kept, and of how many."""
     width = linear.weight.shape[1]
     return kept_columns(linear.grid_args, width), width
+
+
+METHOD = Method(LLMInt8, apply, kinds=frozenset({OUTLIER_COLUMNS}), scheme=SCHEME, presets=PRESETS)

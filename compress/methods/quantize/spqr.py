@@ -17,7 +17,9 @@ from torch import Tensor
 from ....errors import UsageError
 from ....kernels.tensor import LEVEL, Bilevel, SpQRTensor
 from ....kernels.tensor.grid import Grid, encode, fit_groups, parameters
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme.kind_names import BILEVEL
 from ...block import Block
 from ...formats.spqr import entries
 from ...solver.refine import refine
@@ -55,19 +57,14 @@ class SpQR:
             raise UsageError(f"drift {self.drift} is no share", "use 0 (as published) to 1, for example 0.5")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to gather."""
-        return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
+        return Needs(hessian=True, drift=bool(self.drift))
 
 
-# `--quality`: options by preset; the first line of each is SpQR's grid.
-_GRID = {"symmetric": False, "group_size": 32, "formula": "spqr", "scale_dtype": "bilevel", "outliers": 0.004}
-_BEYOND = {"observer": "mse", "true_sequential": True, "drift": 0.5}
-PRESETS: dict[str, dict[str, Any]] = {
-    "fast": _GRID,
-    "balanced": {**_GRID, **_BEYOND, "refine": 1},
-    "best": {**_GRID, **_BEYOND, "refine": 4},
-}
+# `--quality`: options by preset.
+BEYOND = {"observer": "mse", "true_sequential": True, "drift": 0.5}
+PRESETS: dict[str, dict[str, Any]] = {"fast": {}, "balanced": BEYOND | {"refine": 1}, "best": BEYOND | {"refine": 4}}
 
 
 def apply(config: SpQR, block: Block) -> None:
@@ -232,3 +229,6 @@ def _assemble(
     empty = SpQRTensor(codes, *levels, counts, columns, settled.new_zeros(len(columns)).half(), args)
     lacking = settled - empty.dense(settled.dtype)
     return replace(empty, values=lacking[outlier].half())
+
+
+METHOD = Method(SpQR, apply, kinds=frozenset({BILEVEL}), scheme=Scheme(GRID), presets=PRESETS)

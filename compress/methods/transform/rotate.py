@@ -25,6 +25,8 @@ from ....calibrate.model.architecture import find_blocks, find_linears, weight_o
 from ....calibrate.model.skeleton import outside
 from ....calibrate.runner import Call
 from ....errors import CompressError
+from ....recipes.methods import Method, Needs
+from ....recipes.scheme import Scheme
 from ...block import Block
 from .hadamard import random_rotation
 from .rescale import TOLERANCE, checked, parameter_of, relative_difference
@@ -42,7 +44,7 @@ class Rotate:
 
     seed: int = 0
     heads: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset({"trial"})
+    needs: ClassVar[Needs] = Needs(trial=True)
     true_sequential: ClassVar[bool] = False
 
 
@@ -218,3 +220,6 @@ class _run:  # noqa: N801  a run and what was seen in it
         for handle in handles:
             handle.remove()
         self.stream, self.read = seen[0], seen[-1]
+
+
+METHOD = Method(Rotate, apply, scheme=Scheme(), apply_outside=apply_outside)

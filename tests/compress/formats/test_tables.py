@@ -119,7 +119,7 @@ def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
             "groups of its rows",
         ),
         ([{"method": "nf4"}], {}, "only packed beside"),
-        ([{"method": "rotate"}, {"method": "rtn"}], {}, "turns the whole model"),
+        ([{"method": "rotate"}, {"method": "rtn"}], {}, "transforms the whole model"),
     ],
 )
 def test_refusals(tiny: Path, passes: list[dict[str, Any]], embedding: dict[str, Any], words: str) -> None:

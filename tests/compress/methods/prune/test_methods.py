@@ -16,7 +16,7 @@ from lmpress.compress.solver.masked_lstsq import refit, row_losses
 from lmpress.compress.solver.sweep import sweep
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor import PrunedTensor
-from lmpress.recipes.methods import method
+from lmpress.recipes.methods import Needs, method
 from lmpress.recipes.scheme import PruneArgs, QuantArgs
 from lmpress.recipes.scheme.prune_args import Pruning, block_zeros, layer_zeros
 
@@ -44,7 +44,7 @@ def statistic(x: Tensor) -> Hessian:
 def run(name: str, weight: Tensor, x: Tensor, args: PruneArgs, **options: object) -> Linear:
     """The layer after the method `name` with `options`; nothing else changes but what `args` says."""
     known = method(name)
-    resolved = args.for_layer(weight.shape[1], torch.float32, known.config.scope)
+    resolved = args.for_layer(weight.shape[1], torch.float32, known.scope)
     linear = Linear("layer", weight, resolved, statistic(x))
     known.apply(known.config(scheme=Pruning(args), **options), Block("block", nn.Identity(), [linear]))
     return linear
@@ -259,5 +259,5 @@ def test_ties_are_counted_exactly() -> None:
     scores = torch.ones(4, 8)
     for args in (PruneArgs(0.5), PruneArgs(0.5, scope="row"), PruneArgs(0.5, scope="block"), PruneArgs(pattern="2:4")):
         assert int(smallest(scores, args).sum()) == args.zeros(4, 8)
-    assert magnitude.Magnitude().needs == frozenset()
-    assert replace(magnitude.Magnitude(), refit=True).needs == {"hessian"}
+    assert magnitude.Magnitude().needs == Needs()
+    assert replace(magnitude.Magnitude(), refit=True).needs == Needs(hessian=True)

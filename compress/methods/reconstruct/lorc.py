@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ....errors import UsageError
 from ....kernels.tensor import LowRankTensor, PrunedTensor
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
@@ -36,7 +37,7 @@ class LoRC:
 
     rank: int = 8
     weighted: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "original"})
+    needs: ClassVar[Needs] = Needs(hessian=True, original=True)
     scheme: ClassVar[None] = None
     true_sequential: ClassVar[bool] = False
 
@@ -45,7 +46,7 @@ class LoRC:
             raise UsageError(f"rank {self.rank} compensates nothing", "use for example rank=8")
 
 
-def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int]) -> QuantArgs:
+def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int], before: torch.dtype) -> QuantArgs:
     """The arguments of a layer `(out, in)` with the rank that its term will have."""
     return replace(args, rank=min(config.rank, *shape))
 
@@ -94,3 +95,6 @@ def leading(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
         basis = torch.linalg.qr(error @ (hessian @ (error.T @ basis))).Q
     inside = error.T @ basis
     return basis @ torch.linalg.eigh(inside.T @ (hessian @ inside)).eigenvectors.flip(1)[:, :rank]
+
+
+METHOD = Method(LoRC, apply, kinds=None, adapt=adapt)

@@ -32,6 +32,7 @@ from .compress.command.run import carry_chain, run_recipe
 from .compress.command.session import session
 from .eval import commands as look
 from .eval.commands import evaluator
+from .recipes.methods import Family, method_names
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -48,7 +49,7 @@ def quantize(
     model: Model,
     out: Out = None,
     method: Annotated[
-        str, typer.Option(help="gptq, spqr, obq, rtn, zeroquant, nf4, llm-int8, awq, smoothquant, rotate.")
+        str, typer.Option(help=f"{', '.join(method_names(Family.QUANTIZE, Family.TRANSFORM))}.")
     ] = "gptq",
     bits: Annotated[int | None, typer.Option(help="Bits a weight, 2 to 8. Default: the method's, mostly 4.")] = None,
     average_bits: Annotated[
@@ -119,7 +120,7 @@ def quantize(
 def prune(
     model: Model,
     out: Out = None,
-    method: Annotated[str, typer.Option(help="exactobs, sparsegpt, wanda, magnitude, obd, obs.")] = "exactobs",
+    method: Annotated[str, typer.Option(help=f"{', '.join(method_names(Family.PRUNE))}.")] = "exactobs",
     sparsity: Annotated[
         float | None, typer.Option(help="Share of the weights that goes. Default: 0.5", show_default=False)
     ] = None,

@@ -49,7 +49,7 @@ class Entry:
 
 
 METHODS: dict[str, Entry] = {
-    "gptq": Entry("quantize.gptq", "rounds column by column; the columns after each compensate its error"),
+    "gptq": Entry("quantize.gptq", "rounds column by column; the remaining columns compensate each error"),
     "rtn": Entry("quantize.rtn", "rounds every weight to the nearest point of its grid; no calibration"),
     "obq": Entry(
         "quantize.obq", "rounds weight by weight, the cheapest first; the exact form of GPTQ, for small layers"
@@ -62,13 +62,13 @@ METHODS: dict[str, Entry] = {
     "smoothquant": Entry("transform.smoothquant", "moves the range of the inputs into the weights, for 8-bit inputs"),
     "rotate": Entry("transform.rotate", "rotates the hidden states, so that no channel is an outlier"),
     "tune": Entry(
-        "reconstruct.tune", "trains codes, scales and zeros towards the output of the original model's blocks"
+        "reconstruct.tune", "trains codes, scales and zeros towards the outputs of the original model's blocks"
     ),
     "lkd": Entry("reconstruct.lkd", "trains the weights of each block to imitate the original block"),
     "lorc": Entry("reconstruct.lorc", "adds a low-rank term that compensates the quantization error"),
     "exactobs": Entry("prune.exactobs", "exact Optimal Brain Surgeon on every output row, with one budget per layer"),
     "sparsegpt": Entry("prune.sparsegpt", "prunes in GPTQ's column sweep, for large layers"),
-    "wanda": Entry("prune.wanda", "prunes by weight times input norm in every output row, and updates nothing"),
+    "wanda": Entry("prune.wanda", "prunes by weight times input norm, in every output row by itself"),
     "magnitude": Entry("prune.magnitude", "prunes the smallest weights; no calibration"),
     "obd": Entry("prune.obd", "prunes by the diagonal of the Hessian; all weights of a layer compete"),
     "obs": Entry("prune.obs", "Optimal Brain Surgeon inside blocks of columns"),

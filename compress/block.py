@@ -29,7 +29,7 @@ class Linear:
     hessian  of its inputs, `drift` of these from the original model's; None unless the pass needs them
     held     Hessian and drift of the tokens that were held out, which `hessian` and `drift` count too
     result   what the pass leaves
-    figures  what the report says of the layer
+    figures  those of the layer in the report
     inputs   how its inputs are quantized
     """
 

@@ -30,7 +30,8 @@ from ...solver.target import DriftTarget, half_square
 from .fallback import keep_better
 
 Order = Literal["natural", "act", "group"]
-COARSE = 3  # bits up to which grids fitted to the target lower the KL divergence by 4 %; at 4 bits by -3 to 6 %, above by nothing
+# Bits up to which grids fitted to the target lower the KL divergence, by 4 %; at 4 bits by -3 to 6 %, above by nothing.
+COARSE = 3
 DAMPINGS = (0.1, 0.3, 1.0, 3.0, 10.0)  # times the damping that was asked for: what `held_out` chooses from
 
 

@@ -7,13 +7,15 @@ import pytest
 from typer.testing import CliRunner
 
 from lmpress.cli import app
+from lmpress.compress import pipeline
 from lmpress.compress.methods.quantize.gptq import GPTQ
 from lmpress.compress.methods.quantize.rtn import RTN
 from lmpress.errors import UsageError
-from lmpress.recipes.options import quantization_recipe
+from lmpress.recipes.options import pruning_recipe, quantization_recipe
 from lmpress.recipes.schema import Recipe, build, configure, dump, parse, read, shipped
 from lmpress.recipes.scheme import QuantArgs, Scheme
 
+ROOT = Path(__file__).parents[2]
 YAML = """
 passes:
   - method: gptq
@@ -82,7 +84,8 @@ def test_dump_and_parse_are_inverse(recipe: Recipe) -> None:
     text = dump(recipe)
     assert parse(text, "dumped") == recipe
     assert dump(parse(text, "dumped")) == text
-    assert "observer:" in text and "seed:" in text  # every option is written out
+    option = "observer:" if isinstance(recipe.scheme, Scheme) else "scope:"
+    assert option in text and "seed:" in text  # every option is written out
     assert build(json.loads(recipe.model_dump_json())) == recipe
 
 
@@ -96,6 +99,14 @@ def test_the_shipped_names() -> None:
     assert {"gptq-w4", "gptq-w3", "rtn-w4"} <= shipped().keys()
     assert read("gptq-w4") == quantization_recipe()
     assert read("rtn-w4") == quantization_recipe(method="rtn")
+    assert read("spqr-w4") == quantization_recipe(method="spqr")
+    assert read("exactobs-s50") == pruning_recipe(format="bitmask")
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_every_shipped_recipe_fits_the_sample_model(name: str) -> None:
+    planned = pipeline.plan(ROOT / "examples" / "sample_model", read(name))
+    assert planned.bytes_after < planned.bytes_before
 
 
 def test_one_scale_per_row() -> None:

@@ -231,9 +231,7 @@ def test_no_solver_takes_the_codebook_and_no_checkpoint_two_kinds(
     make_model("llama").save_pretrained(tmp_path / "wide")
     blocks = {"group_size": 32, "formula": "ggml"}
     mixed = build({"passes": [{"method": "rtn"}], "overrides": {"*.0.self_attn.*": blocks}, "keep": ["*.mlp.*"]})
-    with pytest.raises(
-        UsageError, match=r"0\.self_attn\.o_proj .* and .*1\.self_attn\.o_proj .* cannot be stored"
-    ):
+    with pytest.raises(UsageError, match=r"0\.self_attn\.o_proj .* and .*1\.self_attn\.o_proj .* cannot be stored"):
         pipeline.plan(tmp_path / "wide", mixed)
 
 

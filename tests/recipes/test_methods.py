@@ -1,51 +1,13 @@
-"""The registry of methods: a method is a file, a test, a recipe, a page and a line, and none of them is missing."""
-
-from pathlib import Path
+"""The registry of methods: what a record says is true of its method, and what general code takes for granted holds for all of them."""
 
 import pytest
-import yaml
 
 from lmpress.errors import UsageError
 from lmpress.recipes.methods import AFTER_TRANSFORM, METHODS, TRAINED_BY, Family, Needs, method, method_names
 from lmpress.recipes.naming import default_out
 from lmpress.recipes.options import pruning_recipe, quantization_recipe
-from lmpress.recipes.schema import build, shipped
+from lmpress.recipes.schema import build
 from lmpress.recipes.scheme.prune_args import Pruning
-
-ROOT = Path(__file__).parents[2]
-FOLDER = ROOT / "compress" / "methods"
-
-
-def passes_of(recipe: str) -> set[str]:
-    """The methods of a shipped recipe, or of all stages of a chain."""
-    content = yaml.safe_load(shipped()[recipe])
-    stages = [stage["compress"] for stage in content.get("stages", []) if "compress" in stage]
-    return {entry["method"] for each in stages or [content] for entry in each["passes"]}
-
-
-def test_every_file_with_a_method_has_a_line() -> None:
-    files = [path for path in FOLDER.glob("*/*.py") if "\nMETHOD = " in path.read_text(encoding="utf-8")]
-    modules = sorted(f"{path.parent.name}.{path.stem}" for path in files)
-    assert modules == sorted(entry.module for entry in METHODS.values())
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_page(name: str) -> None:
-    page = ROOT / "docs" / "methods" / f"{name}.md"
-    assert page.is_file(), f"write {page.relative_to(ROOT)}"
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_test_at_the_mirrored_place(name: str) -> None:
-    family, _, stem = METHODS[name].module.partition(".")
-    test = ROOT / "tests" / "compress" / "methods" / family / f"test_{stem}.py"
-    assert test.is_file(), f"write {test.relative_to(ROOT)}"
-    assert "def test_" in test.read_text(encoding="utf-8")
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_shipped_recipe(name: str) -> None:
-    assert any(name in passes_of(recipe) for recipe in shipped()), f"write recipes/{name}-*.yaml"
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -114,5 +76,5 @@ def test_a_pass_after_a_quantizer_stands_for_nothing_alone(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["tune", "lkd"])
 def test_a_pass_is_refused_after_weights_that_it_does_not_improve_on(name: str) -> None:
-    with pytest.raises(UsageError, match=rf"{name} does not improve on .* weights; put it after gptq or rtn or obq"):
+    with pytest.raises(UsageError, match=rf"{name} does not improve on .* weights; put it after .*gptq"):
         build({"passes": [{"method": "spqr"}, {"method": name}]})

@@ -1,4 +1,4 @@
-"""The registry of methods: what a record says is true of its method, and what general code takes for granted holds for all of them."""
+"""The registry of methods: each record is true of its method, and fits the general code."""
 
 import pytest
 

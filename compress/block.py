@@ -1,7 +1,6 @@
-"""The one plug-in point: a method is one file that defines a config dataclass and `apply(config, block)`.
+"""What a method works on: `apply(config, block)` reads the weights and statistics of `block.linears`.
 
-The config's fields are the method's options (`--set name=value`, YAML keys, keyword arguments). `apply` reads the weights
-and statistics of `block.linears` and leaves a compressed tensor and its figures in each.
+It leaves a compressed tensor and its figures in each linear; a transform changes the weights of `block.module` instead.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,31 +20,39 @@ from ..recipes.scheme import PruneArgs, QuantArgs, WeightArgs
 
 @dataclass
 class Linear:
-    """One linear layer while it is being compressed. `weight` is float32 `[out, in]` whatever the module's layout.
+    """One linear layer while it is being compressed.
 
-    It is the module's own, and with it becomes what a pass has made of it, unless a pass needs the `original`.
+    name     the full name of the module
+    weight   float32 `[out, in]`, also if the module stores its transpose. It is the module's own tensor and changes with every
+             pass, unless a pass needs the `original`: then it is a copy of what the first pass that compresses was given
+    args     the weight arguments, resolved for this layer
+    hessian  of its inputs, `drift` of these from the original model's; None unless the pass needs them
+    held_out Hessian and drift of the tokens that were held out, which `hessian` and `drift` count too
+    result   what the pass leaves
+    figures  those of the layer in the report
+    inputs   how its inputs are quantized
     """
 
     name: str
     weight: Tensor
-    args: WeightArgs  # resolved for this layer
+    args: WeightArgs
     hessian: Hessian | None = None
     drift: Drift | None = None
-    held_out: HeldOut | None = None  # of the held-out tokens, which `hessian` and `drift` include
+    held_out: HeldOut | None = None
     result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
-    inputs: QuantArgs | None = None  # of the activations that it reads
+    inputs: QuantArgs | None = None
 
     @property
     def grid_args(self) -> QuantArgs:
-        """`args` of a layer that is to be quantized. Raises `UsageError` for one that is to be pruned."""
+        """`args` of a layer that is quantized. Raises `UsageError` if it is pruned."""
         if isinstance(self.args, QuantArgs):
             return self.args
         raise UsageError(f"{self.name} is to be pruned, not quantized", "the last pass of a recipe decides")
 
     @property
     def prune_args(self) -> PruneArgs:
-        """`args` of a layer that is to be pruned. Raises `UsageError` for one that is to be quantized."""
+        """`args` of a layer that is pruned. Raises `UsageError` if it is quantized."""
         if isinstance(self.args, PruneArgs):
             return self.args
         raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
@@ -53,11 +60,12 @@ class Linear:
 
 @dataclass(frozen=True)
 class BlockContext:
-    """What a transform of a block works with.
+    """What a transform reads of a block.
 
-    samples    gives the calibration batches anew: how the block is called, hidden states `[rows, length, width]`, token mask
+    samples    gives the calibration batches, again at every call: how the block is called, hidden states
+               `[rows, length, width]`, token mask
     trial      a call of the block on tiny random rows, and hidden states for it
-    dtypes     in what dtype the checkpoint stores a tensor of the block, by its name inside the block
+    dtypes     the dtype in which the checkpoint stores a tensor of the block, by its name inside the block
     head_size  width of an attention head
     """
 
@@ -69,14 +77,22 @@ class BlockContext:
 
 @dataclass
 class Block:
-    """One decoder block: its module (weights in place), the linears of this stage, and its inputs where they were asked for."""
+    """One decoder block.
+
+    name     the full name of the module
+    module   the block, with its weights
+    linears  its linears, or with `true_sequential` those of one stage: linears with a common input
+    context  for a pass that needs `samples` or a `trial`
+    io       for a pass that needs `block_io`
+    seed     the recipe's, for random choices
+    """
 
     name: str
     module: nn.Module
     linears: list[Linear]
     context: BlockContext | None = None
     io: BlockIO | None = None
-    seed: int = 0  # the recipe's: of whatever a pass chooses at random
+    seed: int = 0
 
     def local(self) -> dict[str, Linear]:
         """The linears by their names inside the block."""

@@ -5,6 +5,8 @@ forward.
 """
 
 from dataclasses import dataclass, replace
+from functools import reduce
+from operator import or_
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,7 @@ from ..calibrate.runner import Runner
 from ..calibrate.statistics.collect import Statistics
 from ..kernels.activations import quantized_inputs
 from ..kernels.tensor import Compressed, CompressedTensor, joined
+from ..recipes.methods import Needs
 from ..recipes.schema import PassSpec, Recipe
 from ..recipes.scheme import QuantArgs
 from .block import Block, BlockContext, Linear
@@ -58,11 +61,11 @@ def round_tables(skeleton: PreTrainedModel, workspace: Workspace) -> None:
 def needs_calibration(recipe: Recipe, plan: Plan) -> bool:
     """Whether calibration rows are read: by a pass, or for static ranges of inputs or of the cache."""
     static_inputs = plan.inputs is not None and not plan.inputs.dynamic
-    return bool(_needs(recipe) - {"trial"}) or static_inputs or (plan.kv is not None and plan.kv.static)
+    return _needs(recipe).text or static_inputs or (plan.kv is not None and plan.kv.static)
 
 
-def _needs(recipe: Recipe) -> frozenset[str]:
-    return frozenset().union(*(p.config.needs for p in recipe.passes))
+def _needs(recipe: Recipe) -> Needs:
+    return reduce(or_, (entry.config.needs for entry in recipe.passes))
 
 
 @dataclass(frozen=True)
@@ -79,10 +82,10 @@ class Walk:
     def of(cls, skeleton: PreTrainedModel, workspace: Workspace, device: str, observer: Observer) -> "Walk":
         """A walk with the runner, and the probe if a pass needs one, on `device`."""
         needs, source, scratch = _needs(workspace.recipe), workspace.source, workspace.scratch
-        trains = "block_io" in needs
-        references = trains or "drift" in needs
+        trains = needs.block_io
+        references = trains or needs.drift
         runner = Runner(skeleton, source, workspace.rows, scratch, device, references, small_batches=trains)
-        probe = Probe(skeleton, source, scratch / "probe", device) if needs & {"samples", "trial"} else None
+        probe = Probe(skeleton, source, scratch / "probe", device) if needs.samples or needs.trial else None
         return cls(skeleton, workspace, runner, probe, observer)
 
     @property
@@ -135,8 +138,8 @@ class Walk:
         block = Block(name, module, _linears(name, module, plan), seed=self.recipe.seed)
         block.context = None if self.probe is None else self._context(index, self.probe)
         for entry in self.recipe.passes:
-            starts_compressing = entry.method_entry.compresses and entry.config.scheme is not None
-            if "original" in _needs(self.recipe) and starts_compressing:
+            starts_compressing = entry.method_entry.compresses and not entry.method_entry.refines
+            if _needs(self.recipe).original and starts_compressing:
                 _keep_originals(block)
             self._apply(entry, block, index)
             if not entry.method_entry.compresses:
@@ -153,16 +156,16 @@ class Walk:
     def _apply(self, entry: PassSpec, block: Block, index: int) -> None:
         """Run one pass on a loaded block, in one stage or, if the pass is truly sequential, group by group of linears."""
         local, needs = block.local(), entry.config.needs
-        if "block_io" in needs:
+        if needs.block_io:
             self.emit(index, "train")
             block = replace(block, io=self.runner.io(index))
-        if "hessian" not in needs:
+        if not needs.hessian:
             self._solve(entry, block, local, Statistics(), index)
             return
         self.emit(index, "collect")
         groups = self.runner.groups(index, set(local)) if entry.config.true_sequential else [list(local)]
         for names in groups:
-            statistics = self.runner.collect(index, set(names), hold_out="held" in needs)
+            statistics = self.runner.collect(index, set(names), hold_out=needs.held)
             self._solve(entry, block, {name: local[name] for name in names}, statistics, index)
 
     def _solve(

@@ -1,10 +1,10 @@
-"""The plan: what a recipe will do to a model, decided per tensor from the config and the file headers alone.
+"""The plan: what a recipe will do to a model, tensor by tensor, from the config and the file headers alone.
 
-Nothing is computed or loaded, and the promise is exact: the sizes predicted here are the sizes on disk.
+Nothing is computed or loaded, and the plan is exact: the sizes that it predicts are the sizes on disk.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -21,19 +21,19 @@ from ..calibrate.model.source import Source
 from ..errors import UsageError
 from ..kernels.cache.cache import check_cache
 from ..recipes.schema import Recipe
-from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
-from ..recipes.scheme.prune_args import Storage
+from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs
+from ..recipes.scheme.prune_args import Scope, Storage
 from .formats import pack_quantized, sparse
 from .formats.int_quantized import IntQuantized
 from .formats.kv_cache import attentions, scale_specs
 from .formats.registry import format_of
 
-OUTSIDE = -1  # the block of what is in none
+OUTSIDE = -1  # the block number of layers outside the blocks
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """What becomes of one linear layer of a block. `args` is None where it stays dense; `note` says what was adapted."""
+    """What one linear layer becomes. `args` is None if it stays dense; `note` is what had to be adapted to its shape."""
 
     name: str
     block: int
@@ -51,15 +51,23 @@ class LayerPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """Every linear layer's fate and every tensor of the output.
+    """What every linear layer becomes, and every tensor of the output.
 
-    `tables` are the embedding and the head where they are quantized; `heads` are the linear layers outside the blocks that
-    stay dense, `routers` those of mixtures of experts, `untied` is the tied one that gets a weight of its own;
-    `untouched` are parameters of the blocks that no linear layer holds (experts in one tensor). `inputs` say how the quantized
-    layers' inputs are quantized, `kv` how the cache is packed, `attentions` which layers have its scales beside them, as
-    compressed-tensors does (none: they lie in a file of their own, if anywhere). `tensors` are the specs of all output
-    tensors by name, `copied` maps output names to the source tensors taken over unchanged, `bytes_before` and `bytes_after` are
-    sizes of the weight files, `called` holds the modules that go by another name in them, as experts do.
+    layers        the linear layers of the blocks, in their order
+    heads         the linear layers outside the blocks that stay dense
+    untouched     parameters of the blocks that no linear layer holds, such as the experts of a layer in one tensor
+    copied        output name -> name of the source tensor that is copied unchanged
+    tensors       output name -> spec, of all output tensors
+    blocks        how many decoder blocks there are; `prefix` is the name of their list
+    bytes_before  of the source's weight files; `bytes_after` of the output's
+    inputs        how the inputs of the quantized layers are quantized
+    untied        the head, if it was tied to the embedding and gets a weight of its own
+    kv            how the key-value cache is packed
+    attentions    the attention layers that store its scales, as compressed-tensors does; without any, the scales are in a
+                  file of their own, if they are stored at all
+    tables        the embedding and the head, if they are quantized
+    called        modules that have another name in the weight files, as experts do
+    routers       of mixtures of experts
     """
 
     layers: tuple[LayerPlan, ...]
@@ -91,22 +99,22 @@ class Plan:
 
     @property
     def renamed(self) -> dict[str, str]:
-        """The tensors that go by another name in the files."""
+        """The tensors that have another name in the files."""
         return {name: renamed(name, self.called) for name in self.tensors if name.rpartition(".")[0] in self.called}
 
     @property
     def notes(self) -> list[str]:
-        """Every adaptation, grouped by what it is: never silently less than asked."""
+        """Every adaptation with the layers that it concerns: nothing that was asked for is left out silently."""
         grouped: dict[str, list[str]] = {}
         for layer in (*self.layers, *self.tables):
             if layer.note:
                 grouped.setdefault(layer.note, []).append(layer.name)
         if self.untouched:
             grouped["kept dense, weights in more than two dimensions"] = list(self.untouched)
-        return [f"{note}: {_summary(names)}" for note, names in grouped.items()] + self._honest()
+        return [f"{note}: {_summary(names)}" for note, names in grouped.items()] + self._size_of_zeros()
 
-    def _honest(self) -> list[str]:
-        """What pruning saves on disk as stored and, where that is nothing, what would."""
+    def _size_of_zeros(self) -> list[str]:
+        """A note if the zeros of pruned layers save nothing on disk, with the storage in which they would."""
         pruned = [layer for layer in self.layers if isinstance(layer.args, PruneArgs)]
         if not pruned or any(layer.args.storage != "dense" for layer in pruned if isinstance(layer.args, PruneArgs)):
             return []
@@ -123,47 +131,31 @@ class Plan:
 
 
 def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
-    """Decide the fate of every tensor of `source`, whose skeleton is `model`.
+    """Decide what every tensor of `source` becomes; `model` is its skeleton.
 
-    Raises `UsageError` where nothing would be quantized, or where the format cannot hold what the recipe asks for.
+    Raises `UsageError` if the source is quantized already, if the recipe leaves every layer dense or has a budget that is not
+    allocated yet, or if the format cannot hold what the recipe asks for.
     """
     if "quantization_config" in source.config:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     if recipe.allocate is not None:
-        raise UsageError("what each layer gets is still to be measured", "carry the recipe out by lmpress.run")
+        raise UsageError("this recipe has a bit budget that has not been allocated yet", "run it with lmpress.run")
     names = Names(model, source)
     prefix, blocks = find_blocks(model)
-    inputs = _inputs(recipe)
+    inputs, kv = _inputs(recipe), _kv(recipe, model)
     layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))
-    if not any(layer.args for layer in layers):
-        raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
-    kinds = {layer.args.kind: layer.name for layer in layers if isinstance(layer.args, QuantArgs)}
-    if len(kinds) > 1:
-        first, second = list(kinds.items())[:2]
-        raise UsageError(
-            f"{first[1]} becomes {first[0]} and {second[1]} {second[0]}, which no checkpoint holds together",
-            "give the layers one method, or keep some dense",
-        )
+    _check_kinds(layers)
     tables = tuple(_plan_tables(model, names, source, recipe, layers))
-    tensors: dict[str, TensorSpec] = {}
-    for layer in (*layers, *tables):
-        if layer.args is not None:
-            tensors |= format_of(layer.args, inputs).spec(layer.name, layer.args, *layer.shape)
-    replaced = {names.find(f"{layer.name}.weight") for layer in (*layers, *tables) if layer.args is not None}
-    copied = _copied(source, model, names, replaced)
-    tensors |= {name: source.tensors[stored].spec for name, stored in copied.items()}
-    kv = _kv(recipe, model)
     scaled = _with_scales(kv, model, layers, inputs)
-    tensors |= scale_specs(scaled, kv) if kv is not None else {}
     untied = _untied(model, names) if any(entry.method_entry.apply_outside for entry in recipe.passes) else None
+    compressed = [layer for layer in (*layers, *tables) if layer.args is not None]
+    copied = _copied(source, model, names, {names.find(f"{layer.name}.weight") for layer in compressed})
+    tensors = _tensors(compressed, inputs) | {name: source.tensors[stored].spec for name, stored in copied.items()}
+    if kv is not None:
+        tensors |= scale_specs(scaled, kv)
     if untied is not None:
-        stored = names.find(f"{untied}.weight")
-        assert stored is not None
-        tensors[f"{untied}.weight"] = source.tensors[stored].spec
-    pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
-    plain = bool(pruned) and all(args.storage == "dense" for args in pruned)
-    modules = {name.rpartition(".")[0] for name in tensors}
-    called = checkpoint_module_names(model, modules) if plain or _read_elsewhere(layers, inputs) else {}
+        tensors[f"{untied}.weight"] = _stored_spec(source, names, untied)
+    called = _names_in_files(model, tensors, layers, inputs)
     return Plan(
         layers=layers,
         heads=_heads(model, blocks, tables),
@@ -182,6 +174,44 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
         called=called,
         routers=tuple(name for name, module in model.named_modules() if module in routers(blocks)),
     )
+
+
+def _check_kinds(layers: Sequence[LayerPlan]) -> None:
+    """Raise `UsageError` if every layer stays dense, or if two layers cannot be stored in one checkpoint."""
+    if not any(layer.args for layer in layers):
+        raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
+    kinds = {layer.args.kind: layer.name for layer in layers if isinstance(layer.args, QuantArgs)}
+    if len(kinds) > 1:
+        (first, one), (second, other) = list(kinds.items())[:2]
+        raise UsageError(
+            f"layers {one} ({first}) and {other} ({second}) cannot be stored in one checkpoint",
+            "give the layers weights of one kind, or keep some dense",
+        )
+
+
+def _tensors(compressed: Sequence[LayerPlan], inputs: QuantArgs | None) -> dict[str, TensorSpec]:
+    """The specs of the tensors that the compressed layers are stored in."""
+    tensors: dict[str, TensorSpec] = {}
+    for layer in compressed:
+        assert layer.args is not None
+        tensors |= format_of(layer.args, inputs).spec(layer.name, layer.args, *layer.shape)
+    return tensors
+
+
+def _stored_spec(source: Source, names: Names, module: str) -> TensorSpec:
+    stored = names.find(f"{module}.weight")
+    assert stored is not None
+    return source.tensors[stored].spec
+
+
+def _names_in_files(
+    model: PreTrainedModel, tensors: Iterable[str], layers: Sequence[LayerPlan], inputs: QuantArgs | None
+) -> dict[str, str]:
+    """The modules that have another name in the weight files than in the model, if other runtimes read these files."""
+    pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
+    plain = bool(pruned) and all(args.storage == "dense" for args in pruned)
+    modules = {name.rpartition(".")[0] for name in tensors}
+    return checkpoint_module_names(model, modules) if plain or _read_elsewhere(layers, inputs) else {}
 
 
 def _heads(model: PreTrainedModel, blocks: nn.ModuleList, tables: Sequence[LayerPlan]) -> tuple[str, ...]:
@@ -204,18 +234,18 @@ def _kv(recipe: Recipe, model: PreTrainedModel) -> CacheScheme | None:
 def _with_scales(
     kv: CacheScheme | None, model: PreTrainedModel, layers: Sequence[LayerPlan], inputs: QuantArgs | None
 ) -> tuple[str, ...]:
-    """The attention layers that get the scales of the cache beside them: where others would read them."""
+    """The attention layers that store the scales of the cache: all of them if other runtimes can read the checkpoint."""
     return tuple(attentions(model)) if kv is not None and kv.is_shared and _read_elsewhere(layers, inputs) else ()
 
 
 def _read_elsewhere(layers: Sequence[LayerPlan], inputs: QuantArgs | None) -> bool:
-    """Whether all layers are stored as compressed-tensors has them."""
+    """Whether all layers are stored in formats of compressed-tensors."""
     used = {format_of(layer.args, inputs) for layer in layers if layer.args is not None}
     return all(each is pack_quantized or isinstance(each, IntQuantized) for each in used)
 
 
 def _untied(model: PreTrainedModel, names: Names) -> str | None:
-    """The head, where it shares its weight with the embedding."""
+    """The head, if it shares its weight with the embedding."""
     head = next((n for n, m in model.named_modules() if m is model.get_output_embeddings()), None)
     return head if head is not None and names.ties(f"{head}.weight") else None
 
@@ -232,32 +262,49 @@ def _plan_layers(
 
 
 def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, recipe: Recipe) -> LayerPlan:
-    rows, columns = weight_of(module).shape
-    kind = type(module).__name__
+    shape, kind = _shape(module), type(module).__name__
     asked = recipe.weights(name)
     if asked is None:
-        return LayerPlan(name, block, kind, (rows, columns), None, 0, "kept dense as asked")
+        return LayerPlan(name, block, kind, shape, None, 0, "kept dense as asked")
     if isinstance(asked, PruneArgs):
-        args = asked.for_layer(columns, stored, recipe.passes[-1].config.scope, transposed=isinstance(module, Conv1D))
-        note = None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask"
-        if asked.block > 1 and not getattr(recipe.passes[-1].config, "blocks", False):
-            raise UsageError(f"{recipe.passes[-1].method} does not prune in blocks", "use --method exactobs")
-        if args.pattern != asked.pattern:
-            note = f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
+        args, note = _pruned(asked, recipe.solver.method_entry.scope, module, stored)
     else:
-        args = _fitted(name, asked, columns)
-        note = None if args == asked else _adapted(asked, args, columns)
-        if args.kind == "nf4":
-            args = replace(args, dtype=float_name(stored))
-        for entry in recipe.passes:
-            if entry.method_entry.adapt is not None:
-                args = entry.method_entry.adapt(entry.config, args, (rows, columns))
+        args, note = _quantized(name, asked, shape, stored, recipe)
     storing = format_of(args, _inputs(recipe))
     reason = storing.supports(args)
     if reason:
         raise UsageError(f"{name} cannot be stored: {reason}")
-    nbytes = sum(spec.nbytes for spec in storing.spec(name, args, rows, columns).values())
-    return LayerPlan(name, block, kind, (rows, columns), args, nbytes, note)
+    nbytes = sum(spec.nbytes for spec in storing.spec(name, args, *shape).values())
+    return LayerPlan(name, block, kind, shape, args, nbytes, note)
+
+
+def _shape(module: nn.Module) -> tuple[int, int]:
+    rows, columns = weight_of(module).shape
+    return rows, columns
+
+
+def _pruned(asked: PruneArgs, scope: Scope, module: nn.Module, stored: torch.dtype) -> tuple[PruneArgs, str | None]:
+    """The arguments of a layer that is pruned, by a method of this `scope`, and what had to be adapted."""
+    _, columns = _shape(module)
+    args = asked.for_layer(columns, stored, scope, transposed=isinstance(module, Conv1D))
+    if args.pattern != asked.pattern:
+        return args, f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
+    return (
+        args,
+        None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask",
+    )
+
+
+def _quantized(
+    name: str, asked: QuantArgs, shape: tuple[int, int], stored: torch.dtype, recipe: Recipe
+) -> tuple[QuantArgs, str | None]:
+    """The arguments of a layer that is quantized, with what every pass adds to them, and what had to be adapted."""
+    args = _fitted(name, asked, shape[1])
+    note = None if args == asked else _adapted(asked, args, shape[1])
+    for entry in recipe.passes:
+        if entry.method_entry.adapt is not None:
+            args = entry.method_entry.adapt(entry.config, args, shape, stored)
+    return args, note
 
 
 def _fitted(name: str, args: QuantArgs, columns: int) -> QuantArgs:
@@ -270,16 +317,18 @@ def _fitted(name: str, args: QuantArgs, columns: int) -> QuantArgs:
 def _plan_tables(
     model: PreTrainedModel, names: Names, source: Source, recipe: Recipe, layers: Sequence[LayerPlan]
 ) -> Iterator[LayerPlan]:
-    """The embedding, and the head where it has a weight of its own, as `recipe.embedding` asks for them."""
+    """The embedding, and the head if it has a weight of its own, quantized as `recipe.embedding` asks."""
     asked = recipe.embedding
     if asked is None:
         return
     if asked.strategy not in ("group", "channel") or pack_quantized.supports(asked):
-        raise UsageError("an embedding is stored in integer groups of its rows", "use strategy group or channel")
+        raise UsageError(
+            "an embedding can only be quantized in groups or rows of integers", "use strategy group or channel"
+        )
     if any(entry.method_entry.apply_outside for entry in recipe.passes):
-        raise UsageError("a pass that turns the whole model rewrites the embedding", "leave `embedding` out")
+        raise UsageError("a pass that transforms the whole model rewrites the embedding", "leave `embedding` out")
     if any(layer.args and format_of(layer.args, _inputs(recipe)) is not pack_quantized for layer in layers):
-        raise UsageError(f"an embedding is only packed beside {pack_quantized.NAME} layers", "leave `embedding` out")
+        raise UsageError(f"an embedding is only packed with {pack_quantized.NAME} layers", "leave `embedding` out")
     for name, module in model.named_modules():
         if module is model.get_input_embeddings() and type(module) is not nn.Embedding:
             raise UsageError(f"{name} is a {type(module).__name__}, not a plain table", "leave `embedding` out")
@@ -302,7 +351,7 @@ def _adapted(asked: QuantArgs, args: QuantArgs, columns: int) -> str:
 
 
 def _copied(source: Source, model: PreTrainedModel, names: Names, replaced: set[str | None]) -> dict[str, str]:
-    """Output name -> source tensor for all that is taken over: the model's names where it has one."""
+    """Output name -> source tensor of all that is copied, by the model's name of the tensor if it has one."""
     known = {}
     for name in model.state_dict(keep_vars=True):
         stored = names.find(name)

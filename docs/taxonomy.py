@@ -1,11 +1,7 @@
-"""Write docs/taxonomy.md from the code's own tables of roles, methods, formats, runtimes and kernels.
-
-python docs/taxonomy.py
-"""
+"""The text of docs/taxonomy.md, from the code's own tables of roles, methods, formats, runtimes and kernels."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 
 from lmpress.compress.formats.registry import format_of
 from lmpress.compress.plan import LayerPlan
@@ -15,7 +11,7 @@ from lmpress.kernels.cache.cache import PackedCache
 from lmpress.kernels.dispatch import KERNELS
 from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.quantized_inputs import IntegerLinear
-from lmpress.recipes.methods import METHODS, method
+from lmpress.recipes.methods import Family, method_names
 from lmpress.recipes.schema import build
 from lmpress.recipes.scheme import (
     CACHE_KEY,
@@ -36,7 +32,7 @@ WIDTH, GROUP = 4096, 128  # of the layer that formats and kernels are asked abou
 HEAD = """\
 # The taxonomy: what is quantized, and how
 
-`docs/taxonomy.py` wrote this page from the tables that the code itself works with; a test holds the two together.
+`docs/generate.py` wrote this page from the tables that the code itself works with; a test holds the two together.
 
 A `Scheme` has three roles, `weights`, `inputs` and `kv`, each described by a `QuantArgs`: 2 to 8 bits, symmetric or asymmetric,
 static or dynamic, one scale per tensor, output row (`channel`), group of neighbours (`group`) or token. Every cell is a row
@@ -54,16 +50,10 @@ after any quantizer).
 """
 
 
-def main() -> None:
-    (Path(__file__).parent / "taxonomy.md").write_text(page(), encoding="utf-8")
-
-
 def page() -> str:
     """The whole text of taxonomy.md."""
-    names = [method(name) for name in METHODS]
     foot = FOOT.format(
-        transforms=_listed(each.name for each in names if not each.compresses),
-        goers=_listed(each.name for each in names if each.compresses and not _has_scheme(each.name)),
+        transforms=_listed(method_names(Family.TRANSFORM)), goers=_listed(method_names(Family.RECONSTRUCT))
     )
     return HEAD + "\n".join(_table(role, cell) for role, cell in ROLES) + foot
 
@@ -126,18 +116,12 @@ ROLES = ((WEIGHTS, _weights), (INPUTS, _inputs), (CACHED, _cached))
 
 def _methods(scheme: Scheme) -> Iterator[str]:
     """The methods that take the scheme."""
-    for name in METHODS:
-        if _has_scheme(name):
-            try:
-                build({"passes": [{"method": name, "scheme": asdict(scheme)}]})
-            except UsageError:
-                continue
-            yield name
-
-
-def _has_scheme(name: str) -> bool:
-    known = method(name)
-    return known.compresses and "scheme" in known.options()
+    for name in method_names(Family.QUANTIZE):
+        try:
+            build({"passes": [{"method": name, "scheme": asdict(scheme)}]})
+        except UsageError:
+            continue
+        yield name
 
 
 def _weight_formats(args: QuantArgs) -> str:
@@ -172,7 +156,3 @@ def _with_bits(name: str, bits: set[int]) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names)
-
-
-if __name__ == "__main__":
-    main()

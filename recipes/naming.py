@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from .methods import AFTER_TRANSFORM
 from .schema import PassSpec, Recipe
 from .scheme.prune_args import Pruning
 
@@ -12,7 +13,7 @@ def default_out(model: str | Path, recipe: Recipe) -> Path:
     Passes that refine what the previous one left are not named: `--quality` does not change where a result lies.
     """
     names = [entry.method for entry in recipe.passes if not refines_previous(entry)]
-    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == "rtn" else names)
+    methods = "-".join(names[:-1] if len(names) > 1 and names[-1] == AFTER_TRANSFORM else names)
     return next_to(model, f"{methods}-{_amount(recipe)}")
 
 
@@ -24,7 +25,7 @@ def next_to(model: str | Path, suffix: str) -> Path:
 
 def refines_previous(entry: PassSpec) -> bool:
     """Whether the pass has no scheme of its own and works on what the previous one left."""
-    return entry.method_entry.compresses and entry.config.scheme is None
+    return entry.method_entry.refines
 
 
 def _amount(recipe: Recipe) -> str:

@@ -1,7 +1,7 @@
 """Recipes: an ordered list of passes and what they calibrate on. YAML, flags and Python arguments are the same schema."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
@@ -14,13 +14,14 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_serializer, model_validator
 
 from ..errors import UsageError
-from .methods import Method, PassConfig, method
-from .scheme import QuantArgs, Scheme, WeightArgs
+from .methods import AFTER_TRANSFORM, Family, Method, PassConfig, method, method_names
+from .scheme import PruneArgs, QuantArgs, Scheme, WeightArgs
+from .scheme.kind_names import GGUF_BLOCKS, PRUNED
 from .scheme.prune_args import Pruning
 
 
 class Calibration(BaseModel):
-    """The rows of tokens that statistics are gathered on."""
+    """The rows of tokens that statistics are collected on."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -30,11 +31,11 @@ class Calibration(BaseModel):
 
 
 class Allocation(BaseModel):
-    """A budget that the layers share, spent where it does most good (see `compress/allocation/allocate.py`).
+    """A budget that the layers share (see `compress/allocation/allocate.py`).
 
-    `average` is in bits a weight on disk, scales included, or the share of zeros when pruning (None: that of the scheme);
-    `levels` are what a layer may get (none given: all bits, sparsities around the average); `tokens` of the calibration text
-    are measured on.
+    average  bits per weight on disk, scales included; the share of zeros when pruning (None: that of the scheme)
+    levels   the bits or sparsities that a layer may get (empty: all bits, or sparsities around the average)
+    tokens   how many tokens of the calibration text the layers are measured on
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -58,7 +59,7 @@ class PassSpec(BaseModel):
         if not isinstance(value, Mapping) or "config" in value:
             return value
         if not isinstance(value.get("method"), str):
-            raise UsageError("a pass of the recipe names no method", "write `method: gptq` or another one")
+            raise UsageError("a pass of the recipe has no method", "write for example `method: gptq`")
         options = {name: option for name, option in value.items() if name != "method"}
         return {"method": value["method"], "config": configure(value["method"], options)}
 
@@ -69,14 +70,20 @@ class PassSpec(BaseModel):
 
     @cached_property
     def method_entry(self) -> Method:
-        """The method that carries the pass out."""
+        """The registered method of the pass."""
         return method(self.method)
 
 
 class Recipe(BaseModel):
-    """What a run does. `keep` are patterns of layers that stay dense; `overrides` change the weight arguments of layers by
-    pattern, later patterns over earlier ones. `allocate` lets the layers share a budget. `embedding` is how the table of
-    embeddings and the head are rounded to nearest (None: they stay as they are)."""
+    """What a run does.
+
+    passes       the methods, in the order in which they are applied to every block
+    calibration  the text that they see
+    keep         patterns of layers that stay dense
+    overrides    changes of the weight arguments by pattern of layers; a later pattern wins over an earlier one
+    allocate     a budget that the layers share
+    embedding    how the embedding and the head are rounded to nearest (None: they stay as they are)
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -93,59 +100,84 @@ class Recipe(BaseModel):
         last = self.passes[-1]
         if not last.method_entry.compresses:
             raise UsageError(
-                f"{last.method} alone stores nothing smaller", "add a pass behind it, such as `method: rtn`"
+                f"{last.method} alone compresses nothing", f"add a pass after it, such as `method: {AFTER_TRANSFORM}`"
             )
         for before, after in pairwise(self.passes):
             if before.method_entry.compresses and not after.method_entry.compresses:
                 raise UsageError(
-                    f"{after.method} comes after {before.method}", "transform weights before compressing them"
+                    f"{after.method} comes after {before.method}", "put transforms before the passes that compress"
                 )
         if sum(entry.method_entry.apply_outside is not None for entry in self.passes) > 1:
-            raise UsageError("only one pass can turn the whole model", "leave out all but one")
-        compressors = [entry for entry in self.passes if entry.method_entry.compresses]
-        if compressors[0].config.scheme is None:
-            raise UsageError(
-                f"{compressors[0].method} has nothing to improve on", "put a quantizer such as gptq before it"
-            )
-        _check_two_levels(compressors)
+            raise UsageError("only one pass can transform the whole model", "leave out all but one")
+        first = self._compressors[0]
+        if first.method_entry.refines:
+            quantizers = ", ".join(method_names(Family.QUANTIZE))
+            raise UsageError(f"{first.method} has nothing to improve on", f"put a quantizer before it: {quantizers}")
+        for entry in self._compressors:
+            _check_supported(entry, (entry.config.scheme or self.scheme).weights)
         return self
 
     @property
+    def _compressors(self) -> list[PassSpec]:
+        return [entry for entry in self.passes if entry.method_entry.compresses]
+
+    @property
+    def solver(self) -> PassSpec:
+        """The pass whose scheme the result has: the last one with a scheme of its own."""
+        return next(entry for entry in reversed(self._compressors) if not entry.method_entry.refines)
+
+    @property
     def scheme(self) -> Scheme | Pruning:
-        """The scheme that the passes leave behind: that of the last one which has one."""
-        schemes = [entry.config.scheme for entry in self.passes if entry.method_entry.compresses]
-        return next(scheme for scheme in reversed(schemes) if scheme is not None)
+        """The scheme of the result."""
+        return self.solver.config.scheme
 
     def weights(self, layer: str) -> WeightArgs | None:
-        """How the layer's weight is to be compressed before that is fitted to its width; None where it is kept dense."""
+        """How the layer's weight is to be compressed before that is fitted to its width; None if it is kept dense.
+
+        Raises `UsageError` if an override asks for what a pass cannot make.
+        """
         if any(fnmatch(layer, pattern) for pattern in self.keep):
             return None
         args = self.scheme.weights
         for pattern, changes in self.overrides.items():
             if fnmatch(layer, pattern):
                 args = _replaced(args, changes, pattern)
+        if args is not self.scheme.weights:
+            for entry in self._compressors:
+                _check_supported(entry, args)
         return args
 
 
-OF_BLOCKS = ("gptq", "obq", "rtn")  # the methods that solve on any grid
+def _check_supported(entry: PassSpec, args: WeightArgs) -> None:
+    """Raise `UsageError` if the pass can neither make nor improve on weights of these arguments."""
+    known = entry.method_entry
+    kind = PRUNED if isinstance(args, PruneArgs) else args.kind
+    if not known.supports(kind):
+        words = f"improve on {kind}" if known.refines else f"make {kind}"
+        raise UsageError(f"{entry.method} does not {words} weights", _alternative(known, kind))
+    if isinstance(args, PruneArgs):
+        _check_blocks(entry, args)
+    elif kind == GGUF_BLOCKS and not args.symmetric and args.scale_dtype == "float16":
+        raise UsageError(f"{args.block} can be read, not quantized to", "use scale_dtype=super, or symmetric blocks")
 
 
-def _check_two_levels(passes: Sequence[PassSpec]) -> None:
-    """Raise `UsageError` where a pass is to leave scales that are quantized themselves and cannot."""
-    for entry in passes:
-        scheme = entry.config.scheme
-        if not isinstance(scheme, Scheme):
-            continue
-        if scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
-            raise UsageError(f"{entry.method} leaves no two-level scales", "use method spqr, or scale_dtype float16")
-        if scheme.weights.kind == "blocks" and entry.method not in OF_BLOCKS:
-            raise UsageError(f"{entry.method} leaves no GGUF blocks", f"use method {', '.join(OF_BLOCKS)}")
-        if scheme.weights.kind == "blocks" and not scheme.weights.symmetric and scheme.weights.scale_dtype == "float16":
-            raise UsageError(f"{scheme.weights.block} is read, not solved", "use scale_dtype=super, or symmetric")
+def _check_blocks(entry: PassSpec, args: PruneArgs) -> None:
+    if args.block > 1 and not entry.method_entry.prunes_blocks:
+        able = [name for name in method_names(Family.PRUNE) if method(name).prunes_blocks]
+        raise UsageError(f"{entry.method} does not prune in blocks", f"use method {' or '.join(able)}")
+
+
+def _alternative(known: Method, kind: str) -> str:
+    """What to do if the method does not support weights of that kind."""
+    if known.refines:
+        able = [name for name in method_names(Family.QUANTIZE) if known.improves_on(method(name))]
+        return f"put it after {' or '.join(able)}"
+    able = [name for name in method_names(Family.QUANTIZE, Family.PRUNE) if method(name).supports(kind)]
+    return f"use method {' or '.join(able)}"
 
 
 def configure(name: str, options: Mapping[str, Any]) -> PassConfig:
-    """The config of the method `name` with `options`. Raises `UsageError` for unknown or unfit options."""
+    """The config of the method `name` with `options`. Raises `UsageError` for unknown options and wrong values."""
     known = method(name)
     for option in options:
         if option not in known.options():
@@ -165,7 +197,7 @@ def parse(text: str, where: str) -> Recipe:
 def build(content: Mapping[str, Any], where: str = "the recipe") -> Recipe:
     """The recipe that a mapping describes. Raises `UsageError`."""
     if "stages" in content:
-        raise UsageError(f"{where} is a chain of stages", "carry it out with: compress run --recipe")
+        raise UsageError(f"{where} is a chain of stages", "run it with: compress run MODEL --recipe FILE")
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
@@ -178,7 +210,7 @@ def read(name: str | Path) -> Recipe:
 
 
 def content(name: str | Path) -> tuple[Mapping[str, Any], str]:
-    """What stands in a YAML file or the shipped recipe of that name, and what errors call it. Raises `UsageError`."""
+    """The content of a YAML file or of the shipped recipe of that name, and its name in errors. Raises `UsageError`."""
     file = Path(name)
     if file.is_file():
         try:
@@ -197,7 +229,7 @@ def _mapping(text: str, where: str) -> Mapping[str, Any]:
     except yaml.YAMLError as error:
         raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(found, Mapping):
-        raise UsageError(f"{where} is no recipe", "it must be a mapping with a list `passes`")
+        raise UsageError(f"{where} is not a recipe", "it must be a mapping with a list `passes`")
     return found
 
 
@@ -229,7 +261,7 @@ def _suggest(name: str, known: list[str]) -> str:
 
 
 def as_usage_error(error: ValidationError, where: str) -> UsageError:
-    """The first thing that pydantic found wrong, in one line."""
+    """The first error that pydantic found, in one line."""
     first = error.errors()[0]
     place = ".".join(str(part) for part in first["loc"])
     return UsageError(f"{where}: {place or 'value'}: {first['msg'].lower()}")

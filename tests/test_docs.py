@@ -4,7 +4,9 @@ import re
 import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, fields
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import pytest
@@ -36,6 +38,20 @@ def test_the_option_table_of_a_method_is_its_config(name: str) -> None:
         for column, cell in described[field.name].items():
             if column in ("default", *QUALITIES) and field.name not in SPEAKS_FOR_ITSELF:
                 assert yaml.safe_load(cell) == value_in(known, field, column, described), (field.name, column)
+
+
+def test_the_generated_pages_are_up_to_date(generator: ModuleType) -> None:
+    pages = generator.pages()
+    assert {page.relative_to(ROOT).as_posix() for page in pages} == {"docs/taxonomy.md", "docs/index.md", "README.md"}
+    stale = [page.name for page, text in pages.items() if page.read_text(encoding="utf-8") != text]
+    assert stale == [], "run: python docs/generate.py"
+
+
+def test_a_page_without_its_markers_is_noticed(generator: ModuleType) -> None:
+    with pytest.raises(ValueError, match="the page lacks"):
+        generator.with_section("no markers", "text")
+    page = f"before {generator.BEGIN} old {generator.END} after"
+    assert generator.with_section(page, "new ") == f"before {generator.BEGIN}\nnew {generator.END} after"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -87,6 +103,13 @@ def test_the_page_of_formats_says_what_runtimes_accept() -> None:
             assert row_of(runtime, container) in page
     assert sum(line.startswith("| `") and line.count("|") == 10 for line in page) == sum(map(len, TARGETS.values()))
     assert all(any(f"| `{name}` |" in line for line in page) for name in export.formats())
+
+
+@pytest.fixture
+def generator(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module docs/generate.py."""
+    monkeypatch.syspath_prepend(DOCS)
+    return import_module("generate")
 
 
 @pytest.fixture

@@ -1,8 +1,6 @@
-"""The page of the taxonomy says what the code does: written again, it is the same."""
+"""The taxonomy: its page has every cell, and every cell is taken or refused with the reason that the page gives."""
 
-import importlib.util
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -12,18 +10,8 @@ from lmpress.recipes.scheme import CACHED, INPUTS, STRATEGIES, WEIGHTS, CacheSch
 DOCS = Path(__file__).parents[1] / "docs"
 
 
-@pytest.fixture
-def writer() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("taxonomy", DOCS / "taxonomy.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def test_the_page_is_up_to_date(writer: ModuleType) -> None:
+def test_every_cell_of_the_taxonomy_has_a_row() -> None:
     written = (DOCS / "taxonomy.md").read_text(encoding="utf-8")
-    assert written == writer.page(), "run: python docs/taxonomy.py"
     rows = [line for line in written.splitlines() if line.startswith(("| tensor", "| channel", "| group", "| token"))]
     assert all(line.count("|") == 8 for line in rows) and len({tuple(r.split("|")[1:3]) for r in rows}) == 8
 

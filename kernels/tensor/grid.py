@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ...errors import CompressError, UsageError
 from ...recipes.scheme import REAL_ZEROS, SUPER_BLOCK, QuantArgs
+from ...recipes.scheme.kind_names import NF4, OUTLIER_COLUMNS
 
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
@@ -38,7 +39,7 @@ LARGEST = {
     False: 63,
 }  # multiples of a super-block's units, by whether it is symmetric: signed bytes, or six bits
 NEARBY = (-4, -3, -2, -1, 1, 2, 3, 4)  # multiples tried around the nearest one where the observer searches
-OF_ONE_METHOD = {"nf4": "nf4", "columns": "llm-int8"}  # kinds that no solver of grids leaves
+NOT_GRIDS = (NF4, OUTLIER_COLUMNS)  # kinds that have no groups of their own to be fitted
 
 
 @dataclass(frozen=True)
@@ -154,11 +155,8 @@ def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None
 
     Raises `CompressError` where a scale does not fit its stored dtype, `UsageError` for other kinds of weights.
     """
-    if args.kind in OF_ONE_METHOD:
-        raise UsageError(
-            f"a weight of the kind {args.kind!r} is not a plain grid, to be solved or clipped",
-            f"use --method {OF_ONE_METHOD[args.kind]}, after awq with clip=false",
-        )
+    if args.kind in NOT_GRIDS:
+        raise UsageError(f"{args.kind} weights have no plain grid, which is all that can be fitted")
     if args.observer == "minmax":
         return parameters(groups.amin(-1), groups.amax(-1), args)
     rows = max(1, CACHED // max(1, groups[:1].numel()))

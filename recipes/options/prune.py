@@ -4,10 +4,11 @@ from pydantic import Field
 
 from ...errors import UsageError
 from .. import schema
+from ..methods import Family, method_names
 from ..schema import Recipe
 from ..scheme.prune_args import Storage
 from .calibration import CalibrationOptions, split
-from .offered import find_offered, offered
+from .offered import find_offered
 
 SCHEME_OPTIONS = ("scope", "dtype")
 
@@ -22,7 +23,7 @@ class PruneOptions(CalibrationOptions):
     (`dtype`).
     """
 
-    method: str = Field(default="exactobs", description=f"{', '.join(offered('prune'))}.")
+    method: str = Field(default="exactobs", description=f"{', '.join(method_names(Family.PRUNE))}.")
     sparsity: float | None = Field(default=None, description="Share of the weights that becomes zero. Default: 0.5")
     pattern: str | None = Field(
         default=None, description="Zeros in every group of columns instead: 2:4, 4:8; or blocks of columns: 1x4."
@@ -39,7 +40,7 @@ class PruneOptions(CalibrationOptions):
         """The recipe that these options stand for. Raises `UsageError` if they contradict each other."""
         if self.sparsity is not None and self.pattern is not None and ":" in self.pattern:
             raise UsageError("a pattern such as 2:4 fixes the sparsity", "give --sparsity or --pattern, not both")
-        find_offered(self.method, "prune", "prune")
+        find_offered(self.method, "prune", Family.PRUNE)
         of_scheme, of_method = split(self.options, SCHEME_OPTIONS)
         sparsity = 0.5 if self.sparsity is None else self.sparsity
         weights = {"sparsity": sparsity, "pattern": self.pattern, "storage": self.format, **of_scheme}

@@ -8,15 +8,16 @@ from pydantic import Field
 from ...errors import UsageError
 from .. import schema
 from ..fields import Flag
-from ..methods import Method
+from ..methods import AFTER_TRANSFORM, TRAINED_BY, Family, Method, method_names
+from ..methods import method as find_method
 from ..schema import Recipe
-from ..scheme import LEVELS, QuantArgs, Scheme, group_strategy
+from ..scheme import LEVELS, Scheme, group_strategy
 from .calibration import CalibrationOptions, split
-from .offered import find_offered, offered
+from .offered import find_offered
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
-FAMILIES = ("quantize", "transform")
+FAMILIES = (Family.QUANTIZE, Family.TRANSFORM)
 LEVEL = "level"  # SmoothQuant's O1, O2, O3
 
 
@@ -32,7 +33,7 @@ class QuantizeOptions(CalibrationOptions):
     SmoothQuant's).
     """
 
-    method: str = Field(default="gptq", description=f"{', '.join(offered(*FAMILIES))}.")
+    method: str = Field(default="gptq", description=f"{', '.join(method_names(*FAMILIES))}.")
     bits: int | None = Field(
         default=None, description="Bits per weight, 2 to 8. Default: the method's own, for most methods 4."
     )
@@ -66,15 +67,16 @@ class QuantizeOptions(CalibrationOptions):
         grid, of_method = split(others, GRID_OPTIONS)
         base = _at_level(level[LEVEL]) if level else known.scheme
         size = own_size if self.group_size is None else self.group_size
-        scheme = self._scheme(base, size, grid, of_inputs)
-        return schema.build(
-            {
-                "passes": self._passes(known, scheme, base.weights, of_method),
-                "allocate": None if self.average_bits is None else {"average": self.average_bits},
-                **self.recipe_parts(),
-            },
-            "quantize",
-        )
+        assert isinstance(base, Scheme)  # what quantizers and transforms have
+        passes = self._passes(known, self._scheme(base, size, grid, of_inputs), of_method)
+        recipe = self._built(passes)
+        scheme = recipe.scheme
+        trained = isinstance(scheme, Scheme) and find_method(TRAINED_BY).supports(scheme.weights.kind)
+        return self._built([*passes, {"method": TRAINED_BY}]) if self.quality == "best" and trained else recipe
+
+    def _built(self, passes: list[dict[str, Any]]) -> Recipe:
+        allocate = None if self.average_bits is None else {"average": self.average_bits}
+        return schema.build({"passes": passes, "allocate": allocate, **self.recipe_parts()}, "quantize")
 
     def _scheme(
         self, base: Scheme, size: int | None, grid: dict[str, Any], of_inputs: dict[str, Any]
@@ -93,15 +95,11 @@ class QuantizeOptions(CalibrationOptions):
             scheme["inputs"] = asdict(base.inputs) | of_inputs
         return scheme
 
-    def _passes(
-        self, known: Method, scheme: dict[str, Any], base: QuantArgs, of_method: dict[str, Any]
-    ) -> list[dict[str, Any]]:
-        """The method, rounding to nearest after a transform, and block tuning if the best quality is asked for."""
-        quantizer = {"method": known.name if known.compresses else "rtn", "scheme": scheme}
-        passes = [quantizer | of_method] if known.compresses else [{"method": known.name, **of_method}, quantizer]
-        weights = scheme["weights"]  # only plain codes can be trained
-        plain = base.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
-        return [*passes, {"method": "tune"}] if self.quality == "best" and plain else passes
+    def _passes(self, known: Method, scheme: dict[str, Any], of_method: dict[str, Any]) -> list[dict[str, Any]]:
+        """The method, and after a transform the rounding of its weights."""
+        if known.compresses:
+            return [{"method": known.name, "scheme": scheme} | of_method]
+        return [{"method": known.name, **of_method}, {"method": AFTER_TRANSFORM, "scheme": scheme}]
 
 
 def _at_level(name: str) -> Scheme:

@@ -15,8 +15,8 @@ from ....calibrate.statistics.hessian import Hessian
 from ....errors import UsageError
 from ....kernels.tensor import PrunedTensor
 from ....recipes import schema
+from ....recipes.methods import Family
 from ....recipes.methods import method as registered
-from ....recipes.scheme.prune_args import Pruning
 from ...block import Block, Linear
 
 Layer = nn.Conv2d | nn.Linear
@@ -56,7 +56,7 @@ def prune_classifier(
     for name, hessian in _hessians(model, layers, batches).items():
         parameter = layers[name].weight
         weight = as_matrix(parameter.detach())
-        args = config.scheme.weights.for_layer(weight.shape[1], parameter.dtype, config.scope)
+        args = config.scheme.weights.for_layer(weight.shape[1], parameter.dtype, registered(method).scope)
         linear = Linear(name, weight.float(), args, hessian)
         registered(method).apply(config, Block(name, layers[name], [linear]))
         assert isinstance(linear.result, PrunedTensor)
@@ -70,7 +70,7 @@ def prune_classifier(
 
 def _config(method: str, sparsity: float | None, pattern: str | None, options: Mapping[str, Any]) -> Any:
     """The method's options as an instance of its config class."""
-    if not isinstance(getattr(registered(method).config, "scheme", None), Pruning):
+    if registered(method).family is not Family.PRUNE:
         raise UsageError(f"the method {method} does not prune", "use exactobs")
     if sparsity is not None and pattern is not None and ":" in pattern:
         raise UsageError("a pattern has its own sparsity", "give sparsity or pattern, not both")

@@ -5,16 +5,16 @@ least squares solution on the mask, which equals the result of the elimination (
 Costs `O(in^3)` per row: for layers of up to some thousand columns; for larger ones use `sparsegpt` with `refit`.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from ...solver.masked_lstsq import masked_lstsq, row_losses
@@ -41,17 +41,15 @@ class ExactOBS:
     true_sequential: bool = True
     compare: bool = True
     drift: float = 1.0
-    scope: ClassVar[Scope] = "layer"
-    blocks: ClassVar[bool] = True  # patterns 1xc
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope == "block":
             raise UsageError("ExactOBS does not support the scope block", "use scope layer or row")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to collect."""
-        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
+        return Needs(hessian=True, drift=bool(self.drift))
 
 
 def apply(config: ExactOBS, block: Block) -> None:
@@ -82,3 +80,6 @@ def _better_rows(weight: Tensor, matrix: Tensor, first: Tensor, second: Tensor) 
     """For each row, the mask with the smaller loss after least squares."""
     losses = [row_losses(weight - masked_lstsq(weight, matrix, mask), matrix) for mask in (first, second)]
     return torch.where((losses[1] < losses[0]).unsqueeze(1), second, first)
+
+
+METHOD = Method(ExactOBS, apply, kinds=frozenset({PRUNED}), scheme=Pruning(), prunes_blocks=True)

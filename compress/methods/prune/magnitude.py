@@ -7,8 +7,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....kernels.tensor import PrunedTensor
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from .layers import prune_linears, record
@@ -26,13 +28,12 @@ class Magnitude:
     scheme: Pruning = Pruning()
     refit: bool = False
     damping: float = 0.01
-    scope: ClassVar[Scope] = "layer"
     true_sequential: ClassVar[bool] = False
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """Only the refit needs statistics."""
-        return frozenset({"hessian"} if self.refit else ())
+        return Needs(hessian=self.refit)
 
 
 def apply(config: Magnitude, block: Block) -> None:
@@ -50,3 +51,6 @@ def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs) -> tuple[Tens
     """Zero the smallest entries of `weight` `[out, in]`."""
     pruned = smallest(weight.abs(), args)
     return weight.masked_fill(pruned, 0), pruned
+
+
+METHOD = Method(Magnitude, apply, kinds=frozenset({PRUNED}), scheme=Pruning())

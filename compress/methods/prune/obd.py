@@ -10,8 +10,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from .layers import prune_linears
@@ -30,8 +32,7 @@ class OBD:
     refit: bool = False
     damping: float = 0.01
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
 
 def apply(config: OBD, block: Block) -> None:
@@ -48,3 +49,6 @@ def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs) -> tuple[Tens
 def saliency(weight: Tensor, diagonal: Tensor) -> Tensor:
     """`h_kk w_k^2 / 2`; negative second derivatives, which occur away from a minimum, count as 0."""
     return diagonal.clamp(min=0) * weight.square() / 2
+
+
+METHOD = Method(OBD, apply, kinds=frozenset({PRUNED}), scheme=Pruning())

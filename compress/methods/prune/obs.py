@@ -13,8 +13,10 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from ...solver.masked_lstsq import group_obs
@@ -35,8 +37,7 @@ class OBS:
     block: int = 64
     damping: float = 0.001
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[Scope] = "layer"
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
     def __post_init__(self) -> None:
         if self.block < 1:
@@ -69,3 +70,6 @@ def _compensated(weight: Tensor, inverses: list[Tensor], pruned: Tensor, block: 
     """Group OBS inside every block."""
     spans = zip(weight.split(block, 1), inverses, pruned.split(block, 1), strict=True)
     return torch.cat([group_obs(part, inverse, mask) for part, inverse, mask in spans], dim=1)
+
+
+METHOD = Method(OBS, apply, kinds=frozenset({PRUNED}), scheme=Pruning())

@@ -4,16 +4,16 @@ The mask is chosen during the sweep, from the compensated weights: for 128 colum
 pattern `n:m`, per row at every m-th column. The score is `w^2 / d_j^2` with `d` the diagonal of the Cholesky factor.
 """
 
-from typing import ClassVar
-
 import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import SCOPE_BLOCK, Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import SCOPE_BLOCK, Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from ...solver.sweep import sweep
@@ -36,16 +36,15 @@ class SparseGPT:
     refit: bool = False
     true_sequential: bool = False
     drift: float = 0.0
-    scope: ClassVar[Scope] = "block"
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope not in (None, "block"):
             raise UsageError("SparseGPT supports only the scope block", "leave `scope` out")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to collect."""
-        return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
+        return Needs(hessian=True, drift=bool(self.drift))
 
 
 def apply(config: SparseGPT, block: Block) -> None:
@@ -80,3 +79,6 @@ class ZeroProjection:
     def column(self, index: int, column: Tensor) -> Tensor:
         """Clear the pruned entries."""
         return column.masked_fill(self.mask[index], 0)
+
+
+METHOD = Method(SparseGPT, apply, kinds=frozenset({PRUNED}), scheme=Pruning(), scope="block")

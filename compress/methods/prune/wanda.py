@@ -6,8 +6,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs
-from ....recipes.scheme.prune_args import Pruning, Scope
+from ....recipes.scheme.kind_names import PRUNED
+from ....recipes.scheme.prune_args import Pruning
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian
 from .layers import prune_linears
@@ -26,8 +28,7 @@ class Wanda:
     refit: bool = False
     damping: float = 0.01
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
-    scope: ClassVar[Scope] = "row"
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
 
 def apply(config: Wanda, block: Block) -> None:
@@ -39,3 +40,6 @@ def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs) -> tuple[Tens
     """Zero the smallest scores of `weight` `[out, in]`, with undamped norms."""
     pruned = smallest(weight.abs() * hessian.energy.sqrt(), args)
     return weight.masked_fill(pruned, 0), pruned
+
+
+METHOD = Method(Wanda, apply, kinds=frozenset({PRUNED}), scheme=Pruning(), scope="row")

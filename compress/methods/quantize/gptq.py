@@ -18,7 +18,9 @@ from ....calibrate.statistics.drift import Drift
 from ....errors import UsageError
 from ....kernels.tensor import BlockTensor, CompressedTensor, of_grid
 from ....kernels.tensor.grid import Grid, encode, fit_groups
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme.kind_names import GGUF_BLOCKS, GRID
 from ...block import Block, Linear
 from ...solver.factor import Factor, inverse_factor, solve_upper_
 from ...solver.loss import layer_loss
@@ -92,10 +94,9 @@ class GPTQ:
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to collect."""
-        wanted = {"hessian": True, "drift": bool(self.drift), "held": self.held_out}
-        return frozenset(name for name, needed in wanted.items() if needed)
+        return Needs(hessian=True, drift=bool(self.drift), held=self.held_out)
 
 
 # Options per `--quality`; `best` is followed by training (`tune`). `benchmarks/quality.py` measures the gain of each.
@@ -306,3 +307,6 @@ class GridProjection:
         return codes.T.contiguous(), Grid(
             self._scale.T.contiguous(), self._zero.T.contiguous(), self._args, self._units
         )
+
+
+METHOD = Method(GPTQ, apply, kinds=frozenset({GRID, GGUF_BLOCKS}), scheme=Scheme(), presets=PRESETS)

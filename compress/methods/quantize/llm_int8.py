@@ -19,7 +19,9 @@ from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
 from ....kernels.tensor import CompressedTensor, MixedTensor
 from ....kernels.tensor.grid import Grid
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme, inputs_per, signed_weights
+from ....recipes.scheme.kind_names import OUTLIER_COLUMNS
 from ...block import Block, Linear
 from ...formats.int_quantized import OFFSET
 from ...formats.llm_int8 import kept_columns
@@ -55,9 +57,9 @@ class LLMInt8:
             raise UsageError(f"tokens must be at least 1, got {self.tokens}", "use for example tokens=8192")
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to collect."""
-        return frozenset({"samples", "hessian"}) if self.solve else frozenset({"samples"})
+        return Needs(samples=True, hessian=self.solve)
 
 
 # Options per `--quality`; the published method rounds to nearest.
@@ -154,3 +156,6 @@ def _column_counts(linear: Linear) -> tuple[int, int]:
     """The number of columns that are kept in 16 bits, and the number of all columns."""
     width = linear.weight.shape[1]
     return kept_columns(linear.grid_args, width), width
+
+
+METHOD = Method(LLMInt8, apply, kinds=frozenset({OUTLIER_COLUMNS}), scheme=SCHEME, presets=PRESETS)

@@ -4,14 +4,18 @@ No calibration: each weight is rounded to the nearest of 16 values times the sca
 float32, by default quantized to 8 bits (double quantization): 4.127 bits per weight instead of 4.5.
 """
 
+from dataclasses import replace
 from typing import ClassVar
 
+import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ....errors import UsageError
 from ....kernels.tensor import NF4Tensor
-from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.methods import Method, Needs
+from ....recipes.scheme import QuantArgs, Scheme, float_name
+from ....recipes.scheme.kind_names import NF4 as KIND
 from ...block import Block
 
 SCHEME = Scheme(QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested"))
@@ -22,7 +26,7 @@ class NF4:
     """Options of NF4: those of its scheme. `scale_dtype=float32` turns double quantization off."""
 
     scheme: Scheme = SCHEME
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = Needs()
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -32,7 +36,15 @@ class NF4:
             raise UsageError("no format holds NF4 weights with quantized inputs", "leave the scheme of the inputs out")
 
 
+def adapt(config: NF4, args: QuantArgs, shape: tuple[int, int], before: torch.dtype) -> QuantArgs:
+    """The arguments of a layer with the dtype `before` of its weight, which the format stores."""
+    return replace(args, dtype=float_name(before))
+
+
 def apply(config: NF4, block: Block) -> None:
     """Quantize every linear of the block."""
     for linear in block.linears:
         linear.result = NF4Tensor.of(linear.weight, linear.grid_args)
+
+
+METHOD = Method(NF4, apply, kinds=frozenset({KIND}), scheme=SCHEME, adapt=adapt)

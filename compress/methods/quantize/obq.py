@@ -15,7 +15,9 @@ from torch import Tensor
 from ....errors import UsageError
 from ....kernels.tensor import BlockTensor, CompressedTensor, of_grid
 from ....kernels.tensor.grid import Grid
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import PruneArgs, QuantArgs, Scheme
+from ....recipes.scheme.kind_names import GGUF_BLOCKS, GRID
 from ...block import Block
 from ...solver.damped_hessian import DampedHessian, damp
 from ...solver.loss import layer_loss
@@ -41,7 +43,7 @@ class OBQ:
     order: Order = "greedy"
     pruning: PruneArgs | None = None
     true_sequential: bool = False
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian"})
+    needs: ClassVar[Needs] = Needs(hessian=True)
 
     def __post_init__(self) -> None:
         if self.pruning is not None and self.scheme.weights.formula in ("awq", "spqr", "ggml"):
@@ -104,3 +106,6 @@ def _eliminate_unpruned(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor
         own_grid = Grid(grid.scale[rows], grid.zero[rows], grid.args) if len(grid.scale) > 1 else grid
         parts.append(eliminate(weight[rows], torch.linalg.inv(own), GridProjection(own_grid, rank)).settled)
     return torch.cat(parts)
+
+
+METHOD = Method(OBQ, apply, kinds=frozenset({GRID, GGUF_BLOCKS}), scheme=Scheme())

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ....kernels.tensor import BlockTensor, CompressedTensor, NF4Tensor, of_grid
 from ....kernels.tensor.grid import Grid
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme.kind_names import GGUF_BLOCKS, GRID
 from ...block import Block
 
 
@@ -18,7 +20,7 @@ class RTN:
     """Options of rounding to nearest: those of its scheme."""
 
     scheme: Scheme = Scheme()
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = Needs()
     true_sequential: ClassVar[bool] = False
 
 
@@ -42,3 +44,6 @@ def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
     if args.kind == "nf4":
         return NF4Tensor.of(weight, args).dequantize(weight.dtype)
     return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()
+
+
+METHOD = Method(RTN, apply, kinds=frozenset({GRID, GGUF_BLOCKS}), scheme=Scheme())

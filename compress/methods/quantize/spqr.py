@@ -18,7 +18,9 @@ from torch import Tensor
 from ....errors import UsageError
 from ....kernels.tensor import LEVEL, Bilevel, SpQRTensor
 from ....kernels.tensor.grid import Grid, encode, fit_groups, parameters
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme.kind_names import BILEVEL
 from ...block import Block
 from ...formats.spqr import entries
 from ...solver.refine import refine
@@ -60,18 +62,17 @@ class SpQR:
             )
 
     @property
-    def needs(self) -> frozenset[str]:
+    def needs(self) -> Needs:
         """The statistics to collect."""
-        return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
+        return Needs(hessian=True, drift=bool(self.drift))
 
 
-# Options per `--quality`; each starts with SpQR's grid.
-_GRID = {"symmetric": False, "group_size": 32, "formula": "spqr", "scale_dtype": "bilevel", "outliers": 0.004}
-_EXTENSIONS = {"observer": "mse", "true_sequential": True, "drift": 0.5}
+# Options per `--quality`.
+EXTENSIONS = {"observer": "mse", "true_sequential": True, "drift": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {
-    "fast": _GRID,
-    "balanced": {**_GRID, **_EXTENSIONS, "refine": 1},
-    "best": {**_GRID, **_EXTENSIONS, "refine": 4},
+    "fast": {},
+    "balanced": EXTENSIONS | {"refine": 1},
+    "best": EXTENSIONS | {"refine": 4},
 }
 
 
@@ -240,3 +241,6 @@ def _assemble(
     empty = SpQRTensor(codes, *levels, counts, columns, values.new_zeros(len(columns)).half(), args)
     residual = values - empty.dense(values.dtype)
     return replace(empty, values=residual[outlier].half())
+
+
+METHOD = Method(SpQR, apply, kinds=frozenset({BILEVEL}), scheme=Scheme(GRID), presets=PRESETS)

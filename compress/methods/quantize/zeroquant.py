@@ -14,7 +14,9 @@ from torch import Tensor
 from ....errors import UsageError
 from ....kernels.tensor import CompressedTensor
 from ....kernels.tensor.grid import Grid, fit_groups
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme.kind_names import GRID
 from ...block import Block
 
 
@@ -30,7 +32,7 @@ class ZeroQuant:
 
     scheme: Scheme = Scheme(QuantArgs(bits=8, formula="signed"))
     runs: int = 0
-    needs: ClassVar[frozenset[str]] = frozenset()
+    needs: ClassVar[Needs] = Needs()
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -63,3 +65,6 @@ def _fit_runs(weight: Tensor, args: QuantArgs, runs: int, name: str) -> Grid:
     scale, zero = fit_groups(weight.reshape(runs, -1), args)
     run = torch.arange(runs, device=weight.device).repeat_interleave(rows // runs)
     return Grid(scale[run].unsqueeze(1), zero[run].unsqueeze(1), args)
+
+
+METHOD = Method(ZeroQuant, apply, kinds=frozenset({GRID}), scheme=Scheme())

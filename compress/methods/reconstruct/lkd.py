@@ -12,6 +12,8 @@ from pydantic.dataclasses import dataclass
 from torch.optim import AdamW
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
+from ....recipes.scheme.kind_names import GRID
 from ...block import Block
 from .loop import Target, check_softness, learnable_quantizers, original_outputs, reconstruct, record_figures
 
@@ -31,7 +33,7 @@ class LKD:
     rate: float = 5e-4
     soft: float = 0.2
     hard: float = 0.005
-    needs: ClassVar[frozenset[str]] = frozenset({"block_io"})
+    needs: ClassVar[Needs] = Needs(block_io=True)
     scheme: ClassVar[None] = None
     true_sequential: ClassVar[bool] = False
 
@@ -54,3 +56,6 @@ def apply(config: LKD, block: Block) -> None:
     optimiser = AdamW([quantizer.offset for quantizer in quantizers.values()], lr=config.rate, weight_decay=0.0)
     target = Target(block.io.reference, original_outputs(block.io, block.io.reference), (config.soft, config.hard))
     record_figures(block, reconstruct(block, quantizers, target, optimiser, config.steps))
+
+
+METHOD = Method(LKD, apply, kinds=frozenset({GRID}))

@@ -15,6 +15,8 @@ from pydantic.dataclasses import dataclass
 from torch.optim import Adam
 
 from ....errors import UsageError
+from ....recipes.methods import Method, Needs
+from ....recipes.scheme.kind_names import GRID
 from ...block import Block
 from .loop import Target, check_softness, learnable_quantizers, original_outputs, reconstruct, record_figures
 
@@ -39,7 +41,7 @@ class Tune:
     soft: float = 0.2
     hard: float = 0.005
     target: Literal["stream", "block"] = "stream"
-    needs: ClassVar[frozenset[str]] = frozenset({"block_io"})
+    needs: ClassVar[Needs] = Needs(block_io=True)
     scheme: ClassVar[None] = None
     true_sequential: ClassVar[bool] = False
 
@@ -76,3 +78,6 @@ def apply(config: Tune, block: Block) -> None:
     inputs = block.io.reference if config.target == "stream" else block.io.inputs
     target = Target(block.io.inputs, original_outputs(block.io, inputs), (config.soft, config.hard))
     record_figures(block, reconstruct(block, quantizers, target, optimiser, config.steps))
+
+
+METHOD = Method(Tune, apply, kinds=frozenset({GRID}))

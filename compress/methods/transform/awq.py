@@ -22,7 +22,8 @@ from ....calibrate.channel_graph.links import ChannelLink, find_channel_links, q
 from ....calibrate.model.architecture import set_weight, weight_of
 from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
-from ....kernels.tensor.grid import encode, fit_groups
+from ....kernels.tensor.grid import NOT_GRIDS, encode, fit_groups
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
@@ -49,7 +50,7 @@ class AWQ:
     weight_term: bool = True
     clip: bool = True
     search_tokens: int = 8192
-    needs: ClassVar[frozenset[str]] = frozenset({"samples"})
+    needs: ClassVar[Needs] = Needs(samples=True)
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -156,7 +157,13 @@ def minmax_args(args: QuantArgs) -> QuantArgs:
 
 
 def _clip_block(block: Block, query_keys: set[str], limit: int) -> None:
-    """Clip every linear except queries and keys (as published) and those with one scale for the whole tensor."""
+    """Clip every linear except queries and keys (as published) and those with one scale for the whole tensor.
+
+    Raises `UsageError` if the weights of a linear become a kind that has no plain grid.
+    """
+    for linear in block.linears:
+        if linear.grid_args.kind in NOT_GRIDS:
+            raise UsageError(f"awq cannot clip {linear.name}, which becomes {linear.grid_args.kind}", "use clip=false")
     linears = {
         name: linear
         for name, linear in block.local().items()
@@ -212,3 +219,6 @@ def _limits(groups: Tensor, products: Tensor, args: QuantArgs) -> Tensor:
         better = error < best
         best, limits = torch.where(better, error, best), torch.where(better, limit, limits)
     return limits
+
+
+METHOD = Method(AWQ, apply, scheme=SCHEME)

@@ -26,6 +26,8 @@ from ....calibrate.model.architecture import find_blocks, find_linears, weight_o
 from ....calibrate.model.skeleton import outside
 from ....calibrate.runner import Call
 from ....errors import CompressError
+from ....recipes.methods import Method, Needs
+from ....recipes.scheme import Scheme
 from ...block import Block
 from .hadamard import random_rotation
 from .rescale import TOLERANCE, apply_or_revert, parameter_of, relative_difference
@@ -43,7 +45,7 @@ class Rotate:
 
     seed: int = 0
     heads: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset({"trial"})
+    needs: ClassVar[Needs] = Needs(trial=True)
     true_sequential: ClassVar[bool] = False
 
 
@@ -241,3 +243,6 @@ class _RecordedRun:
         for handle in handles:
             handle.remove()
         self.stream, self.head_input = inputs[0], inputs[-1]
+
+
+METHOD = Method(Rotate, apply, scheme=Scheme(), apply_outside=apply_outside)

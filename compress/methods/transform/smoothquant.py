@@ -19,6 +19,7 @@ from ....calibrate.model.architecture import set_weight, weight_of
 from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
 from ....kernels.activations import fake_quantize, grid_of
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import Scheme, inputs_per, signed_weights
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
@@ -48,7 +49,7 @@ class SmoothQuant:
     percentile: float = 100.0
     linears: bool = True
     search_tokens: int = 8192
-    needs: ClassVar[frozenset[str]] = frozenset({"samples"})
+    needs: ClassVar[Needs] = Needs(samples=True)
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
@@ -181,3 +182,6 @@ def _largest(block: Block, name: str, config: SmoothQuant) -> Tensor:
     magnitudes = torch.cat([batch[name].abs().float() for batch in batches])
     rank = max(1, round(len(magnitudes) * config.percentile / 100))
     return magnitudes.kthvalue(rank, dim=0).values
+
+
+METHOD = Method(SmoothQuant, apply, scheme=SCHEME)

@@ -18,6 +18,7 @@ from lmpress.compress.methods.quantize.gptq import GPTQ, Order, Prepared, prepar
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
+from lmpress.recipes.methods import Needs
 from lmpress.recipes.scheme import QuantArgs
 
 
@@ -206,8 +207,8 @@ def test_groups_by_common_input(tiny: Path, tmp_path: Path) -> None:
 def test_shares_outside_zero_to_one_are_refused() -> None:
     with pytest.raises(UsageError, match="drift"):
         GPTQ(drift=1.5)
-    assert GPTQ().needs == {"hessian"}
-    assert GPTQ(drift=0.5).needs == {"hessian", "drift"}
+    assert GPTQ().needs == Needs(hessian=True)
+    assert GPTQ(drift=0.5).needs == Needs(hessian=True, drift=True)
 
 
 @pytest.mark.parametrize(

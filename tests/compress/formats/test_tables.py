@@ -112,14 +112,14 @@ def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
 @pytest.mark.parametrize(
     ("passes", "embedding", "words"),
     [
-        ([{"method": "rtn"}], {"strategy": "tensor", "group_size": None}, "groups of its rows"),
+        ([{"method": "rtn"}], {"strategy": "tensor", "group_size": None}, "groups or rows of integers"),
         (
             [{"method": "rtn"}],
             {"formula": "nf4", "strategy": "flat", "group_size": 64, "scale_dtype": "float32"},
-            "groups of its rows",
+            "groups or rows of integers",
         ),
-        ([{"method": "nf4"}], {}, "only packed beside"),
-        ([{"method": "rotate"}, {"method": "rtn"}], {}, "turns the whole model"),
+        ([{"method": "nf4"}], {}, "only packed with"),
+        ([{"method": "rotate"}, {"method": "rtn"}], {}, "transforms the whole model"),
     ],
 )
 def test_refusals(tiny: Path, passes: list[dict[str, Any]], embedding: dict[str, Any], words: str) -> None:

@@ -152,7 +152,7 @@ def test_blocks_are_pruned_as_a_whole(tiny: Path, text: str, tmp_path: Path, sto
             zeros = (weight == 0).view(len(weight), -1, 4).sum(2)
             assert set(zeros.unique().tolist()) == {0, 4}
             assert int((zeros == 4).sum()) == -(-zeros.numel() * 3 // 10)
-    with pytest.raises(UsageError, match="wanda does not prune in blocks"):
+    with pytest.raises(UsageError, match="wanda does not prune in blocks; use method exactobs"):
         Run.of(tiny, PruneOptions(method="wanda", pattern="1x4", **options).recipe())
     with pytest.raises(UsageError, match="1x0"):
         PruneOptions(pattern="1x0").recipe()

@@ -10,6 +10,7 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.quantize import gptq
 from lmpress.compress.methods.quantize.gptq import DAMPING_FACTORS, GPTQ, prepare, solve
+from lmpress.recipes.methods import Needs
 from lmpress.recipes.scheme import QuantArgs
 
 ARGS = QuantArgs(bits=3, group_size=8)
@@ -87,5 +88,5 @@ def test_the_chosen_options_are_reported_and_used() -> None:
 
 
 def test_held_out_statistics_are_collected_only_if_used() -> None:
-    assert GPTQ().needs == {"hessian"}
-    assert GPTQ(drift=0.5, held_out=True).needs == {"hessian", "drift", "held"}
+    assert GPTQ().needs == Needs(hessian=True)
+    assert GPTQ(drift=0.5, held_out=True).needs == Needs(hessian=True, drift=True, held=True)

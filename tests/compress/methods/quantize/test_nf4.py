@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 import lmpress
 from lmpress.calibrate.model import safetensors_io
 from lmpress.compress.formats.export import bitsandbytes
 from lmpress.compress.methods.quantize.nf4 import SCHEME
+from lmpress.compress.run import Run
 from lmpress.errors import CompressError, UsageError
 from lmpress.kernels.modules.linear import PackedLinear, kernels_of
 from lmpress.kernels.modules.replace import replace_linear
@@ -215,14 +218,21 @@ def test_invalid_options_of_nf4_are_refused(tiny: Path, tmp_path: Path, options:
     assert not (tmp_path / "out").exists()
 
 
-def test_solvers_and_mixed_checkpoints_are_refused(tiny: Path, tmp_path: Path) -> None:
+def test_solvers_and_mixed_checkpoints_are_refused(
+    tiny: Path, tmp_path: Path, make_model: Callable[..., PreTrainedModel]
+) -> None:
     scheme = {"weights": {"strategy": "flat", "group_size": 64, "formula": "nf4", "scale_dtype": "nested"}}
-    with pytest.raises(UsageError, match="not a plain grid"):
-        lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "rtn", "scheme": scheme}]}))
+    for name in ("rtn", "gptq", "obq", "zeroquant"):
+        with pytest.raises(UsageError, match=f"{name} does not make .* weights; use method nf4"):
+            build({"passes": [{"method": name, "scheme": scheme}]})
     grid = {"strategy": "group", "group_size": 16, "formula": "gptq", "scale_dtype": "float16"}
-    mixed = build({"passes": [{"method": "nf4"}], "overrides": {"*.down_proj": grid}})
-    with pytest.raises(UsageError, match="no checkpoint holds together"):
-        lmpress.run(tiny, tmp_path / "out", mixed)
+    with pytest.raises(UsageError, match="nf4 does not make grid weights"):
+        lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "nf4"}], "overrides": {"*.down_proj": grid}}))
+    make_model("llama").save_pretrained(tmp_path / "wide")
+    blocks = {"group_size": 32, "formula": "ggml"}
+    mixed = build({"passes": [{"method": "rtn"}], "overrides": {"*.0.self_attn.*": blocks}, "keep": ["*.mlp.*"]})
+    with pytest.raises(UsageError, match=r"0\.self_attn\.o_proj .* and .*1\.self_attn\.o_proj .* cannot be stored"):
+        Run.of(tmp_path / "wide", mixed)
 
 
 def test_transforms_come_before_it_and_clipping_is_refused(tiny: Path, tmp_path: Path) -> None:

@@ -194,7 +194,7 @@ def test_the_short_forms_of_methods():
 @pytest.mark.parametrize(
     ("passes", "message"),
     [
-        ([{"method": "awq"}], "awq alone stores nothing smaller"),
+        ([{"method": "awq"}], "awq alone compresses nothing"),
         ([rtn(), {"method": "awq"}, rtn()], "awq comes after rtn"),
         ([{"method": "rotate"}, {"method": "rotate"}, rtn()], "only one pass"),
         ([rtn(PER_ROW, inputs=PER_TOKEN | {"strategy": "channel"})], "inputs have no dynamic scales per channel"),

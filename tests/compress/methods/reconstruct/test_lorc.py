@@ -9,9 +9,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 import lmpress
-from lmpress.compress.methods.quantize import lorc
-from lmpress.compress.methods.quantize.lorc import LoRC, leading_eigenvectors, low_rank
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
+from lmpress.compress.methods.reconstruct import lorc
+from lmpress.compress.methods.reconstruct.lorc import LoRC, leading_eigenvectors, low_rank
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.modules.low_rank import LowRankLinear

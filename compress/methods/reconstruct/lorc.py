@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ....errors import UsageError
 from ....kernels.tensor import LowRankTensor, PrunedTensor
+from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
@@ -37,7 +38,7 @@ class LoRC:
 
     rank: int = 8
     weighted: bool = True
-    needs: ClassVar[frozenset[str]] = frozenset({"hessian", "original"})
+    needs: ClassVar[Needs] = Needs(hessian=True, original=True)
     scheme: ClassVar[None] = None
     true_sequential: ClassVar[bool] = False
 
@@ -46,7 +47,7 @@ class LoRC:
             raise UsageError(f"rank must be at least 1, got {self.rank}", "use for example rank=8")
 
 
-def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int]) -> QuantArgs:
+def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int], before: torch.dtype) -> QuantArgs:
     """The arguments of a layer of shape `(out, in)` with the rank of its low-rank term."""
     return replace(args, rank=min(config.rank, *shape))
 
@@ -103,3 +104,6 @@ def leading_eigenvectors(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
         basis = torch.linalg.qr(error @ (hessian @ (error.T @ basis))).Q
     inside = error.T @ basis
     return basis @ torch.linalg.eigh(inside.T @ (hessian @ inside)).eigenvectors.flip(1)[:, :rank]
+
+
+METHOD = Method(LoRC, apply, kinds=None, adapt=adapt)

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
     from .compress.methods.prune.classifier import prune_classifier
     from .compress.methods.prune.networks import optimal_brain_damage, optimal_brain_surgeon
     from .errors import CompressError, StorageError, UsageError
-    from .eval.options import EvaluateOptions
     from .eval.perplexity import evaluate
     from .eval.verify import verify
     from .recipes.options.distill import DistillOptions
+    from .recipes.options.evaluate import EvaluateOptions
     from .recipes.options.prune import PruneOptions
     from .recipes.options.quantize import QuantizeOptions
 
@@ -48,7 +48,7 @@ __all__ = [
 _HOMES = {
     "CompressError": "errors",
     "DistillOptions": "recipes.options.distill",
-    "EvaluateOptions": "eval.options",
+    "EvaluateOptions": "recipes.options.evaluate",
     "PruneOptions": "recipes.options.prune",
     "QuantizeOptions": "recipes.options.quantize",
     "StorageError": "errors",

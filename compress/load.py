@@ -21,7 +21,7 @@ from ..recipes.scheme import CACHE_KEY, CacheScheme
 from .formats.checkpoint import Checkpoint
 from .formats.kv_cache import kv_scheme_from_config, stored_ranges
 from .formats.source import open_source
-from .memory import give_back
+from .report.memory import give_back
 
 GIVE_BACK_EVERY = 8  # layers
 FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is

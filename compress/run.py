@@ -16,9 +16,9 @@ from ..recipes.schema import Recipe
 from .allocation.allocate import allocated, most_bytes, uniform
 from .formats.source import open_source
 from .formats.tokenizer import load_tokenizer
-from .memory import peak_bytes, return_freed_pages
 from .pipeline import compress_blocks, needs_calibration, round_tables
 from .plan import Plan, make_plan
+from .report.memory import peak_bytes, return_freed_pages
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
 from .runtime_support import check as check_targets

@@ -9,7 +9,7 @@ from rich.console import Group
 
 from ..compress.command.flags import Model, OneThreadSession, Session, ThreadedSession, command
 from ..compress.command.session import Output
-from .options import BenchOptions, EvaluateOptions
+from ..recipes.options.evaluate import BenchOptions, EvaluateOptions
 
 
 def add_to(app: typer.Typer) -> None:

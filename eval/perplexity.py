@@ -19,8 +19,8 @@ from ..compress.report.progress import Event, Observer, silent
 from ..errors import CompressError, UsageError
 from ..kernels.cache.cache import PackedCache
 from ..recipes.keywords import takes
+from ..recipes.options.evaluate import EvaluateOptions
 from ..recipes.scheme import CacheScheme
-from .options import EvaluateOptions
 from .protocol import Protocol, prepare
 
 DEFAULT_LENGTH = 2048

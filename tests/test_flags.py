@@ -15,10 +15,10 @@ import lmpress
 from lmpress import cli
 from lmpress.compress.command.flags import ResultFlags, RunFlags
 from lmpress.errors import UsageError
-from lmpress.eval.options import BenchOptions, EvaluateOptions
 from lmpress.recipes.fields import Options, flag_name, flag_of, option_fields
 from lmpress.recipes.methods import METHODS
 from lmpress.recipes.options.distill import DistillOptions
+from lmpress.recipes.options.evaluate import BenchOptions, EvaluateOptions
 from lmpress.recipes.options.prune import PruneOptions
 from lmpress.recipes.options.quantize import QuantizeOptions
 

@@ -38,7 +38,6 @@ ROOMS = {
         "kv_cache",
     ),
     "compress": (
-        "memory",
         "solver",
         "block",
         "formats input_grids",
@@ -53,7 +52,7 @@ ROOMS = {
         "api command",
     ),
     "eval": (
-        "mlx options",
+        "mlx",
         "protocol",
         "onnx_runtimes inspect llamacpp",
         "dispatch_report",

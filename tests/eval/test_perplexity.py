@@ -204,7 +204,7 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path, tiny: Path, le
     letters.add_tokens(["Z"])
     letters.save_pretrained(tiny)
     (tmp_path / "z.txt").write_text("abcZ" * 20)
-    with pytest.raises(CompressError, match="the tokenizer gives the token 10, the model knows 10"):
+    with pytest.raises(CompressError, match="the tokenizer returns the token 10, the model has 10"):
         evaluate(tiny, str(tmp_path / "z.txt"), seq_len=8)
 
 
@@ -212,10 +212,10 @@ def test_a_tokenizer_of_a_larger_model_is_refused(tmp_path: Path, tiny: Path, le
     ("stride", "rows", "batch", "dtype", "message"),
     [
         (17, None, None, "float32", "--stride must be between 1 and the row length 16, got 17"),
-        (0, None, None, "float32", "row length 16, got 0"),
-        (None, 0, None, "float32", "--rows must be at least 1, got 0"),
-        (None, None, 0, "float32", "the batch size is 0"),
-        (None, None, None, "int4", "dtype int4 is unknown; choose one of float32"),
+        (0, None, None, "float32", "stride must be greater than or equal to 1, got 0"),
+        (None, 0, None, "float32", "rows must be greater than or equal to 1, got 0"),
+        (None, None, 0, "float32", "batch_size must be greater than or equal to 1, got 0"),
+        (None, None, None, "int4", "dtype must be .float32.*, got .int4."),
     ],
 )
 def test_impossible_numbers_are_wrong_usage(

@@ -5,7 +5,8 @@ import pytest
 from lmpress.errors import UsageError
 from lmpress.recipes.methods import AFTER_TRANSFORM, METHODS, TRAINED_BY, Family, Needs, method, method_names
 from lmpress.recipes.naming import default_out
-from lmpress.recipes.options import pruning_recipe, quantization_recipe
+from lmpress.recipes.options.prune import PruneOptions
+from lmpress.recipes.options.quantize import QuantizeOptions
 from lmpress.recipes.schema import build
 from lmpress.recipes.scheme.prune_args import Pruning
 
@@ -49,7 +50,7 @@ def test_the_passes_that_general_code_adds_are_what_it_takes_them_for() -> None:
 @pytest.mark.parametrize("name", method_names(Family.QUANTIZE, Family.TRANSFORM))
 @pytest.mark.parametrize("quality", ["fast", "balanced", "best"])
 def test_every_quantizer_has_a_recipe_by_its_name_alone(name: str, quality: str) -> None:
-    recipe = quantization_recipe(method=name, quality=quality)
+    recipe = QuantizeOptions(method=name, quality=quality).recipe()
     passes = [entry.method for entry in recipe.passes]
     expected = [name] if method(name).compresses else [name, AFTER_TRANSFORM]
     trained = quality == "best" and method(TRAINED_BY).supports(recipe.scheme.weights.kind)  # type: ignore[union-attr]
@@ -59,17 +60,17 @@ def test_every_quantizer_has_a_recipe_by_its_name_alone(name: str, quality: str)
 
 @pytest.mark.parametrize("name", method_names(Family.PRUNE))
 def test_every_pruning_method_has_a_recipe_by_its_name_alone(name: str) -> None:
-    assert [entry.method for entry in pruning_recipe(method=name).passes] == [name]
+    assert [entry.method for entry in PruneOptions(method=name).recipe().passes] == [name]
     with pytest.raises(UsageError, match=f"{name} is not a method that quantizes"):
-        quantization_recipe(method=name)
+        QuantizeOptions(method=name).recipe()
 
 
 @pytest.mark.parametrize("name", method_names(Family.RECONSTRUCT))
 def test_a_pass_after_a_quantizer_stands_for_nothing_alone(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is not a method that quantizes"):
-        quantization_recipe(method=name)
+        QuantizeOptions(method=name).recipe()
     with pytest.raises(UsageError, match=f"{name} is not a method that prunes"):
-        pruning_recipe(method=name)
+        PruneOptions(method=name).recipe()
     with pytest.raises(UsageError, match=f"{name} has nothing to improve on"):
         build({"passes": [{"method": name}]})
 

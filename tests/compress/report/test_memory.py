@@ -6,12 +6,12 @@ import sys
 
 import pytest
 
-from lmpress.compress.memory import peak_bytes
+from lmpress.compress.report.memory import peak_bytes
 
 KEPT, FREED = 40, 24 << 20  # pieces that stay between those that go, and bytes that go
 PROGRAM = f"""
 import torch
-from lmpress.compress.memory import return_freed_pages, give_back
+from lmpress.compress.report.memory import return_freed_pages, give_back
 
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ..recipes.fields import Flag, Options
+from ..fields import Flag, Options
 
 
 class EvaluateOptions(Options):

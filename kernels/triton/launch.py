@@ -200,7 +200,15 @@ def _format(tiles: Tiles, per_row: bool = True) -> Format:
     """The constants of a weight; `per_row` lets a kernel treat a single group as one scale per row."""
     zeros = "none" if tiles.zeros is None else "real" if tiles.real else "integer"
     group_parts = 0 if per_row and tiles.scales.shape[0] == 1 else tiles.group_parts
-    return Format(tiles.bits, tiles.width, tiles.parts, group_parts, zeros, tiles.codebook is not None)
+    return Format(
+        bits=tiles.bits,
+        width=tiles.width,
+        parts=tiles.parts,
+        parts_per_byte=tiles.parts_per_byte,
+        group_parts=group_parts,
+        zeros=zeros,
+        codebook=tiles.codebook is not None,
+    )
 
 
 def _ceil_div(a: int, b: int) -> int:

@@ -53,6 +53,11 @@ class Tiles:
         return 8 // min(PLANES[self.bits])
 
     @property
+    def parts_per_byte(self) -> int:
+        """Parts that share a byte of the low plane."""
+        return 8 // PLANES[self.bits][0]
+
+    @property
     def group_parts(self) -> int:
         """Parts of a group."""
         return math.ceil(self.group / self.width)
@@ -60,7 +65,7 @@ class Tiles:
     @property
     def slabs(self) -> int:
         """Slabs of a row."""
-        return self.low.shape[1] * 8 // PLANES[self.bits][0] // (self.parts * self.width)
+        return self.low.shape[1] * self.parts_per_byte // (self.parts * self.width)
 
     @property
     def padded(self) -> bool:

@@ -36,6 +36,7 @@ class Format(NamedTuple):
     bits: int
     width: int  # columns of a part
     parts: int  # of a slab
+    parts_per_byte: int  # of the low plane
     group_parts: int  # 0: one scale per row
     zeros: str  # "none", "integer", "real"
     codebook: bool
@@ -51,7 +52,7 @@ def plane_pointers(weight, rows, FORMAT: tl.constexpr):
 @triton.jit
 def load_low(pointers, before, slab, p, row_ok, FORMAT: tl.constexpr, EVICT: tl.constexpr):
     """Bytes of the low plane for part `p` of a slab: those of the part `before`, until all of its bits are used."""
-    shared: tl.constexpr = parts_per_byte(FORMAT.bits)
+    shared: tl.constexpr = FORMAT.parts_per_byte
     tile = before
     if p % shared == 0:
         at = (slab * (FORMAT.parts // shared) + p // shared) * FORMAT.width
@@ -68,16 +69,10 @@ def load_high(pointers, before, slab, row_ok, FORMAT: tl.constexpr, EVICT: tl.co
     return tile
 
 
-@triton.constexpr_function
-def parts_per_byte(bits):
-    """Parts that share a byte of the low plane."""
-    return {8: 1, 4: 2, 3: 4, 2: 4}[bits]
-
-
 @triton.jit
 def part_codes(low_bytes, high_bytes, p: tl.constexpr, FORMAT: tl.constexpr):
     """Codes of part `p` of a slab, uint8; 8-bit codes as they are stored."""
-    shared: tl.constexpr = parts_per_byte(FORMAT.bits)
+    shared: tl.constexpr = FORMAT.parts_per_byte
     if FORMAT.bits == 8:
         codes = low_bytes
     elif FORMAT.bits == 4:

@@ -48,7 +48,8 @@ class Case:
 def weight(bits: int, zeros: str = "none", group: int = 128, codebook: bool = False) -> dict[str, Any]:
     """Constants of a weight of `bits` bits; `group` 0: one scale per row."""
     width = min(64, group or 64)
-    return {"FORMAT": Format(bits, width, 8 // min(PLANES[bits]), group // width, zeros, codebook)}
+    planes = PLANES[bits]
+    return {"FORMAT": Format(bits, width, 8 // min(planes), 8 // planes[0], group // width, zeros, codebook)}
 
 
 WEIGHT = {"weight": WeightArgs("*u8", "*u8", "*fp16", "*fp16", "*fp32", *["i32"] * 5)}

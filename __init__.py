@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from .compress.api import distill, prune, quantize, run
     from .compress.export import export
     from .compress.load import load
+    from .compress.methods.prune.classifier import prune_classifier
+    from .compress.methods.prune.networks import optimal_brain_damage, optimal_brain_surgeon
     from .errors import CompressError, StorageError, UsageError
     from .eval.perplexity import evaluate
     from .eval.verify import verify
@@ -26,7 +28,10 @@ __all__ = [
     "evaluate",
     "export",
     "load",
+    "optimal_brain_damage",
+    "optimal_brain_surgeon",
     "prune",
+    "prune_classifier",
     "quantize",
     "run",
     "verify",
@@ -40,7 +45,10 @@ _HOMES = {
     "evaluate": "eval.perplexity",
     "export": "compress.export",
     "load": "compress.load",
+    "optimal_brain_damage": "compress.methods.prune.networks",
+    "optimal_brain_surgeon": "compress.methods.prune.networks",
     "prune": "compress.api",
+    "prune_classifier": "compress.methods.prune.classifier",
     "quantize": "compress.api",
     "run": "compress.api",
     "verify": "eval.verify",

@@ -23,9 +23,9 @@ from lmpress.calibrate.runner import Runner
 from lmpress.compress.formats.source import open_source
 from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.compress.methods.prune import exactobs, magnitude, sparsegpt, wanda
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.solver.loss import layer_loss
-from lmpress.compress.solver.masked_lstsq import refit
+from lmpress.compress.solver.masked_lstsq import masked_lstsq
 from lmpress.recipes.scheme import PruneArgs
 
 RUNS = {
@@ -82,7 +82,7 @@ def order_of_losses(options: argparse.Namespace) -> list[str]:
             statistics = runner.collect(index, set(linears), torch.float64)
             for name, linear in linears.items():
                 layers += 1
-                hessian = damped(statistics.hessians[name].matrix(), 0.01)
+                hessian = damp(statistics.hessians[name].matrix(), 0.01)
                 for amount, how in AMOUNTS.items():
                     losses = _losses(weight_of(linear).double(), hessian, PruneArgs(**how))
                     for better, worse in pairwise(losses):
@@ -105,7 +105,7 @@ def _losses(weight, hessian, args) -> list[float]:  # noqa: ANN001
     swept, mask = sparsegpt.prune(weight, hessian, args)
     results = [
         exactobs.prune(weight, hessian, args)[0],
-        refit(weight, hessian.matrix, mask, start=swept),
+        masked_lstsq(weight, hessian.matrix, mask, start=swept),
         swept,
         wanda.prune(weight, hessian, rows)[0],
         magnitude.prune(weight, hessian, rows)[0],

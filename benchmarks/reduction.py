@@ -24,7 +24,7 @@ from lmpress.calibrate.data.token_rows import calibration_rows
 from lmpress.compress.export import WEIGHTS
 from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.compress.structured.hidden_size import prune_hidden_size
-from lmpress.compress.structured.layer_selection import CHOICES
+from lmpress.compress.structured.layer_selection import SELECTIONS
 from lmpress.compress.structured.width import Width, prune_width
 from lmpress.eval.perplexity import Evaluation
 from lmpress.recipes import chain, schema
@@ -38,7 +38,7 @@ def rows_of(options: argparse.Namespace, folder: Path) -> Iterator[tuple[str, Pa
         yield from same_size(options, folder)
     if options.chain_only:
         return
-    for choice in CHOICES:
+    for choice in SELECTIONS:
         out = folder / choice
         made = distill(options.model, out, drop=options.drop, choice=choice, options={"steps": 0}, **common)
         yield f"layers {', '.join(map(str, made.kept))} ({choice})", out

@@ -1,7 +1,7 @@
-"""The kernels as operators of torch, with shapes for tracing: `torch.compile` and `torch.export` see through them.
+"""The CPU kernels as torch operators, with shapes for tracing, so that `torch.compile` and `torch.export` can trace them.
 
-Eager calls go past the operators, whose bookkeeping costs more than a small product does. Weights in panels are given as
-`arranged.flat` gives them.
+Eager calls bypass the operators, whose overhead is larger than a small product. Weights in panels are passed as
+`packed_layout.flatten_layout` returns them.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .cpu import library, product, pruned
 from .cpu.layout import Panels
-from .packed_layout import restored
+from .packed_layout import restore_layout
 from .weight import SparseRows
 
 
@@ -20,25 +20,27 @@ from .weight import SparseRows
 def cpu_linear(
     x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], instructions: str, activations: str, steps: float
 ) -> Tensor:
-    """`x W^T` for `x` `[m, columns]`, the weight in panels: see `cpu/product.py`."""
-    return product.multiply(x, library.Linear(restored(Panels, tensors, numbers), instructions, activations, steps))
+    """`x W^T` for `x` `[m, columns]` and a weight in panels: `[m, rows]`. See `cpu/product.py`."""
+    return product.multiply(
+        x, library.Linear(restore_layout(Panels, tensors, numbers), instructions, activations, steps)
+    )
 
 
 @cpu_linear.register_fake
 def _(x: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *_: object) -> Tensor:
-    return x.new_empty(x.shape[0], restored(Panels, tensors, numbers).rows)
+    return x.new_empty(x.shape[0], restore_layout(Panels, tensors, numbers).rows)
 
 
 @torch.library.custom_op("lmpress::cpu_linear_transposed", mutates_args=(), device_types="cpu")
 def cpu_linear_transposed(grad: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], instructions: str) -> Tensor:
-    """`grad W` for `grad` `[m, rows]`: `[m, columns]`, exact; what `cpu_linear` sends back to its input."""
-    panels, inputs = restored(Panels, tensors, numbers), grad.to(torch.float32).contiguous()
+    """`grad W` for `grad` `[m, rows]`: `[m, columns]`, exact; the gradient of `cpu_linear` with respect to its input."""
+    panels, inputs = restore_layout(Panels, tensors, numbers), grad.to(torch.float32).contiguous()
     return product.multiply_transposed(inputs, panels, library.instruction_set(instructions)).to(grad.dtype)
 
 
 @cpu_linear_transposed.register_fake
 def _(grad: Tensor, tensors: Sequence[Tensor], numbers: Sequence[int], *_: object) -> Tensor:
-    return grad.new_empty(grad.shape[0], restored(Panels, tensors, numbers).columns)
+    return grad.new_empty(grad.shape[0], restore_layout(Panels, tensors, numbers).columns)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -47,7 +49,7 @@ def _remember(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """int8 activations pass gradients straight through, as their rounding has none."""
+    """The rounding of int8 activations is ignored (straight-through estimator)."""
     tensors = list(ctx.saved_tensors)
     back = torch.ops.lmpress.cpu_linear_transposed(grad, tensors, ctx.numbers, ctx.instructions)
     return back, [None] * len(tensors), None, None, None, None
@@ -86,7 +88,7 @@ cpu_add_sparse.register_autograd(_backward_sparse, setup_context=_remember_spars
 
 @torch.library.custom_op("lmpress::cpu_pruned_linear", mutates_args=(), device_types="cpu")
 def cpu_pruned_linear(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
-    """`x W^T` for `x` `[m, columns]` and a pruned weight: see `cpu/pruned.py`."""
+    """`x W^T` for `x` `[m, columns]` and a pruned weight: `[m, rows]`. See `cpu/pruned.py`."""
     return pruned.multiply(x, mask, values, starts, instructions)
 
 
@@ -99,7 +101,7 @@ def _(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str
 def cpu_pruned_linear_transposed(
     grad: Tensor, mask: Tensor, values: Tensor, starts: Tensor, columns: int, instructions: str
 ) -> Tensor:
-    """`grad W` for `grad` `[m, rows]`: what `cpu_pruned_linear` sends back to its input."""
+    """`grad W` for `grad` `[m, rows]`: `[m, columns]`; the gradient of `cpu_pruned_linear` with respect to its input."""
     return pruned.multiply_transposed(grad, mask, values, starts, columns, instructions)
 
 

@@ -1,6 +1,6 @@
-"""Weights in a kernel's layout: as the buffers of a module, and as what operators of torch take.
+"""Weights in a kernel's layout: as the buffers of a module, and as arguments of torch operators.
 
-A layout is a dataclass whose fields are tensors, tensors that may be missing, and whole numbers.
+A layout is a dataclass whose fields are tensors, optional tensors and integers.
 """
 
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ Layout = TypeVar("Layout")
 
 
 class PackedLayout(CodedProduct, Generic[Layout]):
-    """The product of a weight whose layout's tensors are buffers of their own names."""
+    """The product of a weight in a layout, whose tensors are buffers with the names of the fields."""
 
     def __init__(self, layout: Layout) -> None:
         super().__init__()
-        self._kind = type(layout)
+        self._type = type(layout)
         self._numbers: dict[str, int] = {}
         for each in fields(layout):  # type: ignore[arg-type]
             value = getattr(layout, each.name)
@@ -31,25 +31,27 @@ class PackedLayout(CodedProduct, Generic[Layout]):
     @property
     def layout(self) -> Layout:
         """The weight as the kernels read it."""
-        return self._kind(**self._buffers, **self._numbers)
+        return self._type(**self._buffers, **self._numbers)
 
 
-def flat(layout: Any) -> tuple[list[Tensor], list[int]]:
-    """The tensors of `layout` that are there, and a number for each field: its own, or whether the tensor is there."""
+def flatten_layout(layout: Any) -> tuple[list[Tensor], list[int]]:
+    """The tensors of `layout` that are present, and a number per field: its value, or 1 if its tensor is present, else 0."""
     values = [getattr(layout, each.name) for each in fields(layout)]
     tensors = [value for value in values if isinstance(value, Tensor)]
-    kinds = [_is_tensor(each.type) for each in fields(layout)]
-    return tensors, [int(value is not None if kind else value) for value, kind in zip(values, kinds, strict=True)]
-
-
-def restored(kind: type[Layout], tensors: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
-    """The inverse of `flat` for a layout of this kind."""
-    left = iter(tensors)
-    values = [
-        (next(left) if number else None) if _is_tensor(each.type) else number
-        for each, number in zip(fields(kind), numbers, strict=True)  # type: ignore[arg-type]
+    tensor_fields = [_is_tensor(each.type) for each in fields(layout)]
+    return tensors, [
+        int(value is not None if is_tensor else value) for value, is_tensor in zip(values, tensor_fields, strict=True)
     ]
-    return kind(*values)
+
+
+def restore_layout(layout: type[Layout], tensors: Sequence[Tensor], numbers: Sequence[int]) -> Layout:
+    """The inverse of `flatten_layout` for a layout of the type `layout`."""
+    remaining = iter(tensors)
+    values = [
+        (next(remaining) if number else None) if _is_tensor(each.type) else number
+        for each, number in zip(fields(layout), numbers, strict=True)  # type: ignore[arg-type]
+    ]
+    return layout(*values)
 
 
 def _is_tensor(annotation: object) -> bool:

@@ -1,4 +1,4 @@
-"""The plain torch kernel: it serves every need on every device, and every other one is held against the same mathematics."""
+"""The plain torch kernel: it supports every spec on every device, and every other kernel must agree with it."""
 
 import torch
 import torch.nn.functional as F
@@ -8,30 +8,30 @@ from .kernel import FLOAT_DTYPES, Capabilities, CodedProduct, Kernel, KernelSpec
 from .packing.bitstream import pack_rows, unpack_rows
 from .weight import PrunedWeight, Weight
 
-SLAB = 256  # rows of the weight that are dequantized at a time: no call holds a whole matrix
+SLAB = 256  # rows of the weight that are dequantized at a time, so that no call holds a whole matrix
 
 
-def quantized(x: Tensor, need: KernelSpec) -> Tensor:
-    """`x` `[m, in]` as it enters the product: rounded to int8 codes and back, in its dtype, or as it is.
+def quantized(x: Tensor, spec: KernelSpec) -> Tensor:
+    """`x` `[m, in]` as it enters the product, in its dtype: rounded to int8 codes and back, or unchanged for float activations.
 
     A scale is `absmax / steps` over the row or over the group, computed in float32; codes are rounded half to even and
-    kept to -128 .. 127.
+    clamped to -128 .. 127.
     """
-    if need.activations == "float":
+    if spec.activations == "float":
         return x
-    width = x.shape[1] if need.activations == "token" else min(need.group, x.shape[1])
+    width = x.shape[1] if spec.activations == "token" else min(spec.group, x.shape[1])
     spans = F.pad(x.float(), (0, -x.shape[1] % width)).unflatten(1, (-1, width))
-    scale = spans.abs().amax(-1, keepdim=True) / need.steps
+    scale = spans.abs().amax(-1, keepdim=True) / spec.steps
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return ((spans / scale).round_().clamp_(-128, 127) * scale).flatten(1)[:, : x.shape[1]].to(x.dtype)
 
 
 class ReferenceProduct(CodedProduct):
-    """Codes as a bit stream along each row, as checkpoints keep them; a slab of rows at a time becomes floats."""
+    """Codes as a bit stream along each row, as in checkpoints; a slab of rows is dequantized at a time."""
 
-    def __init__(self, weight: Weight, need: KernelSpec) -> None:
+    def __init__(self, weight: Weight, spec: KernelSpec) -> None:
         super().__init__()
-        self.need, self.columns = need, weight.shape[1]
+        self.spec, self.columns = spec, weight.shape[1]
         self.packed: Tensor
         self.scale: Tensor
         self.zero: Tensor | None
@@ -42,24 +42,24 @@ class ReferenceProduct(CodedProduct):
         self.register_buffer("codebook", weight.codebook, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        inputs, dtype = quantized(x, self.need), torch.promote_types(x.dtype, torch.float32)
+        inputs, dtype = quantized(x, self.spec), torch.promote_types(x.dtype, torch.float32)
         slabs = [self._slab(start, dtype).to(x.dtype) for start in range(0, self.packed.shape[0], SLAB)]
         return torch.cat([F.linear(inputs, slab) for slab in slabs], dim=1)
 
     def codes(self) -> Tensor:
-        return unpack_rows(self.packed, self.need.bits, self.columns)
+        return unpack_rows(self.packed, self.spec.bits, self.columns)
 
     def _slab(self, start: int, dtype: torch.dtype) -> Tensor:
         rows = slice(start, start + SLAB)
-        codes = unpack_rows(self.packed[rows], self.need.bits, self.columns)
+        codes = unpack_rows(self.packed[rows], self.spec.bits, self.columns)
         zero = None if self.zero is None else self.zero[rows]
-        return Weight(codes, self.scale[rows], zero, self.need.bits, self.need.group, self.codebook).dequantize(dtype)
+        return Weight(codes, self.scale[rows], zero, self.spec.bits, self.spec.group, self.codebook).dequantize(dtype)
 
 
 class ReferencePruned(PrunedProduct):
-    """A slab of rows at a time is unfolded."""
+    """A pruned weight as it is stored; a slab of rows becomes dense at a time."""
 
-    def __init__(self, weight: PrunedWeight, need: KernelSpec) -> None:
+    def __init__(self, weight: PrunedWeight, spec: KernelSpec) -> None:
         super().__init__(weight)
         self.starts = [0, *weight.starts()[SLAB::SLAB].tolist(), len(weight.values)]
 

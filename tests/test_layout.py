@@ -26,9 +26,13 @@ ALLOWED_FULL: set[str] = set()
 
 def python_files() -> Iterator[Path]:
     """Every Python file of the repository, relative to its root."""
+    return files_with_suffix(".py")
+
+
+def files_with_suffix(*suffixes: str) -> Iterator[Path]:
     for folder, below, names in os.walk(ROOT):
         below[:] = sorted(name for name in below if not name.startswith(".") and name not in LEFT_BY_TOOLS)
-        yield from (Path(folder, name).relative_to(ROOT) for name in sorted(names) if name.endswith(".py"))
+        yield from (Path(folder, name).relative_to(ROOT) for name in sorted(names) if name.endswith(suffixes))
 
 
 def package_files() -> list[Path]:
@@ -136,14 +140,14 @@ def test_the_wheel_installs_only_the_package(wheel):
 
 
 def test_the_wheel_holds_every_file_of_the_package(wheel):
-    below = {path.parent for path in package_files()} - {Path()}
-    found = [path for folder in below for path in (ROOT / folder).iterdir() if path.is_file()]
+    below = {path.parts[0] for path in package_files() if len(path.parts) > 1}
+    found = [path for folder in below for path in (ROOT / folder).rglob("*") if path.is_file()]
     expected = {
         "__init__.py",
         "cli.py",
         "errors.py",
         "py.typed",
-        *(path.relative_to(ROOT).as_posix() for path in found),
+        *(path.relative_to(ROOT).as_posix() for path in found if "__pycache__" not in path.parts),
     }
     assert {name.removeprefix("lmpress/") for name in wheel if name.startswith("lmpress/")} == expected
 
@@ -163,7 +167,8 @@ def test_torch_is_not_imported_before_it_is_needed(arguments):
 
 
 def test_no_file_is_too_long():
-    lines = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8").count("\n") for path in python_files()}
+    files = files_with_suffix(".py", ".c", ".h")
+    lines = {path.as_posix(): (ROOT / path).read_text(encoding="utf-8").count("\n") for path in files}
     assert {path for path, count in lines.items() if count > MAX_LINES} == ALLOWED_LONG
 
 

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -14,6 +14,7 @@ from ...errors import CompressError, UsageError
 from .documents import BOS, Documents, Split, documents
 
 RANDOM = "random-tokens"  # no data at all, which is enough for ZeroQuant's distillation
+SCARCE = 0.03  # share of the vocabulary below which the rows carry a note
 BATCH = 2**17  # characters tokenised at a time: what a tokenizer notes about them takes fifty times their bytes
 
 
@@ -54,7 +55,8 @@ def calibration_rows(
     """`samples` random rows of `length` tokens from a split of `data`, the same for the same seed.
 
     Documents are shuffled and tokenised until they suffice (joined texts are tokenised whole), then rows are drawn
-    without replacement. Fewer rows than asked for are used with a note. `random-tokens` are uniform over the vocabulary,
+    without replacement. Fewer rows than asked for, and rows with
+    little of the vocabulary, are used with a note. `random-tokens` are uniform over the vocabulary,
     after a BOS where there is one. Raises what `documents` and `pack` raise.
     """
     if samples < 1:
@@ -72,8 +74,16 @@ def calibration_rows(
         found = Documents([found.texts[i] for i in order], found.source, found.join)
     packed = pack(found, tokenizer, length, rows=samples)
     chosen = torch.randperm(len(packed), generator=generator)[:samples]
-    shortage = f"{found.source} fills only {len(packed)} rows of {length} tokens, not the {samples} asked for"
-    return TokenRows(packed[chosen], found.source, len(tokenizer), notes=(shortage,) if len(packed) < samples else ())
+    rows = TokenRows(packed[chosen], found.source, len(tokenizer))
+    notes = []
+    if len(packed) < samples:
+        notes.append(f"{found.source} fills only {len(packed)} rows of {length} tokens, not the {samples} asked for")
+    if rows.vocabulary_share < SCARCE:
+        notes.append(
+            f"the calibration rows contain only {rows.vocabulary_share:.1%} of the {rows.vocabulary:,} tokens of the "
+            "vocabulary: more samples or more varied text cover more"
+        )
+    return replace(rows, notes=tuple(notes))
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, rows: int | None = None) -> Tensor:

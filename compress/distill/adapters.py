@@ -1,4 +1,4 @@
-"""Low-rank adapters (LoRA, Hu et al. 2021) as what a student trains: few parameters, folded into the weights at the end."""
+"""Low-rank adapters (LoRA, Hu et al. 2021), trained instead of all parameters and merged into the weights at the end."""
 
 from collections.abc import Callable
 
@@ -10,16 +10,16 @@ from ...calibrate.model.architecture import find_blocks, find_linears
 from ...errors import UsageError
 
 
-def attach(student: PreTrainedModel, rank: int, seed: int) -> Callable[[], object]:
-    """Freeze `student` and put an adapter of `rank` beside every linear layer of its blocks; adapters are all that trains.
+def attach_adapters(student: PreTrainedModel, rank: int, seed: int) -> Callable[[], object]:
+    """Freeze `student` and add an adapter of `rank`, which alone is trained, to every linear layer of its blocks.
 
-    The model computes what it did until the adapters are trained. Their products are scaled by 2. Returns what folds them
-    into the weights, whereupon the modules are the plain ones again. Raises `UsageError` where peft is not installed.
+    Untrained adapters do not change the model's output. Their products are scaled by 2. Returns a function that merges them
+    into the weights and restores the plain modules. Raises `UsageError` if peft is not installed.
     """
     try:
         from peft import LoraConfig, get_peft_model
     except ModuleNotFoundError as error:
-        raise UsageError("adapters need the package peft", "pip install 'lmpress[lora]'") from error
+        raise UsageError("--lora needs the package peft", "pip install 'lmpress[lora]'") from error
     prefix, blocks = find_blocks(student)
     linears = {f"{prefix}.{name}": module for name, module in find_linears(blocks).items()}
     config = LoraConfig(

@@ -22,10 +22,10 @@ def block_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[lis
     blocks = find_blocks(model)[1]
     found: list[Tensor] = []
 
-    def note(module: nn.Module, args: object, output: Any) -> None:
+    def record(module: nn.Module, args: object, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
-    hooks = [blocks[layer].register_forward_hook(note) for layer in layers]
+    hooks = [blocks[layer].register_forward_hook(record) for layer in layers]
     try:
         yield found
     finally:
@@ -37,8 +37,8 @@ def block_outputs(model: PreTrainedModel, layers: Sequence[int]) -> Iterator[lis
 def attention_scores(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     """While the context is open, a forward pass fills the list with every layer's scores `[rows, heads, length, length]`.
 
-    They are taken after scaling and before mask and softmax (XTC compares them behind an additive mask, which adds nothing
-    to a difference). Raises `UsageError` for models whose attention cannot be exchanged.
+    They are recorded after scaling and before mask and softmax (XTC compares them after an additive mask, which cancels in
+    a difference). Raises `UsageError` for models whose attention cannot be replaced.
     """
     AttentionInterface.register(SCORES, _recording_attention)
     AttentionMaskInterface.register(SCORES, eager_mask)
@@ -46,7 +46,9 @@ def attention_scores(model: PreTrainedModel) -> Iterator[list[Tensor]]:
     before = model.config._attn_implementation or "eager"
     modules = [module for module in model.modules() if hasattr(module, "num_key_value_groups")]
     if not modules:
-        raise UsageError(f"{type(model).__name__} does not tell its attention scores", "leave out --attention")
+        raise UsageError(
+            f"the attention scores of {type(model).__name__} cannot be recorded", "leave out --set attention"
+        )
     model.set_attn_implementation(SCORES)
     for module in modules:
         vars(module)["recorded_scores"] = found
@@ -71,7 +73,7 @@ def _recording_attention(
 ) -> tuple[Tensor, Tensor]:
     """Plain attention of `[rows, heads, length, width]` that appends its scores to the module's list."""
     if others.get("s_aux") is not None:
-        raise UsageError("attention with sinks cannot be recorded", "leave out --attention")
+        raise UsageError("attention with sinks cannot be recorded", "leave out --set attention")
     key, value = (t.repeat_interleave(module.num_key_value_groups, 1) for t in (key, value))
     scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:

@@ -1,8 +1,8 @@
-"""Knowledge distillation: a whole student learns to predict what its teacher predicts.
+"""Knowledge distillation: a whole student is trained to predict what its teacher predicts.
 
 The loss of a token is the cross entropy of the student's prediction under the teacher's (both at temperature `T`, times
 `T**2`; Hinton et al. 2015), plus the distances of hidden states and of attention scores of paired layers (XTC, Wu et al.
-2022). For a student that is its teacher the first is the teacher's entropy, the others are zero.
+2022). If the student equals its teacher, the first term is the teacher's entropy and the others are zero.
 """
 
 import math
@@ -14,24 +14,24 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import AdamW
+from torch.optim import AdamW, Optimizer
 from transformers import PreTrainedModel
 
 from ...calibrate.model.architecture import find_linears
 from ...errors import CompressError, UsageError
 from ...recipes.training import DistillConfig
 from ..report.progress import Event, Observer, silent
-from .adapters import attach
+from .adapters import attach_adapters
 from .feature_hooks import attention_scores, block_outputs
 from .training_state import TrainingState
 
-PRUNED = 0.1  # share of exact zeros from which a layer counts as pruned
-ENDED = 4  # a run ends early when the held-out loss has not fallen for so many checks
+PRUNED = 0.1  # share of exact zeros from which on a layer counts as pruned
+PATIENCE = 4  # a run ends early if the held-out loss has not fallen for this many checks
 
 
 @dataclass
 class TrainingHistory:
-    """How a training went: held-out figures at every check, `[step, loss, kl]`, and the step whose weights were kept."""
+    """The course of a training: held-out figures at every check, `[step, loss, kl]`, and the step whose weights were kept."""
 
     curve: list[tuple[int, float, float]] = field(default_factory=list)
     best_step: int = 0
@@ -43,7 +43,7 @@ class TrainingHistory:
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The parts of the loss, each a mean over tokens: `logits` is a cross entropy, `entropy` the teacher's own."""
+    """The parts of the loss, each a mean over tokens: `logits` is a cross entropy, `entropy` that of the teacher."""
 
     logits: Tensor
     entropy: Tensor
@@ -55,14 +55,14 @@ class LossTerms:
         return self.logits + config.hidden * self.hidden + config.attention * self.attention
 
 
-def compare(
+def loss_terms(
     student: PreTrainedModel,
     teacher: PreTrainedModel,
     ids: Tensor,
     pairs: Sequence[tuple[int, int]],
     config: DistillConfig,
 ) -> LossTerms:
-    """The terms on the rows `ids` `[rows, length]`; `pairs` are student and teacher layers that belong together."""
+    """The terms on the rows `ids` `[rows, length]`; `pairs` are pairs of a student and a teacher layer."""
     with torch.no_grad():
         theirs = _observed(teacher, ids, [layer for _, layer in pairs], config)
     ours = _observed(student, ids, [layer for layer, _ in pairs], config)
@@ -93,61 +93,30 @@ def train(
     training_state: TrainingState,
     observer: Observer = silent,
 ) -> TrainingHistory:
-    """Train the parameters of `student`, or adapters, on `rows` `[rows, length]`; it ends as it was best on `held_out` rows.
+    """Train the parameters of `student`, or adapters, on `rows` `[rows, length]`; it ends with its best weights on `held_out`.
 
-    Processes that accelerate has launched share the rows of every update and the held-out ones, and end with equal students.
+    Processes that accelerate has launched share the rows of every update and the held-out rows, and end with equal students.
+    The state is saved to `training_state` at every check; a run that finds a saved state resumes from it, bit for bit.
 
-    The state goes into `training_state` at every check, and a run that finds one there goes on from it, to the same bits.
-    Raises `CompressError` where the loss is no number, `UsageError` for adapters on a pruned student and for rows that cannot be
-    shared out evenly.
+    Raises `CompressError` if the loss is not finite, `UsageError` for adapters on a pruned student and for a batch that the
+    processes cannot share evenly.
     """
     accelerator = Accelerator(mixed_precision=config.precision, cpu=student.device.type == "cpu")
-    _check_shares(config, accelerator.num_processes)
-    own = slice(
-        accelerator.process_index, None, accelerator.num_processes
-    )  # the rows of a pass that are this process's
-    masks = zeros(student, config)
+    _check_processes(config, accelerator.num_processes)
+    masks = pruned_masks(student, config)
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
-    fold = attach(student, config.lora, config.seed) if config.lora else None
-    named = {name: p for name, p in student.named_parameters() if p.requires_grad}
-    optimiser = AdamW(named.values(), lr=config.rate, weight_decay=0.0)
-    history = TrainingHistory()
-    done = training_state.resume(named, optimiser, history)
-    if done == 0:
-        _check(history, 0, student, teacher, held_out, pairs, config, accelerator)
-        if accelerator.is_main_process:
-            training_state.keep_best(named)
-    model, optimiser = accelerator.prepare(student, optimiser)
-    every = max(1, math.ceil(config.steps / config.checks))
-    for step in range(done + 1, config.steps + 1):
-        for group in optimiser.param_groups:
-            group["lr"] = config.rate * _schedule(step, config.steps)
-        for part in _batch(rows, step, config).to(student.device).chunk(config.accumulate):
-            with accelerator.autocast():
-                loss = compare(model, teacher, part[own], pairs, config).loss(config) / config.accumulate
-            accelerator.backward(loss)
-        accelerator.clip_grad_norm_(model.parameters(), 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
-        _keep_zero(named, masks)
-        if step % every == 0 or step == config.steps:
-            better = _check(history, step, student, teacher, held_out, pairs, config, accelerator)
-            if better and accelerator.is_main_process:
-                training_state.keep_best(named)
-            if accelerator.is_main_process:
-                training_state.save(step, named, optimiser, history)
-            observer(Event("distill", step, config.steps, figures={"kl": history.curve[-1][2]}))
-            if step - history.best_step >= ENDED * every:
-                break
+    merge = attach_adapters(student, config.lora, config.seed) if config.lora else None
+    training = _Training(student, teacher, held_out, pairs, config, training_state, accelerator)
+    training.run(rows, masks, observer)
     accelerator.wait_for_everyone()
-    training_state.restore_best(named)
-    if fold is not None:
-        fold()
-    return history
+    training_state.restore_best(training.trained)
+    if merge is not None:
+        merge()
+    return training.history
 
 
-def _check_shares(config: DistillConfig, processes: int) -> None:
+def _check_processes(config: DistillConfig, processes: int) -> None:
     rows = config.batch // config.accumulate
     if rows % processes:
         raise UsageError(
@@ -155,10 +124,84 @@ def _check_shares(config: DistillConfig, processes: int) -> None:
         )
 
 
+class _Training:
+    """A student in training, in one of the processes that share its updates and checks."""
+
+    def __init__(
+        self,
+        student: PreTrainedModel,
+        teacher: PreTrainedModel,
+        held_out: Tensor,
+        pairs: Sequence[tuple[int, int]],
+        config: DistillConfig,
+        state: TrainingState,
+        accelerator: Accelerator,
+    ) -> None:
+        self.student, self.teacher, self.held_out, self.pairs = student, teacher, held_out, pairs
+        self.config, self.state, self.accelerator = config, state, accelerator
+        self.trained = {name: p for name, p in student.named_parameters() if p.requires_grad}
+        self.history = TrainingHistory()
+        self.own = slice(accelerator.process_index, None, accelerator.num_processes)  # the rows of this process
+
+    def run(self, rows: Tensor, masks: dict[str, Tensor], observer: Observer) -> None:
+        """Train from the saved state on, or from the start; weights that are zero by `masks` stay zero."""
+        config = self.config
+        optimiser = AdamW(self.trained.values(), lr=config.rate, weight_decay=0.0)
+        done = self.state.resume(self.trained, optimiser, self.history)
+        if done == 0:
+            self._check(0)
+        model, optimiser = self.accelerator.prepare(self.student, optimiser)
+        every = max(1, math.ceil(config.steps / config.checks))
+        for step in range(done + 1, config.steps + 1):
+            self._update(step, model, optimiser, rows)
+            _keep_zero(self.trained, masks)
+            if step % every == 0 or step == config.steps:
+                self._check(step)
+                if self.accelerator.is_main_process:
+                    self.state.save(step, self.trained, optimiser, self.history)
+                observer(Event("distill", step, config.steps, figures={"kl": self.history.curve[-1][2]}))
+                if step - self.history.best_step >= PATIENCE * every:
+                    break
+
+    def _update(self, step: int, model: PreTrainedModel, optimiser: Optimizer, rows: Tensor) -> None:
+        """One update by the rows of `step`, in `accumulate` passes."""
+        config = self.config
+        for group in optimiser.param_groups:
+            group["lr"] = config.rate * _schedule(step, config.steps)
+        for part in _batch(rows, step, config).to(self.student.device).chunk(config.accumulate):
+            with self.accelerator.autocast():
+                terms = loss_terms(model, self.teacher, part[self.own], self.pairs, config)
+                loss = terms.loss(config) / config.accumulate
+            self.accelerator.backward(loss)
+        self.accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+
+    @torch.no_grad()
+    def _check(self, step: int) -> None:
+        """Record the held-out loss and KL divergence at `step`, the same in all processes; keep the best weights."""
+        config, history = self.config, self.history
+        sums = torch.zeros(2, dtype=torch.float64)
+        for part in self.held_out[self.own].split(config.batch // config.accumulate):
+            terms = loss_terms(self.student, self.teacher, part.to(self.student.device), self.pairs, config)
+            sums += len(part) * torch.tensor([float(terms.loss(config)), float(terms.logits - terms.entropy)]).double()
+        total = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
+        assert isinstance(total, Tensor)
+        loss, divergence = (total / len(self.held_out)).tolist()
+        if not math.isfinite(loss):
+            raise CompressError(f"the loss is {loss} at step {step} of the distillation", "use a smaller --rate")
+        best = min((entry[1] for entry in history.curve), default=math.inf)
+        history.curve.append((step, loss, divergence))
+        if loss < best:
+            history.best_step = step
+            if self.accelerator.is_main_process:
+                self.state.keep_best(self.trained)
+
+
 def _observed(
     model: PreTrainedModel, ids: Tensor, layers: list[int], config: DistillConfig
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Logits, outputs of the blocks `layers`, and the attention scores of all layers where they are compared."""
+    """Logits, outputs of the blocks `layers`, and the attention scores of all layers if they are compared."""
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     with block_outputs(inner, layers if config.hidden else []) as outputs:
         if not config.attention:
@@ -167,43 +210,13 @@ def _observed(
             return model(input_ids=ids, use_cache=False).logits, outputs, scores
 
 
-@torch.no_grad()
-def _check(
-    history: TrainingHistory,
-    step: int,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    held_out: Tensor,
-    pairs: Sequence[tuple[int, int]],
-    config: DistillConfig,
-    accelerator: Accelerator,
-) -> bool:
-    """Note the held-out loss and KL divergence at `step`, the same in all processes; whether it is the best so far."""
-    sums = torch.zeros(2, dtype=torch.float64)
-    for part in held_out[accelerator.process_index :: accelerator.num_processes].split(
-        config.batch // config.accumulate
-    ):
-        terms = compare(student, teacher, part.to(student.device), pairs, config)
-        sums += len(part) * torch.tensor([float(terms.loss(config)), float(terms.logits - terms.entropy)]).double()
-    total = accelerator.reduce(sums.to(accelerator.device), "sum")
-    assert isinstance(total, Tensor)
-    loss, divergence = (total / len(held_out)).tolist()
-    if not math.isfinite(loss):
-        raise CompressError(f"the loss is {loss} at step {step} of the distillation", "use a smaller --rate")
-    best = min((entry[1] for entry in history.curve), default=math.inf)
-    history.curve.append((step, loss, divergence))
-    if loss < best:
-        history.best_step = step
-    return loss < best
-
-
 def _schedule(step: int, steps: int) -> float:
     warm = max(1, steps // 20)
     return min(step / warm, (1 + math.cos(math.pi * step / steps)) / 2)
 
 
 def _batch(rows: Tensor, step: int, config: DistillConfig) -> Tensor:
-    """The rows of update `step`: epochs in an order of their own, a function of the seed alone."""
+    """The rows of update `step`: each epoch has its own order, which depends only on the seed."""
     places = torch.arange((step - 1) * config.batch, step * config.batch)
     epochs = (places // len(rows)).tolist()
     orders = {epoch: _order(len(rows), config.seed, epoch) for epoch in set(epochs)}
@@ -214,10 +227,10 @@ def _order(count: int, seed: int, epoch: int) -> Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
-def zeros(student: PreTrainedModel, config: DistillConfig) -> dict[str, Tensor]:
-    """Where weights are zero and are to stay so, by parameter name; layers without such are left out.
+def pruned_masks(student: PreTrainedModel, config: DistillConfig) -> dict[str, Tensor]:
+    """Masks of the weights that are zero and have to stay zero, by parameter name; only layers that have such weights.
 
-    Raises `UsageError` where adapters would fill them.
+    Raises `UsageError` if adapters would fill them.
     """
     least = {True: 0.0, False: math.inf, None: PRUNED}[config.keep_zeros]
     masks = {f"{name}.weight": student.get_parameter(f"{name}.weight") == 0 for name in find_linears(student)}

@@ -1,4 +1,4 @@
-"""The state of a training on disk: what it needs to go on after a kill, to the same bits. No pickles."""
+"""The state of a training on disk, from which a killed run resumes bit for bit. No pickles."""
 
 import json
 from collections.abc import Mapping
@@ -16,8 +16,8 @@ STATE, BEST = "state.safetensors", "best.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
-class Curve(Protocol):
-    """What is noted along the way."""
+class History(Protocol):
+    """The figures of the checks so far."""
 
     curve: list[tuple[int, float, float]]
     best_step: int
@@ -25,12 +25,12 @@ class Curve(Protocol):
 
 @dataclass(frozen=True)
 class TrainingState:
-    """The folder of one training. Files appear whole or not at all."""
+    """The folder of one training. Files are written whole or not at all."""
 
     folder: Path
 
-    def save(self, step: int, named: Mapping[str, nn.Parameter], optimiser: Optimizer, history: Curve) -> None:
-        """Write parameters, moments and notes after `step` updates, in one file."""
+    def save(self, step: int, named: Mapping[str, nn.Parameter], optimiser: Optimizer, history: History) -> None:
+        """Write parameters, moments and history after `step` updates, in one file."""
         tensors = {f"weight/{name}": p.detach() for name, p in named.items()}
         for name, parameter in named.items():
             moments: dict[str, Tensor] = optimiser.state.get(parameter, {})
@@ -39,8 +39,8 @@ class TrainingState:
         tensors["notes"] = torch.frombuffer(bytearray(notes), dtype=torch.uint8)
         safetensors_io.write(self.folder / STATE, {name: t.cpu().contiguous() for name, t in tensors.items()})
 
-    def resume(self, named: Mapping[str, nn.Parameter], optimiser: Optimizer, history: Curve) -> int:
-        """Put a saved state into parameters, optimiser and notes; the number of updates done, 0 where none was saved."""
+    def resume(self, named: Mapping[str, nn.Parameter], optimiser: Optimizer, history: History) -> int:
+        """Load a saved state into parameters, optimiser and history; the number of updates done, 0 if none was saved."""
         if not (self.folder / STATE).exists():
             return 0
         tensors = safetensors_io.read(self.folder / STATE)
@@ -61,7 +61,7 @@ class TrainingState:
         safetensors_io.write(self.folder / BEST, {name: p.detach().cpu().contiguous() for name, p in named.items()})
 
     def restore_best(self, named: Mapping[str, nn.Parameter]) -> None:
-        """Put the best parameters back in place."""
+        """Load the best parameters."""
         _put(named, safetensors_io.read(self.folder / BEST))
 
 

@@ -1,7 +1,7 @@
 """Second derivatives of a network's own loss: the diagonals of OBD and the inverse outer-product Hessian of OBS.
 
-For networks and language models small enough to be differentiated as a whole. The layer objective of the other methods
-needs none of this: its Hessian is a statistic of the inputs.
+For networks that are small enough to be differentiated pattern by pattern. The other methods use the layer objective, whose
+Hessian is a statistic of the inputs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,8 +15,8 @@ def backpropagated_diagonal(net: nn.Sequential, inputs: Tensor, targets: Tensor,
 
     `net` is a chain of `nn.Linear` and elementwise activations; `inputs` `[patterns, in]`, `targets` `[patterns, out]`. The
     recursion of LeCun, Denker and Solla (1990), exact for one hidden layer, drops off-diagonal terms between deeper ones.
-    `full` False leaves out the second derivatives of the activations (Levenberg-Marquardt: never negative). Parameters that
-    several layers share have the sum of what each would have; the order is that of `net.parameters()`.
+    `full` False leaves out the second derivatives of the activations (Levenberg-Marquardt: never negative). For a
+    parameter that several layers share, the terms of these layers are added; the order is that of `net.parameters()`.
     """
     found: dict[Tensor, Tensor] = {parameter: torch.zeros_like(parameter) for parameter in net.parameters()}
     values = [inputs]
@@ -40,7 +40,7 @@ def backpropagated_diagonal(net: nn.Sequential, inputs: Tensor, targets: Tensor,
 def fisher_diagonal(parameters: Sequence[Tensor], losses: Iterable[Tensor]) -> list[Tensor]:
     """Empirical Fisher diagonal: the mean over samples of the squared gradient, one scalar loss per sample.
 
-    The gradient of a batch's mean squared is something else, and much smaller.
+    Not to be confused with the square of a batch's mean gradient, which is much smaller.
     """
     total, samples = [torch.zeros_like(p) for p in parameters], 0
     for loss in losses:
@@ -50,31 +50,39 @@ def fisher_diagonal(parameters: Sequence[Tensor], losses: Iterable[Tensor]) -> l
     return [sum_ / max(samples, 1) for sum_ in total]
 
 
-def ggn_diagonal(
-    parameters: Sequence[Tensor], outputs: Iterable[Tensor], probes: int | None = None, seed: int = 0
-) -> list[Tensor]:
-    """Gauss-Newton diagonal of a squared loss: the mean over samples of `2 sum_k (d output_k / d w)^2`.
+def ggn_diagonal(parameters: Sequence[Tensor], outputs: Iterable[tuple[Tensor, Tensor]]) -> list[Tensor]:
+    """Generalized Gauss-Newton diagonal: the mean over samples of `sum_r (sum_k R_rk d output_k / d w)^2`.
 
-    `outputs` are one vector `[k]` per sample. One backward pass per output is exact; with `probes`, that many random sign
-    vectors per sample estimate it without bias (Hutchinson).
+    `outputs` are pairs of a sample's output `[k]` and a root `R` `[r, k]`: `R^T R` is the Hessian of its loss with respect to
+    the output (`squared_error_root`, `cross_entropy_root`). One backward pass per row of `R`.
     """
-    generator = torch.Generator().manual_seed(seed)
     total, samples = [torch.zeros_like(p) for p in parameters], 0
-    for output in outputs:
-        vectors = torch.eye(len(output)) if probes is None else _signs(probes, len(output), generator)
-        for vector in vectors.to(output):
+    for output, root in outputs:
+        for vector in root:
             gradients = torch.autograd.grad(output, parameters, vector, retain_graph=True)
             for so_far, gradient in zip(total, gradients, strict=True):
-                so_far.add_(gradient.square(), alpha=2 / (probes or 1))
+                so_far.add_(gradient.square())
         samples += 1
     return [sum_ / max(samples, 1) for sum_ in total]
+
+
+def squared_error_root(output: Tensor) -> Tensor:
+    """`R` `[k, k]` with `R^T R = 2 I`, the Hessian of `sum_k (target_k - output_k)^2` by `output` `[k]`."""
+    return torch.eye(len(output), dtype=output.dtype, device=output.device) * 2**0.5
+
+
+def cross_entropy_root(output: Tensor) -> Tensor:
+    """`R` `[k, k]` with `R^T R = diag(p) - p p^T`, the Hessian of the cross entropy by the logits `output` `[k]`."""
+    probabilities = output.detach().softmax(0)
+    root = probabilities.sqrt()
+    return torch.diag(root) - torch.outer(root, probabilities)
 
 
 def recursive_inverse(vectors: Tensor, alpha: float, block: int | None = None) -> Tensor:
     """Inverse of `alpha I + 1/P sum_p v_p v_p^T` by rank-1 updates: OBS (Hassibi, Stork 1993), blocks as in WoodFisher.
 
     `vectors` float64 `[P, n]`: gradients of the output or of the loss, one per pattern (and output). Gives `[blocks, b, b]`
-    for `b` neighbouring weights each (all of them without `block`; absent ones of a last block are independent).
+    for `b` neighbouring weights each (without `block`, for all of them; a last block is filled up with independent weights).
     """
     count, width = vectors.shape
     size = width if block is None else min(block, width)
@@ -96,7 +104,3 @@ def _derivatives(activation: nn.Module, value: Tensor) -> tuple[Tensor, Tensor]:
             return first, torch.zeros_like(first)
         (second,) = torch.autograd.grad(first.sum(), at, allow_unused=True)
     return first.detach(), torch.zeros_like(first) if second is None else second
-
-
-def _signs(count: int, width: int, generator: torch.Generator) -> Tensor:
-    return torch.randint(0, 2, (count, width), generator=generator) * 2.0 - 1

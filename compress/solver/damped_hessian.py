@@ -1,4 +1,4 @@
-"""The damped Hessian as a matrix with its inverse: what the methods that prune and the refits solve against."""
+"""The damped Hessian with its inverse, which pruning methods and least-squares refits use."""
 
 from dataclasses import dataclass
 
@@ -16,8 +16,8 @@ class DampedHessian:
     inverse  of `matrix`
     upper    `U` with `inverse = U^T U`
     energy   `[in]`: the diagonal of the Hessian as it was, twice the mean square of each input
-    dead     bool `[in]`: columns whose inputs were all zero; their weights do nothing and are zeroed first
-    damping  relative to the mean of the diagonal, as needed rather than as asked
+    dead     bool `[in]`: columns whose inputs were all zero; their weights have no effect and are zeroed first
+    damping  relative to the mean of the diagonal, after any increase
     """
 
     matrix: Tensor
@@ -28,8 +28,8 @@ class DampedHessian:
     damping: float
 
 
-def damped(hessian: Tensor, damping: float) -> DampedHessian:
-    """Fix the dead columns of `hessian` `[in, in]` (any float dtype) and damp it until it can be inverted."""
+def damp(hessian: Tensor, damping: float) -> DampedHessian:
+    """Fix the dead columns of `hessian` `[in, in]` (any float dtype) and increase `damping` until it can be inverted."""
     hessian = hessian.double()
     energy = hessian.diagonal().clone()
     dead = energy <= 0
@@ -37,6 +37,6 @@ def damped(hessian: Tensor, damping: float) -> DampedHessian:
     factor = inverse_factor(hessian, damping)
     inverse = factor.upper.T @ factor.upper
     shift = factor.damping * hessian.diagonal().mean()
-    # Raised eigenvalues (a last resort) are no multiple of the identity: the inverse alone tells the matrix.
+    # Raised eigenvalues (a last resort) do not add a multiple of the identity: the matrix follows from the inverse.
     matrix = torch.linalg.inv(inverse) if factor.floored else hessian + shift * torch.eye(len(hessian)).to(hessian)
     return DampedHessian(matrix, inverse, factor.upper, energy, dead, factor.damping)

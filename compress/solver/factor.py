@@ -9,7 +9,7 @@ from torch import Tensor
 ESCALATION, LARGEST_DAMPING = 10.0, 1.0
 # Below this order a plain triangular solve beats further splitting, and a strip's zeros are worth multiplying.
 LEAF = 256
-STRIP = 2**20  # elements that are turned around at a time
+STRIP = 2**20  # elements that are reversed at a time
 
 
 @dataclass(frozen=True)
@@ -22,25 +22,25 @@ class Factor:
 
 
 def inverse_factor(hessian: Tensor, damping: float, order: Tensor | None = None) -> Factor:
-    """Factor `hessian + damping * mean(diag) * I` `[n, n]`, escalating the damping where it is not positive definite.
+    """Factor `hessian + damping * mean(diag) * I` `[n, n]`; the damping is increased until this is positive definite.
 
-    `order` int64 `[n]` permutes rows and columns: `order[i]` is the column that the i-th of the factor speaks of.
+    `order` int64 `[n]` permutes rows and columns: column `i` of the factor stands for column `order[i]` of `hessian`.
 
-    Never fails on a finite symmetric matrix: when even the largest damping does not help, eigenvalues are raised to it.
+    Never fails on a finite symmetric matrix: if even the largest damping does not suffice, eigenvalues are raised to it.
     """
     mean = hessian.diagonal().mean()
     backwards = torch.arange(len(hessian), device=hessian.device).flip(0) if order is None else order.flip(0)
     while True:
         lower = _reversed_cholesky(hessian, backwards, damping * mean)
         if lower is not None:
-            return Factor(_turn_around_(triangular_inverse_(lower)), damping)
+            return Factor(_reverse_(triangular_inverse_(lower)), damping)
         if damping >= LARGEST_DAMPING:
             return Factor(_floored(hessian, backwards, damping * mean), damping, floored=True)
         damping = min(max(damping * ESCALATION, 1e-6), LARGEST_DAMPING)
 
 
 def upper_times_(upper: Tensor, columns: Tensor) -> Tensor:
-    """`U columns` in place of `columns` `[n, rows]`: by strips of `U`, which leave its zeros out."""
+    """`U columns` in place of `columns` `[n, rows]`: by strips of `U`, without most of its zeros."""
     for s in _strips(upper):
         columns[s] = upper[s, s.start :] @ columns[s.start :]
     return columns
@@ -67,7 +67,7 @@ def _strips(upper: Tensor) -> list[slice]:
 
 
 def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Tensor | None:
-    """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None where there is none.
+    """Lower Cholesky factor of `J (H + shift I) J` with `J` the reversal of the order, or None if it is not positive definite.
 
     `U = J chol(J H J)^-1 J`: one factorisation and one triangular inverse instead of Cholesky, inverse, Cholesky. The
     matrices are large, so one copy, permuted and reversed, becomes the factor in place.
@@ -75,24 +75,22 @@ def _reversed_cholesky(hessian: Tensor, backwards: Tensor, shift: Tensor) -> Ten
     matrix = hessian[backwards.unsqueeze(1), backwards]
     matrix.diagonal().add_(shift)
     info = torch.empty((), dtype=torch.int32, device=matrix.device)
-    torch.linalg.cholesky_ex(
-        matrix.mT, upper=True, out=(matrix.mT, info)
-    )  # LAPACK's order of storage: nothing is copied
+    torch.linalg.cholesky_ex(matrix.mT, upper=True, out=(matrix.mT, info))  # LAPACK's order of storage: no copy is made
     if info.item() or not matrix.diagonal().isfinite().all() or matrix.diagonal().min() <= 0:
         return None
     return matrix
 
 
 def _floored(hessian: Tensor, backwards: Tensor, floor: Tensor) -> Tensor:
-    """The factor after raising every eigenvalue of `hessian` to at least `floor` (or to one where all vanish)."""
+    """The factor after raising every eigenvalue of `hessian` to at least `floor` (or to one if all vanish)."""
     values, vectors = torch.linalg.eigh(hessian.double())
     least = floor.double() if floor > 0 else torch.ones((), dtype=torch.float64)
     raised = (vectors * values.clamp(min=least)) @ vectors.T
     lower = torch.linalg.cholesky(raised[backwards.unsqueeze(1), backwards]).contiguous()
-    return _turn_around_(triangular_inverse_(lower)).to(hessian.dtype)
+    return _reverse_(triangular_inverse_(lower)).to(hessian.dtype)
 
 
-def _turn_around_(matrix: Tensor) -> Tensor:
+def _reverse_(matrix: Tensor) -> Tensor:
     """Reverse the rows and the columns of a contiguous `matrix` in place."""
     flat = matrix.view(-1)
     for start in range(0, middle := flat.numel() // 2, STRIP):

@@ -1,8 +1,8 @@
-"""The layer objective, evaluated."""
+"""The layer objective."""
 
 from torch import Tensor
 
-STRIP = 256  # columns whose part above the diagonal is left out together: the Hessian is symmetric
+STRIP = 256  # columns per product: the Hessian is symmetric, and only its upper blocks are multiplied
 
 
 def layer_loss(delta: Tensor, hessian: Tensor, rows: int = 2048) -> float:

@@ -1,7 +1,7 @@
 """Least squares on a mask: the best values of the weights that are kept, given which ones are pruned.
 
 Per row with kept columns `K` the minimum of `1/2 (w - q) Hd (w - q)^T` with `q = 0` outside `K` is
-`q_K = (Hd_KK)^-1 Hd_K,: w` (identity I2), whatever chose the mask: Wanda, SparseGPT, ExactOBS, a pattern.
+`q_K = (Hd_KK)^-1 Hd_K,: w` (identity I2), whichever method chose the mask: Wanda, SparseGPT, ExactOBS, a pattern.
 """
 
 import torch
@@ -10,11 +10,11 @@ from torch import Tensor
 BATCH_BYTES = 2**26  # memory for the sub-matrices of a batch of rows
 
 
-def refit(weight: Tensor, hessian: Tensor, pruned: Tensor, start: Tensor | None = None) -> Tensor:
+def masked_lstsq(weight: Tensor, hessian: Tensor, pruned: Tensor, start: Tensor | None = None) -> Tensor:
     """The weights `[rows, cols]` that are zero where `pruned` (bool) and closest to `weight` by `hessian` elsewhere.
 
-    `hessian` `[cols, cols]` is positive definite (damped); computed in its dtype, returned in that of `weight`. A row is
-    taken over only where its loss falls below that of `start` (by default `weight` with the pruned entries zeroed).
+    `hessian` `[cols, cols]` is positive definite (damped); computed in its dtype, returned in that of `weight`. A row keeps the
+    values of `start` (by default `weight` with the pruned entries zeroed) unless the solution has a smaller loss.
     """
     original = weight.to(hessian.dtype)
     start = original.masked_fill(pruned, 0) if start is None else start.to(hessian.dtype)
@@ -23,8 +23,8 @@ def refit(weight: Tensor, hessian: Tensor, pruned: Tensor, start: Tensor | None 
     return torch.where(better.unsqueeze(1), solved, start).to(weight.dtype)
 
 
-def remove(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
-    """The same optimum by group OBS, from the inverse: `w - w_P (Hd^-1_PP)^-1 Hd^-1_P,:`. Cheaper where little is pruned."""
+def group_obs(weight: Tensor, inverse: Tensor, pruned: Tensor) -> Tensor:
+    """The same optimum by group OBS, from the inverse: `w - w_P (Hd^-1_PP)^-1 Hd^-1_P,:`. Cheaper if little is pruned."""
     original = weight.to(inverse.dtype)
     moved = original - masked_solve(inverse, original, pruned) @ inverse
     return moved.masked_fill(pruned, 0).to(weight.dtype)
@@ -68,7 +68,7 @@ def _solve_batch(matrix: Tensor, right: Tensor, sets: Tensor, size: int, rows: l
     small = small.mul_(valid.unsqueeze(2)).mul_(valid.unsqueeze(1))
     small.diagonal(dim1=1, dim2=2).add_((~valid).to(matrix.dtype))
     lower, failed = torch.linalg.cholesky_ex(small)
-    lower[failed > 0] = torch.nan  # seen by whoever compares, rather than an answer to another question
+    lower[failed > 0] = torch.nan  # not a solution: `masked_lstsq` keeps the start instead
     longest = max(len(r) for r in rows)
     padded = torch.stack([torch.cat([r, r[:1].expand(longest - len(r))]) for r in rows])  # [batch, longest]
     values = right[padded].gather(2, index.unsqueeze(1).expand(-1, longest, -1)).mul_(valid.unsqueeze(1))

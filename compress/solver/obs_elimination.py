@@ -1,12 +1,12 @@
 """Exact greedy elimination of the weights of every row, cheapest first: ExactOBS and OBQ (Frantar et al. 2022).
 
-Every output row is its own problem with the same Hessian. Settling weight `p` of a row costs `e_p^2 / (2 [H^-1]_pp)`, moves
-the others by `-H^-1[:, p] e_p / [H^-1]_pp`, and takes row and column `p` out of that row's inverse (Lemma 1 of the paper):
-`H^-1 -= H^-1[:, p] H^-1[p, :] / [H^-1]_pp`.
+Every output row is its own problem with the same Hessian. To settle a weight is to prune it or to round it for good. Settling
+weight `p` of a row costs `e_p^2 / (2 [H^-1]_pp)`, moves the others by `-H^-1[:, p] e_p / [H^-1]_pp`, and removes row and column
+`p` from that row's inverse (Lemma 1 of the paper): `H^-1 -= H^-1[:, p] H^-1[p, :] / [H^-1]_pp`.
 
-Rows are worked on in batches. Within a panel of steps the inverse stays as it is: the updates are kept as a factor `U`
-per row (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only). After the panel each row's own
-inverse is updated by one matrix product; once a share of its columns is settled, only those that are left are kept.
+Rows are processed in batches. Within a panel of steps the inverse does not change: the updates are kept as a factor `U` per
+row (the current inverse is `H^-1 - U^T U`, and a step needs one column of it only). After the panel each row's own inverse is
+updated by one matrix product; once a share of its columns is settled, the inverse is copied without them.
 """
 
 from collections.abc import Callable
@@ -22,24 +22,24 @@ from ...recipes.scheme.prune_args import layer_zeros
 PANEL = 48  # columns settled per row before the inverse is updated
 SHRINK = 0.25  # share of the columns that are settled before the inverse is copied without them
 BATCH_BYTES = 2**27  # memory for the copies of the inverse
-TALL = 8  # rows whose inverses are copied at a time
+ROWS_AT_ONCE = 8  # rows whose inverses are copied at a time
 
-# (weights `[rows, m]`, diagonal of their inverse) -> (what settling removes from each, the key: the smallest is next)
-Judge = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+# (weights `[rows, m]`, diagonal of their inverse) -> (what settling subtracts from each, the key: the smallest is next)
+Criterion = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-class Target(Protocol):
-    """What a settled weight becomes: the judge of the weights at `rows` and original `columns` `[rows, m]`."""
+class Projection(Protocol):
+    """What a settled weight becomes: gives the criterion for the weights at `rows` and original `columns` `[rows, m]`."""
 
-    def __call__(self, rows: slice, columns: Tensor) -> Judge: ...
+    def __call__(self, rows: slice, columns: Tensor) -> Criterion: ...
 
 
 @dataclass(frozen=True)
-class Trace:
-    """One run of `eliminate`: enough to read off every sparsity up to the one reached.
+class EliminationTrace:
+    """The result of `eliminate`, from which the mask of every sparsity up to the one reached follows.
 
-    order    int32 `[rows, steps]`: the blocks as they were settled (columns where `block` is 1)
-    losses   `[rows, steps]`: what each step added to `1/2 tr((W-Q) H (W-Q)^T)`; not monotone along a row
+    order    int32 `[rows, steps]`: the blocks in the order in which they were settled (columns if `block` is 1)
+    losses   `[rows, steps]`: what each step adds to `1/2 tr((W-Q) H (W-Q)^T)`; not monotone along a row
     settled  `[rows, cols]`: the weights after the last step
     block    columns per block
     """
@@ -50,10 +50,10 @@ class Trace:
     block: int = 1
 
     def mask(self, sparsity: float) -> Tensor:
-        """What is pruned, bool `[rows, cols]`, when the layer as a whole loses the share `sparsity` of its blocks.
+        """What is pruned, bool `[rows, cols]`, if the layer as a whole loses the share `sparsity` of its blocks.
 
-        The `ceil(rows * blocks * sparsity)` smallest losses of all rows are counted per row, and a row loses so many of
-        the blocks that it settled first (identity I5; what is counted and what is pruned differ, traces not being monotone).
+        The `ceil(rows * blocks * sparsity)` smallest losses of all rows are counted per row, and a row loses that many of the
+        blocks that it settled first (identity I5; these need not be the blocks that were counted, as losses are not monotone).
         """
         total = layer_zeros(self.losses.shape[0] * -(-self.settled.shape[1] // self.block), sparsity)
         cheapest = self.losses.flatten().argsort(stable=True)[:total]
@@ -71,50 +71,53 @@ class Trace:
 def eliminate(
     weight: Tensor,
     inverse: Tensor,
-    target: Target | None = None,
+    projection: Projection | None = None,
     *,
     pattern: tuple[int, int] | None = None,
     block: int = 1,
     rows_at_once: int | None = None,
-) -> Trace:
-    """Settle the weights of every row of `weight` `[rows, cols]`, cheapest first, the others making up for each.
+) -> EliminationTrace:
+    """Settle the weights of every row of `weight` `[rows, cols]`, cheapest first; the others compensate each of them.
 
-    `inverse` is `Hd^-1` `[cols, cols]`, or one per row `[rows, cols, cols]`, of the dtype of `weight`. `target` None prunes.
-    A `pattern` `(n, m)` settles `n` of every `m` neighbouring columns instead of all (`r * n // m` of a last group of `r`);
-    `block` neighbouring columns are pruned together. The result does not depend on `rows_at_once`.
+    `inverse` is `Hd^-1` `[cols, cols]`, or one per row `[rows, cols, cols]`, in the dtype of `weight`. Without a `projection`
+    weights are pruned. A `pattern` `(n, m)` settles `n` of every `m` neighbouring columns instead of all (`r * n // m` of a
+    last group of `r`); `block` neighbouring columns are pruned together. The result does not depend on `rows_at_once`.
+    Raises `ValueError` if blocks are combined with a projection or a pattern.
     """
     rows, width = weight.shape
-    if block > 1 and (target is not None or pattern is not None):
-        raise ValueError("blocks are pruned as a whole: they take neither a grid nor a pattern")
+    if block > 1 and (projection is not None or pattern is not None):
+        raise ValueError("block > 1 cannot be combined with a projection or a pattern")
     weight, inverse = _padded(weight, inverse, -width % block)
     if rows_at_once is None:
         rows_at_once = max(1, BATCH_BYTES // (inverse.shape[-1] ** 2 * inverse.element_size()))
-    parts, copies = [], _Copies(min(rows, rows_at_once), inverse)
+    parts, copies = [], _InverseCopies(min(rows, rows_at_once), inverse)
     for start in range(0, rows, rows_at_once):
         batch = slice(start, min(start + rows_at_once, rows))
         own = inverse if inverse.ndim == 2 else inverse[batch]
-        parts.append(_Elimination(weight[batch], own, batch, target or _to_zero, pattern, block, copies).run())
+        parts.append(
+            _Elimination(weight[batch], own, batch, projection or _zero_projection, pattern, block, copies).run()
+        )
     order, losses, settled = (torch.cat(tensors) for tensors in zip(*parts, strict=True))
-    return Trace(order, losses, settled[:, :width], block)
+    return EliminationTrace(order, losses, settled[:, :width], block)
 
 
-def _to_zero(rows: slice, columns: Tensor) -> Judge:
+def _zero_projection(rows: slice, columns: Tensor) -> Criterion:
     return lambda weight, diagonal: (weight, weight.square().div_(diagonal))
 
 
 @dataclass(frozen=True)
-class ToGrid:
-    """The target of OBQ: weights are rounded to `grid`, which was fixed before.
+class GridProjection:
+    """The projection of OBQ: weights are rounded to a fixed `grid`.
 
-    The published outlier rule: where weights of a row are more than half a step from the grid, which they can only be
-    after they drifted off its end, the worst of them is next, unless a weight that is exactly zero is still there. With
-    `rank` (`[cols]`) the columns are settled by rising rank instead, in every row alike.
+    The published outlier rule: if weights of a row are more than half a step from the grid, which happens only beyond its
+    ends, the worst of them is next, unless a weight that is exactly zero is left. With `rank` (`[cols]`) the columns are
+    settled by rising rank instead, in the same order in every row.
     """
 
     grid: Grid
     rank: Tensor | None = None
 
-    def __call__(self, rows: slice, columns: Tensor) -> Judge:
+    def __call__(self, rows: slice, columns: Tensor) -> Criterion:
         args = self.grid.args
         group = columns // args.group_size if args.group_size else torch.zeros_like(columns)
         scale, zero = (
@@ -124,45 +127,47 @@ class ToGrid:
         rank = None if self.rank is None else self.rank.to(scale.dtype)[columns]
         limit = scale.square().mul_(0.25 * (1 + 1e-5))  # ties of a symmetric grid lie at half a step exactly
 
-        def judge(weight: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
+        def criterion(weight: Tensor, diagonal: Tensor) -> tuple[Tensor, Tensor]:
             error = weight - encode(weight, scale, zero, args).sub_(zero).mul_(scale)
             if rank is not None:
                 return error, rank.clone()
             squared = error.square()
             key = torch.where(squared > limit, -squared, squared / diagonal)
-            return error, key.masked_fill_(weight == 0, torch.finfo(key.dtype).min)  # finite: it may be barred
+            return error, key.masked_fill_(weight == 0, torch.finfo(key.dtype).min)  # finite: infinity bars a block
 
-        return judge
+        return criterion
 
 
 class _Elimination:
-    """The elimination of a batch of rows. Positions count the columns that the copies of the inverse still hold."""
+    """The elimination of a batch of rows. Positions count the columns that are left in the copies of the inverse."""
 
     def __init__(
         self,
         weight: Tensor,
         inverse: Tensor,
         rows: slice,
-        target: Target,
+        projection: Projection,
         pattern: tuple[int, int] | None,
         block: int,
-        copies: "_Copies",
+        copies: "_InverseCopies",
     ) -> None:
         count, width = weight.shape
-        self._rows, self._target, self._block, self._copies = rows, target, block, copies
+        self._rows, self._projection, self._block, self._copies = rows, projection, block, copies
         self._settled, self._weight = torch.empty_like(weight), weight.clone()
-        self._inverse, self._own = inverse, False  # the caller's until the first panel ends
-        self._gone: list[Tensor] = []  # positions `[rows, 1]` that the inverse still holds, though they are settled
+        self._inverse, self._own = inverse, False  # shared with the caller until the first panel ends
+        self._done: list[Tensor] = []  # settled positions `[rows, 1]` that are still in the inverse
         self._values: list[Tensor] = []
         self._batch = torch.arange(count, device=weight.device)
         self._columns = torch.arange(width, device=weight.device).expand(count, -1)
-        self._judge = target(rows, self._columns)
+        self._criterion = projection(rows, self._columns)
         self._diagonal = inverse.diagonal(dim1=-2, dim2=-1).expand(count, -1).clone()
         self._floor = self._diagonal * torch.finfo(weight.dtype).eps
-        self._corners = _corners(inverse, block, count)
-        self._unit = torch.eye(block, dtype=weight.dtype, device=weight.device)  # in place of a settled corner
-        self._barred = weight.new_zeros(count, width // block)  # infinite where a block can no longer be chosen
-        self._groups = None if pattern is None else _Groups(pattern, count, width, weight.device)
+        self._diagonal_blocks = _diagonal_blocks(inverse, block, count)
+        self._unit = torch.eye(
+            block, dtype=weight.dtype, device=weight.device
+        )  # replaces the diagonal block of a settled block
+        self._barred = weight.new_zeros(count, width // block)  # infinite for blocks that can no longer be chosen
+        self._groups = None if pattern is None else _PatternGroups(pattern, count, width, weight.device)
         self._steps = width
         if self._groups is not None:
             self._steps = self._groups.total
@@ -196,23 +201,23 @@ class _Elimination:
                 self._groups.take(column, self._columns, self._barred)
             for step in range(index * self._block, (index + 1) * self._block):
                 error = errors.gather(1, position)
-                self._gone.append(position)
+                self._done.append(position)
                 self._values.append(self._weight.gather(1, position) - error)
                 losses[:, index] += self._settle(position, error, factor, step)
                 position = position + 1
-        # What is settled stays: later steps change it by their rounding.
-        self._weight.scatter_(1, torch.cat(self._gone, dim=1), torch.cat(self._values, dim=1))
+        # Later steps change settled weights by rounding errors: the exact values are put back.
+        self._weight.scatter_(1, torch.cat(self._done, dim=1), torch.cat(self._values, dim=1))
         return factor
 
     def _keys(self) -> tuple[Tensor, Tensor]:
-        """What settling would remove from each weight, and the key of each block."""
-        if self._corners is None:
-            return self._judge(self._weight, self._diagonal)
+        """What settling would subtract from each weight, and the key of each block."""
+        if self._diagonal_blocks is None:
+            return self._criterion(self._weight, self._diagonal)
         blocks = self._weight.unflatten(1, (-1, self._block))
-        return self._weight, torch.linalg.solve(self._corners, blocks).mul_(blocks).sum(2)
+        return self._weight, torch.linalg.solve(self._diagonal_blocks, blocks).mul_(blocks).sum(2)
 
     def _settle(self, position: Tensor, error: Tensor, factor: Tensor, step: int) -> Tensor:
-        """Take `error` `[rows, 1]` from the weight at `position`, compensate, and note the step's row of the factor."""
+        """Subtract `error` `[rows, 1]` from the weight at `position`, compensate, and store the step's row of the factor."""
         current = _rows_of(self._inverse, position)
         if step:
             past = factor[:, :step]
@@ -224,24 +229,24 @@ class _Elimination:
         self._weight.addcmul_(fresh, scaled, value=-1)
         self._diagonal.addcmul_(fresh, fresh, value=-1)
         torch.maximum(self._diagonal, self._floor, out=self._diagonal).scatter_(1, position, 1.0)
-        if self._corners is not None:
+        if self._diagonal_blocks is not None:
             parts = fresh.unflatten(1, (-1, self._block))
-            self._corners.sub_(parts.unsqueeze(3) * parts.unsqueeze(2))
-            self._corners[self._batch, position.squeeze(1) // self._block] = self._unit
+            self._diagonal_blocks.sub_(parts.unsqueeze(3) * parts.unsqueeze(2))
+            self._diagonal_blocks[self._batch, position.squeeze(1) // self._block] = self._unit
         return scaled.square_().squeeze(1).div_(2)
 
     def _update(self, factor: Tensor) -> None:
-        """Bring the inverse up to date: in a copy the first time, and when enough is settled in a copy of what is left."""
-        if len(self._gone) >= SHRINK * self._weight.shape[1]:
-            keep = self._restrict(torch.cat(self._gone, dim=1))
-            self._own, self._gone, self._values = True, [], []
+        """Update the inverse: in a copy the first time, and in a copy without the settled columns once these are many."""
+        if len(self._done) >= SHRINK * self._weight.shape[1]:
+            keep = self._restrict(torch.cat(self._done, dim=1))
+            self._own, self._done, self._values = True, [], []
             factor = factor.gather(2, keep.unsqueeze(1).expand(-1, factor.shape[1], -1))
         elif not self._own:
             self._inverse, self._own = self._copies.whole(self._inverse, len(factor)), True
         self._inverse.baddbmm_(factor.transpose(1, 2), factor, alpha=-1)
 
     def _restrict(self, settled: Tensor) -> Tensor:
-        """Leave the positions `settled` `[rows, steps]` out of every vector and of the inverse; returns those that stay."""
+        """Remove the positions `settled` `[rows, steps]` from every vector and from the inverse; returns those that stay."""
         self._settled.scatter_(1, self._columns, self._weight)
         gone = torch.zeros_like(self._weight, dtype=torch.uint8).scatter_(1, settled, 1)
         keep = gone.argsort(dim=1, stable=True)[:, : gone.shape[1] - settled.shape[1]]
@@ -250,37 +255,37 @@ class _Elimination:
         )
         blocks = keep[:, :: self._block] // self._block
         self._barred = self._barred.gather(1, blocks)
-        if self._corners is not None:
-            self._corners = self._corners[self._batch.unsqueeze(1), blocks]
-        self._judge = self._target(self._rows, self._columns)
+        if self._diagonal_blocks is not None:
+            self._diagonal_blocks = self._diagonal_blocks[self._batch.unsqueeze(1), blocks]
+        self._criterion = self._projection(self._rows, self._columns)
         self._inverse = self._copies.submatrices(self._inverse, keep)
         return keep
 
 
-class _Copies:
-    """Memory for the inverses of a batch of rows, used again and again: fresh pages would cost more than the arithmetic."""
+class _InverseCopies:
+    """Memory for the inverses of a batch of rows, reused: fresh pages would cost more than the arithmetic."""
 
     def __init__(self, rows: int, like: Tensor) -> None:
         self._held = like.new_empty(rows * like.shape[-1] ** 2)
-        self._tall = like.new_empty(min(rows, TALL) * like.shape[-1] ** 2)
+        self._part = like.new_empty(min(rows, ROWS_AT_ONCE) * like.shape[-1] ** 2)
 
     def whole(self, inverse: Tensor, rows: int) -> Tensor:
         """A copy of `inverse` for each of the `rows`."""
         return self._held[: rows * inverse.shape[-1] ** 2].view(rows, *inverse.shape[-2:]).copy_(inverse)
 
     def submatrices(self, inverse: Tensor, keep: Tensor) -> Tensor:
-        """Rows and columns `keep` `[rows, l]` of `inverse` `[m, m]` or, row by row, `[rows, m, m]`, which may be held here.
+        """Rows and columns `keep` `[rows, l]` of `inverse` `[m, m]` or, row by row, `[rows, m, m]`.
 
-        A few rows at a time: what is held shrinks, so that nothing is overwritten before it was read.
+        `inverse` may be in this memory: with a few rows at a time, nothing is overwritten before it is read, as copies shrink.
         """
         count, living = keep.shape
         small = self._held[: count * living * living].view(count, living, living)
-        for start in range(0, count, TALL):
-            chosen = keep[start : start + TALL]
-            tall = self._tall[: len(chosen) * living * inverse.shape[-1]].view(len(chosen), living, -1)
-            _rows_of(inverse if inverse.ndim == 2 else inverse[start : start + TALL], chosen, out=tall)
+        for start in range(0, count, ROWS_AT_ONCE):
+            chosen = keep[start : start + ROWS_AT_ONCE]
+            part = self._part[: len(chosen) * living * inverse.shape[-1]].view(len(chosen), living, -1)
+            _rows_of(inverse if inverse.ndim == 2 else inverse[start : start + ROWS_AT_ONCE], chosen, out=part)
             columns = chosen.unsqueeze(1).expand(-1, living, -1)
-            torch.gather(tall, 2, columns, out=small[start : start + TALL])
+            torch.gather(part, 2, columns, out=small[start : start + ROWS_AT_ONCE])
         return small
 
 
@@ -293,7 +298,7 @@ def _rows_of(matrix: Tensor, index: Tensor, out: Tensor | None = None) -> Tensor
     return torch.index_select(matrix.reshape(-1, width), 0, index.flatten(), out=flat).view(*index.shape, width)
 
 
-class _Groups:
+class _PatternGroups:
     """How many columns each group of `m` may still lose."""
 
     def __init__(self, pattern: tuple[int, int], rows: int, width: int, device: torch.device) -> None:
@@ -304,11 +309,11 @@ class _Groups:
         self._room = room.repeat(rows, 1)
 
     def bar_full(self, columns: Tensor, barred: Tensor) -> None:
-        """Bar the groups that may not lose anything, such as a last one of a single column."""
+        """Bar the groups that may not lose any column, such as a last group of a single column."""
         barred.masked_fill_(self._room.gather(1, columns // self._size) == 0, torch.inf)
 
     def take(self, column: Tensor, columns: Tensor, barred: Tensor) -> None:
-        """Note that `column` `[rows, 1]` was settled; bar the rest of its group once that is full."""
+        """Count `column` `[rows, 1]` as settled; bar the rest of its group once that is full."""
         group = column // self._size
         left = self._room.gather(1, group).sub_(1)
         self._room.scatter_(1, group, left)
@@ -316,7 +321,7 @@ class _Groups:
         barred.masked_fill_(full, torch.inf)
 
 
-def _corners(inverse: Tensor, block: int, rows: int) -> Tensor | None:
+def _diagonal_blocks(inverse: Tensor, block: int, rows: int) -> Tensor | None:
     """The diagonal blocks `[rows, blocks, c, c]` of `inverse` `[m, m]`; None for single columns."""
     if block == 1:
         return None

@@ -1,11 +1,11 @@
-"""Descent after the sweep: group scales and codes move, one at a time, to where the damped loss is smallest.
+"""Coordinate descent after the sweep: group scales and codes move, one at a time, to the minimum of the damped loss.
 
-The sweep settles a column for good when it comes to it; here every column is looked at again with all others in place, and
-every group's scale is fitted to the codes that it ended up with. Each move is the exact minimum over its own variable, so
-`1/2 tr((W-Q) Hd (W-Q)^T)` only falls; the damped `Hd` keeps the descent from fitting noise in the calibration tokens.
+The sweep settles each column once; here every column is optimized again with all others in place, and every group's scale is
+fitted to its final codes. Each move is the exact minimum over its own variable, so `1/2 tr((W-Q) Hd (W-Q)^T)` only falls; the
+damped `Hd` keeps the descent from fitting noise in the calibration tokens.
 
-All that a move needs of `W` is the slope `Hd (W - Q)^T`, which after a sweep is one triangular solve. Moves are carried into
-the slope by halves, so that almost all work is matrix products.
+A move depends on `W` only through the slope `Hd (W - Q)^T`, which after a sweep is one triangular solve. The slope is updated
+by halves, so that almost all work is matrix products.
 """
 
 from collections.abc import Callable
@@ -17,8 +17,8 @@ from torch import Tensor
 from ...kernels.tensor.grid import LARGEST, Grid, Units, groups_of, stored
 from ...recipes.scheme import QuantArgs
 
-BLOCK = 512  # columns whose moves reach the rest of the matrix by one product
-TILE = 32  # columns that tell each other of their moves one by one
+BLOCK = 512  # columns whose moves update the slope of all other columns by one product
+TILE = 32  # columns whose moves update each other's slope one by one
 
 
 def refine(
@@ -26,10 +26,9 @@ def refine(
 ) -> tuple[Tensor, Grid, float]:
     """Descend from `codes` uint8 `[out, in]` on `grid`, at most `sweeps` times over all columns.
 
-    `hessian` `H` `[in, in]` in natural order and `shift` make up `Hd = H + shift * I`; `slope` `Hd (W - Q)^T` `[in, out]` is
-    used up. Returns uint8 codes, the grid, and by how much the damped loss fell; stops early when nothing moves any more.
-    Scales move where each is a row's own number: those of a whole tensor and SpQR's stay, those of super-blocks go from one
-    multiple of their unit to another, and their minima too.
+    `Hd = H + shift * I`, with `hessian` `H` `[in, in]` in natural order; `slope` `Hd (W - Q)^T` `[in, out]` is overwritten.
+    Returns uint8 codes, the grid, and by how much the damped loss fell; stops early if nothing moves. Scales per row move:
+    those of a whole tensor and SpQR's do not, and scales and minima of super-blocks move in multiples of their unit.
     """
     descent = Descent.start(slope, hessian, shift, codes, grid)
     fallen = 0.0
@@ -68,7 +67,7 @@ class Descent:
         return cls(slope, hessian, shift, transposed, scale, zero, grid.args, grid.units)
 
     def sweep(self, last: bool) -> float:
-        """One pass over all groups; the fall of the damped loss. After the `last` the slope of what is behind is not needed."""
+        """One pass over all groups; the fall of the damped loss. The `last` one does not update the slope of columns behind."""
         width, size = len(self.hessian), self.args.columns_per_scale(len(self.hessian))
         fallen = torch.zeros(self.slope.shape[1], dtype=torch.float64, device=self.slope.device)
         step = size * max(1, BLOCK // size)
@@ -77,13 +76,13 @@ class Descent:
             block = slice(start, min(start + step, width))
             moved = moves[: block.stop - start]
             self._halves(block, size, moved, lambda part, out: fallen.add_(self._group(part, out, last)), last)
-            self._tell(slice(block.stop, width), block, moved)
+            self._update_slope(slice(block.stop, width), block, moved)
             if not last:
-                self._tell(slice(0, start), block, moved)
+                self._update_slope(slice(0, start), block, moved)
         return float(fallen.sum())
 
     def move_scale(self, group: slice, moves: Tensor) -> Tensor:
-        """Fit the scale of one group to its codes, all else fixed; refused per row where rounding spoils it.
+        """Fit the scale of one group to its codes, all else fixed; a row whose loss would grow by rounding keeps its scale.
 
         Fills in `moves` `[size, out]`, by how much `Q^T` grew; returns the fall of the loss `[out]`.
         """
@@ -93,7 +92,7 @@ class Descent:
         steps = torch.sub(self.codes[group].to(scale.dtype), self.zero[index] if minimum is None else 0, out=moves)
         change, gain = self._move(group, scale, steps, lambda best: self._scale_near(best, scale, index))
         self.scale[index] = scale + change
-        if minimum is not None:  # where scales move their minimum stays, and zero is counted in scales
+        if minimum is not None:  # the minimum stays, and zero is counted in scales
             self.zero[index] = minimum / self.scale[index]
         return gain
 
@@ -112,9 +111,9 @@ class Descent:
     def _move(
         self, group: slice, value: Tensor, steps: Tensor, rounded: Callable[[Tensor], Tensor]
     ) -> tuple[Tensor, Tensor]:
-        """By how much `value` `[out]`, of which `Q^T` grows by `steps` `[size, out]` each, is to grow, and what is gained.
+        """The change of `value` `[out]`, with `Q^T` growing by `steps` `[size, out]` per unit of it, and the fall of the loss.
 
-        `rounded` says what can be stored near the best. Carried into the slope; `steps` become the growth of `Q^T`.
+        `rounded` gives the storable value next to the best one. Updates the slope; `steps` become the growth of `Q^T`.
         """
         near = (self.hessian[group, group] @ steps).add_(steps, alpha=self.shift)
         curvature = torch.linalg.vecdot(near, steps, dim=0)
@@ -127,7 +126,7 @@ class Descent:
         return change, gain.clamp_(min=0)
 
     def _scale_near(self, best: Tensor, scale: Tensor, index: int) -> Tensor:
-        """The scale that can be stored next to `best` `[out]`; the old one where the sign would change."""
+        """The storable scale next to `best` `[out]`; the old one if the sign would change."""
         if self.units is None:
             near = stored(best.abs(), self.args).copysign(scale)
         else:
@@ -145,7 +144,7 @@ class Descent:
             gain += self.move_minimum(group, further)
             moved += further
         self._halves(group, TILE, moves, lambda part, out: gain.add_(self._tile(part, out, last)), last)
-        moves += moved  # the group itself knows of them already
+        moves += moved  # the slope of the group itself is up to date
         return gain
 
     def _tile(self, tile: slice, moves: Tensor, last: bool) -> Tensor:
@@ -171,7 +170,7 @@ class Descent:
     def _halves(
         self, span: slice, unit: int, moves: Tensor, move: Callable[[slice, Tensor], object], last: bool
     ) -> None:
-        """Call `move` on parts of `unit` columns from left to right, each of which knows what the parts before it did."""
+        """Call `move` on parts of `unit` columns from left to right, each with the slope updated by the parts before it."""
         units = -(-(span.stop - span.start) // unit)
         if units == 1:
             move(span, moves)
@@ -180,11 +179,11 @@ class Descent:
         left, right = slice(span.start, middle), slice(middle, span.stop)
         first, second = moves[: middle - span.start], moves[middle - span.start :]
         self._halves(left, unit, first, move, last)
-        self._tell(right, left, first)
+        self._update_slope(right, left, first)
         self._halves(right, unit, second, move, last)
         if not last:
-            self._tell(left, right, second)
+            self._update_slope(left, right, second)
 
-    def _tell(self, others: slice, span: slice, moves: Tensor) -> None:
-        """Carry the `moves` `[span, out]` of `Q^T` into the slope of other columns."""
+    def _update_slope(self, others: slice, span: slice, moves: Tensor) -> None:
+        """Update the slope of other columns by the `moves` `[span, out]` of `Q^T`."""
         self.slope[others].addmm_(self.hessian[others, span], moves, alpha=-1)

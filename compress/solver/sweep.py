@@ -1,6 +1,6 @@
 """The fixed-order column sweep shared by GPTQ, SparseGPT and SpQR.
 
-Columns are settled one after another; what a column loses is made up for by the columns still to come (GPTQ, section 3).
+Columns are settled one after another; the columns after each compensate its error (GPTQ, section 3).
 Everything is held transposed, so that a column of the layer is a contiguous row in memory.
 """
 
@@ -13,16 +13,16 @@ BLOCK = 128  # columns updated one by one before the rest of the matrix is updat
 
 
 class Projection(Protocol):
-    """What a column becomes. `span` columns share one decision, taken by `fit` when the first of them is reached.
+    """What a column becomes. `span` columns share parameters, which `fit` sets when the first of them is reached.
 
-    `span` None means that everything was decided before the sweep.
+    `span` None: all parameters are fixed before the sweep.
     """
 
     @property
     def span(self) -> int | None: ...
 
     def fit(self, start: int, columns: Tensor) -> None:
-        """Decide for columns `start ..` from their current, compensated values `columns` `[span, out]`."""
+        """Set the parameters of columns `start ..` from their current, compensated values `columns` `[span, out]`."""
         ...
 
     def column(self, index: int, column: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def sweep(
 
     `upper` `[in, in]` is the factor `U` with `Hd^-1 = U^T U`. On return `weight` holds the settled values `Q^T`.
     Returns the scaled errors `E^T` `[in, out]`; identity I1: `W - Q = E U` and `sum(E**2) / 2` is the damped loss.
-    With `target` `A` `[in, out]` the weight that is imitated, and whose errors are returned, is `W + A^T U`.
+    With `target` `A` `[in, out]` the weight that is approximated, and whose errors are returned, is `W + A^T U`.
     """
     columns = weight.shape[0]
     errors = torch.empty_like(weight)

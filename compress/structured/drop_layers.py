@@ -1,4 +1,4 @@
-"""Layer reduction: a shallower model out of some layers of a deeper one, its tensors copied as they are stored."""
+"""Depth pruning: a model of some layers of another one, whose tensors are copied as they are stored."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -15,20 +15,20 @@ from ...calibrate.model.source import CONFIG, Source
 from ...errors import UsageError
 from ..formats.source import open_source
 from ..workspace import appearing, check_target
-from .config import check_same_blocks, reduced
+from .config import check_same_blocks, config_of_layers
 
 
 def keep_layers(model: str | Path, out: Path, kept: Sequence[int], overwrite: bool = False) -> None:
     """Write the model of the layers `kept` (rising numbers, from 0) of `model` into the directory `out`.
 
-    Layer `i` of it is layer `kept[i]` of `model` to the bit; so is all that is outside the layers. Raises `UsageError` for
-    layers that do not exist or whose places the config cannot describe.
+    Its layer `i` is layer `kept[i]` of `model` bit for bit; everything outside the layers is copied. Raises `UsageError` for
+    layers that do not exist and for a selection that the config cannot express.
     """
     source = open_source(model)
     teacher = build(source)
     check_layers(kept, len(find_blocks(teacher)[1]))
     check_target(out, overwrite)
-    config = reduced(source.config, config_of(source), kept)
+    config = config_of_layers(source.config, config_of(source), kept)
     tensors = _renumbered(source, teacher, kept)
     with appearing(out) as folder:
         specs = {name: tensor.spec for name, tensor in tensors.items()}
@@ -39,7 +39,7 @@ def keep_layers(model: str | Path, out: Path, kept: Sequence[int], overwrite: bo
 
 
 def check_layers(kept: Sequence[int], count: int) -> None:
-    """Raise `UsageError` where `kept` are no rising layer numbers of a model with `count` layers, or none or all of them."""
+    """Raise `UsageError` if `kept` is empty or not a list of rising layer numbers of a model with `count` layers."""
     if not kept or list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
         raise UsageError(
             f"layers {','.join(map(str, kept)) or 'none'} cannot be kept",
@@ -54,7 +54,7 @@ def write_model(
     specs: Mapping[str, TensorSpec],
     read: Callable[[str], Tensor],
 ) -> None:
-    """Write a dense checkpoint of the tensors that `read` gives, with what stands beside the weights of `source`."""
+    """Write a dense checkpoint of the tensors that `read` gives, with the files that accompany the weights of `source`."""
     (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
     source.copy_companions(folder)
     with streamed(folder, specs) as put:
@@ -63,15 +63,15 @@ def write_model(
 
 
 def check_complete(student: PreTrainedModel, source: Source) -> None:
-    """Raise `UsageError` where a parameter of the `student` has no tensor in its checkpoint `source`."""
+    """Raise `UsageError` if a parameter of the `student` has no tensor in its checkpoint `source`."""
     names = Names(student, source)
     missing = [name for name, _ in student.named_parameters() if names.find(name) is None]
     if missing:
-        raise UsageError(f"the reduced model would lack {missing[0]}", "its layers cannot be left out")
+        raise UsageError(f"the reduced model would lack {missing[0]}", "its layers cannot be removed")
 
 
 def _renumbered(source: Source, teacher: PreTrainedModel, kept: Sequence[int]) -> dict[str, StoredTensor]:
-    """The stored tensors of the reduced model by their names in it; those of other layers are left out."""
+    """The stored tensors of the reduced model, by their names in it."""
     prefix = _stored_prefix(source, teacher)
     places = {old: new for new, old in enumerate(kept)}
     tensors = {}
@@ -85,7 +85,7 @@ def _renumbered(source: Source, teacher: PreTrainedModel, kept: Sequence[int]) -
 
 
 def _stored_prefix(source: Source, teacher: PreTrainedModel) -> str:
-    """What stands before a block's number in the names of the checkpoint's tensors, such as `model.layers.`."""
+    """The prefix of a block's number in the names of the checkpoint's tensors, such as `model.layers.`."""
     prefix, blocks = find_blocks(teacher)
     names = Names(teacher, source)
     for local, _ in blocks[0].named_parameters():

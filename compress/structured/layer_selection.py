@@ -1,10 +1,10 @@
-"""Which layers to keep: by a map, by how little they turn the hidden states, or by what the whole model loses.
+"""Selection of the layers to keep: at fixed places, by how much they change the hidden states, or by the model's KL divergence.
 
-spread      evenly spaced, the last one kept (XTC, Wu et al. 2022: 12 -> 6 keeps 1, 3, 5, 7, 9, 11)
-first, last the layers at that end go
-influence   those go that turn the hidden states least: `1 - mean cos(h_in, h_out)` (ShortGPT, Men et al. 2024)
-angular     a run of neighbours goes, with the least `mean arccos(cos(h_in, h_out)) / pi` (Gromov et al. 2024)
-greedy      one after the other goes whose absence costs least KL divergence to the whole model
+spread      keeps evenly spaced layers and the last one (XTC, Wu et al. 2022: 12 -> 6 keeps 1, 3, 5, 7, 9, 11)
+first, last removes the layers at that end
+influence   removes the layers that change the hidden states least: `1 - mean cos(h_in, h_out)` (ShortGPT, Men et al. 2024)
+angular     removes neighbours with the least `mean arccos(cos(h_in, h_out)) / pi` together (Gromov et al. 2024)
+greedy      removes one layer at a time, the one whose absence costs least KL divergence to the whole model
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,11 +26,11 @@ from ...errors import UsageError
 from ..load import load
 from ..report.progress import Event, Observer, silent
 
-CHOICES = ("spread", "first", "last", "influence", "angular", "greedy")
+SELECTIONS = ("spread", "first", "last", "influence", "angular", "greedy")
 BATCH = 4  # rows at a time through the whole model
 
 
-def choose(
+def select_layers(
     how: str,
     count: int,
     source: Source,
@@ -39,37 +39,37 @@ def choose(
     device: str = "cpu",
     observer: Observer = silent,
 ) -> list[int]:
-    """`count` layers of `source` to keep, rising, judged on the calibration `rows` where `how` looks at data.
+    """The numbers of `count` layers of `source` to keep, rising, selected by `how`, which may use the calibration `rows`.
 
-    Raises `UsageError` for an unknown way and for a count that leaves no layer or all of them.
+    Raises `UsageError` for an unknown selection and for a count that keeps no layer or all of them.
     """
     model = build(source)
     layers = len(find_blocks(model)[1])
-    check_choice(how, count, layers)
+    check_selection(how, count, layers)
     dropped = layers - count
     if how == "greedy":
-        return greedy(load(source.path, device), rows.ids, dropped, observer)
+        return greedy_selection(load(source.path, device), rows.ids, dropped, observer)
     if how == "influence":
-        turns = distances(Runner(model, source, rows, scratch, device), 1, lambda cosine: 1 - cosine, observer)
+        turns = layer_distances(Runner(model, source, rows, scratch, device), 1, lambda cosine: 1 - cosine, observer)
         order = sorted(range(layers), key=lambda layer: (turns[layer], layer))
         return sorted(order[dropped:])
     if how == "angular":
-        angles = distances(Runner(model, source, rows, scratch, device), dropped, _angle, observer)
+        angles = layer_distances(Runner(model, source, rows, scratch, device), dropped, _angle, observer)
         first = min(range(len(angles)), key=lambda layer: (angles[layer], layer))
         return [layer for layer in range(layers) if not first <= layer < first + dropped]
-    return mapped(how, count, layers)
+    return fixed_selection(how, count, layers)
 
 
-def check_choice(how: str, count: int, layers: int) -> None:
-    """Raise `UsageError` for an unknown way and for a count that leaves no layer or all of them."""
-    if how not in CHOICES:
-        raise UsageError(f"unknown choice {how!r}", f"use one of: {', '.join(CHOICES)}")
+def check_selection(how: str, count: int, layers: int) -> None:
+    """Raise `UsageError` for an unknown selection and for a count that keeps no layer or all of them."""
+    if how not in SELECTIONS:
+        raise UsageError(f"unknown --choice {how!r}", f"use one of: {', '.join(SELECTIONS)}")
     if not 0 < count < layers:
         raise UsageError(f"{count} of {layers} layers cannot be kept", f"give a number between 1 and {layers - 1}")
 
 
-def mapped(how: str, count: int, layers: int) -> list[int]:
-    """`count` of `layers` layers by a map that looks at no data: `spread`, `first` or `last`."""
+def fixed_selection(how: str, count: int, layers: int) -> list[int]:
+    """`count` of `layers` layers at fixed places: `spread`, `first` or `last`."""
     if how == "first":
         return list(range(layers - count, layers))
     if how == "last":
@@ -77,12 +77,12 @@ def mapped(how: str, count: int, layers: int) -> list[int]:
     return [(place + 1) * layers // count - 1 for place in range(count)]
 
 
-def distances(
+def layer_distances(
     runner: Runner, apart: int, measure: Callable[[Tensor], Tensor], observer: Observer = silent
 ) -> list[float]:
-    """How far layers `l .. l + apart - 1` together move the hidden states, for every `l`: the mean of `measure` over tokens.
+    """How much layers `l .. l + apart - 1` together change the hidden states, for every `l`: the mean of `measure` over tokens.
 
-    `measure` takes the cosines `[tokens]` between what goes in and what comes out, before any final norm.
+    `measure` takes the cosines `[tokens]` between input and output, before any final norm.
     """
     runner.capture()
     count = len(runner.blocks)
@@ -109,10 +109,10 @@ def distances(
 
 
 @torch.inference_mode()
-def greedy(model: PreTrainedModel, ids: Tensor, dropped: int, observer: Observer = silent) -> list[int]:
-    """The layers of `model` that stay when `dropped` go one by one, each time the one whose absence costs least KL.
+def greedy_selection(model: PreTrainedModel, ids: Tensor, dropped: int, observer: Observer = silent) -> list[int]:
+    """The layers of `model` that stay when `dropped` are removed one by one, each time the one whose absence costs least KL.
 
-    `ids` `[rows, length]` are judged whole; ties go to the later layer.
+    The divergence is over all tokens of `ids` `[rows, length]`; of equal layers the later one is removed.
     """
     kept = list(range(len(find_blocks(model)[1])))
     whole = [model(part.to(model.device), use_cache=False).logits.log_softmax(-1) for part in ids.split(BATCH)]
@@ -120,7 +120,7 @@ def greedy(model: PreTrainedModel, ids: Tensor, dropped: int, observer: Observer
         costs = {}
         for layer in kept:
             rest = [other for other in kept if other != layer]
-            with only(model, rest):
+            with only_layers(model, rest):
                 costs[layer] = _divergence(model, ids, whole)
         kept.remove(min(kept, key=lambda layer: (costs[layer], -layer)))
         observer(Event("block", step, dropped))
@@ -128,8 +128,8 @@ def greedy(model: PreTrainedModel, ids: Tensor, dropped: int, observer: Observer
 
 
 @contextmanager
-def only(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
-    """While the context is open, `model` runs the blocks `kept` alone (without a cache: they keep their numbers)."""
+def only_layers(model: PreTrainedModel, kept: Sequence[int]) -> Iterator[None]:
+    """While the context is open, `model` runs only the blocks `kept` (without a cache, as they keep their numbers)."""
     prefix, blocks = find_blocks(model)
     parent, _, leaf = prefix.rpartition(".")
     config: Any = model.config.get_text_config()

@@ -1,7 +1,7 @@
-"""`distill`: a smaller dense model out of a larger one, and the training that brings back what was lost.
+"""`distill`: structured pruning of a model, and distillation that recovers its accuracy.
 
-Layers go, widths shrink, then the student learns from its teacher. Every stage leaves a whole checkpoint in a hidden sibling
-of the target, the training its state, so that a run that was killed goes on from there.
+Layers are removed, then widths are pruned, then the student is trained to predict as its teacher does. Every stage writes a
+whole checkpoint into a hidden folder next to the target, and the training its state, so that a killed run can be resumed.
 """
 
 import json
@@ -34,23 +34,23 @@ from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from ..workspace import check_target, put_in_place
 from .drop_layers import check_layers, keep_layers, write_model
-from .hidden_size import prune_hidden_size, thinned
-from .layer_selection import check_choice, choose
+from .hidden_size import config_of_hidden_size, prune_hidden_size
+from .layer_selection import check_selection, select_layers
 from .sparse import is_sparse, refold, unfold
-from .width import Width, narrowed, prune_width
+from .width import Width, config_of_width, prune_width
 
-HELD_OUT = 16  # one row in so many is not trained on
+HELD_OUT = 16  # one row in this many is held out of the training
 MANIFEST, REPORT, PICTURE = "manifest.json", "report.json", "loss.png"
 
 
 @dataclass(frozen=True)
 class Reduction:
-    """What goes: layers, then channels of those that stay.
+    """What is removed: layers, then channels of the layers that stay.
 
-    layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many go (below 1: which share)
-    choice, choice_rows        which ones (see choice.py), and on how many rows that is judged
-    width, width_rows          what the blocks are narrowed to (see width.py), and on how many rows they are refitted
-    hidden                     channels of the residual stream that stay (below 1: that share; see hidden.py)
+    layers, keep_layers, drop  at most one of them: layers that stay, how many stay, how many are removed (below 1: which share)
+    choice, choice_rows        how layers are selected (see layer_selection.py), and on how many rows
+    width, width_rows          the width of the blocks (see width.py), and on how many rows they are refitted
+    hidden                     channels of the residual stream that stay (below 1: that share; see hidden_size.py)
     """
 
     layers: tuple[int, ...] | None = None
@@ -68,26 +68,26 @@ class Reduction:
         if self.drop is not None and self.drop >= 1 and self.drop % 1:
             raise UsageError(f"--drop {self.drop:g} is no number of layers", "give 1, 2, ... or a share such as 0.25")
 
-    def wanted(self, layers: int) -> int | None:
-        """How many of `layers` layers are to be chosen; None where none is."""
+    def layers_to_keep(self, layers: int) -> int | None:
+        """How many of `layers` layers are to be selected; None if no layer is removed or `layers` gives the numbers."""
         if self.drop is not None:
             return layers - round(self.drop * layers if self.drop < 1 else self.drop)
         return self.keep_layers
 
     @property
-    def shallower(self) -> bool:
-        """Whether it is about layers."""
+    def drops_layers(self) -> bool:
+        """Whether layers are removed."""
         return any(asked is not None for asked in (self.layers, self.keep_layers, self.drop))
 
     @property
-    def asked(self) -> bool:
-        """Whether anything is to become smaller."""
-        return self.shallower or self.width.asked or self.hidden is not None
+    def requested(self) -> bool:
+        """Whether anything is removed."""
+        return self.drops_layers or self.width.requested or self.hidden is not None
 
 
 @dataclass
 class DistillReport:
-    """What was made: the teacher's layers that stayed, parameters and bytes before and after, and how the training went."""
+    """What was written: the layers that stayed, parameters and bytes before and after, and the course of the training."""
 
     out: Path
     kept: list[int]
@@ -166,19 +166,19 @@ def distill(
 def _reduced(
     work: Path, source: Source, count: int, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
 ) -> tuple[list[int], Path]:
-    """Make the model smaller as asked, stage by stage; the layers that stayed, and where the result lies."""
+    """Run the stages of `reduction`; the numbers of the layers that stay, and the folder of the result."""
     kept, student = list(range(count)), source.path
-    if reduction.shallower:
-        kept, student = _shallower(work, source, count, reduction, rows, device, observer)
-    if reduction.width.asked:
-        student = _narrower(work, student, reduction, rows, device, observer)
+    if reduction.drops_layers:
+        kept, student = _drop_layers(work, source, count, reduction, rows, device, observer)
+    if reduction.width.requested:
+        student = _prune_width(work, student, reduction, rows, device, observer)
     if reduction.hidden is not None:
-        student = _thinner(work, student, reduction, rows, device, observer)
+        student = _prune_hidden_size(work, student, reduction, rows, device, observer)
     return kept, student
 
 
 def _finish(report: DistillReport, student: Path, work: Path, observer: Observer) -> None:
-    """Put the model at `student` in its place, with the documents beside it."""
+    """Write report and picture next to the model at `student`, and move it to its final place."""
     history = report.history
     content = {name: value for name, value in report.as_dict().items() if name != "out"}
     (student / REPORT).write_text(json.dumps(content, indent=2) + "\n")
@@ -193,21 +193,24 @@ def _finish(report: DistillReport, student: Path, work: Path, observer: Observer
 def _check(
     reduction: Reduction, config: DistillConfig, source: Source, count: int, teacher: str | Path | None, packed: bool
 ) -> None:
-    """Raise `UsageError` for what shows before anything is computed."""
-    if not (reduction.asked or config.steps):
-        raise UsageError("nothing is to be done", "give --drop, --mlp-width or --steps")
-    if not reduction.asked and teacher is None:
-        raise UsageError("the model would learn from itself", "give --teacher, --drop or --mlp-width")
-    if packed and (reduction.asked or config.keep_zeros is False):
-        raise UsageError("the zeros of this model are packed and stay", "reduce first and prune the result")
+    """Raise `UsageError` for requests that can be refused before anything is computed."""
+    if not (reduction.requested or config.steps):
+        raise UsageError("no reduction and no training requested", "give --drop, --mlp-width or --steps")
+    if not reduction.requested and teacher is None:
+        raise UsageError("the model would be its own teacher, unchanged", "give --teacher, --drop or --mlp-width")
+    if packed and (reduction.requested or config.keep_zeros is False):
+        raise UsageError(
+            "the zeros of this model are packed: it cannot be reduced, and its zeros stay",
+            "reduce first and prune the result",
+        )
     if reduction.layers is not None:
         check_layers(reduction.layers, count)
-    wanted = reduction.wanted(count)
+    wanted = reduction.layers_to_keep(count)
     if wanted is not None:
-        check_choice(reduction.choice, wanted, count)
-    narrowed(source, reduction.width)
+        check_selection(reduction.choice, wanted, count)
+    config_of_width(source, reduction.width)
     if reduction.hidden is not None:
-        thinned(source, reduction.hidden)
+        config_of_hidden_size(source, reduction.hidden)
         if config.hidden:
             raise UsageError("hidden states of different widths cannot be compared", "leave out --set hidden")
     if config.steps and not packed:
@@ -235,10 +238,10 @@ def _manifest(
 
 @contextmanager
 def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: PartialState) -> Iterator[Path]:
-    """The folder of this request, with what an unfinished run of the same one left.
+    """The working folder of this request, with the stages that an unfinished run of the same request has written.
 
-    Raises `UsageError` where another one is unfinished. Stays when the run is killed, and goes when the request cannot be
-    carried out.
+    Raises `UsageError` if a run with other settings is unfinished. The folder stays if the run is killed, and is deleted if
+    the request turns out to be impossible.
     """
     text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
     with team.main_process_first(), storage_errors(work):
@@ -259,33 +262,37 @@ def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: Partia
         raise
 
 
-def _shallower(
+def _drop_layers(
     work: Path, source: Source, count: int, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
 ) -> tuple[list[int], Path]:
-    """Leave layers out, or find that done; the layers that stayed, and where the model of them lies."""
-    place, note = work / "shallower", work / "kept.json"
+    """Remove layers unless an earlier run did; the numbers of the layers that stay, and the folder of the result."""
+    place, note = work / "layers", work / "kept.json"
     if place.exists():
         return json.loads(note.read_text()), place
-    wanted, kept = reduction.wanted(count), list(reduction.layers or ())
+    wanted, kept = reduction.layers_to_keep(count), list(reduction.layers or ())
     if wanted is not None:
         few = _first(rows, reduction.choice_rows)
-        kept = choose(reduction.choice, wanted, source, few, work / "scratch", device, observer)
+        kept = select_layers(reduction.choice, wanted, source, few, work / "scratch", device, observer)
     note.write_text(json.dumps(kept))
     keep_layers(source.path, place, kept)
     return kept, place
 
 
-def _narrower(work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer) -> Path:
-    """Narrow the blocks of `model`, or find that done; where the result lies."""
-    place = work / "narrower"
+def _prune_width(
+    work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
+) -> Path:
+    """Prune the width of the blocks of `model` unless an earlier run did; the folder of the result."""
+    place = work / "width"
     if not place.exists():
         prune_width(model, place, reduction.width, _first(rows, reduction.width_rows), device, observer=observer)
     return place
 
 
-def _thinner(work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer) -> Path:
-    """Narrow the residual stream of `model`, or find that done; where the result lies."""
-    place = work / "thinner"
+def _prune_hidden_size(
+    work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
+) -> Path:
+    """Prune the hidden size of `model` unless an earlier run did; the folder of the result."""
+    place = work / "hidden-size"
     if not place.exists():
         assert reduction.hidden is not None
         prune_hidden_size(model, place, reduction.hidden, _first(rows, reduction.width_rows), device, observer=observer)
@@ -306,7 +313,7 @@ def _taught(
     device: str,
     observer: Observer,
 ) -> tuple[PreTrainedModel, TrainingHistory]:
-    """Train the student at `start`: itself as it was best, and how the training went."""
+    """Train the student at `start`: the student at its best step, and the course of the training."""
     student, master = load(start.path, device), load(teacher, device)
     _check_vocabularies(student, master)
     count = max(1, len(rows.ids) // HELD_OUT)
@@ -317,7 +324,7 @@ def _taught(
 
 
 def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
-    """The trained student with the names and dtypes of the checkpoint that it started from."""
+    """Write the trained student with the names and dtypes of the checkpoint that it started from."""
     stored, parameters = _stored_names(student, start), dict(student.named_parameters())
     trained = {stored[name]: parameter.detach() for name, parameter in parameters.items()}
 
@@ -329,7 +336,7 @@ def _write(folder: Path, start: Source, student: PreTrainedModel) -> None:
 
 
 def _stored_names(model: PreTrainedModel, source: Source) -> dict[str, str]:
-    """What the checkpoint calls each parameter of `model`. Raises `UsageError` where it stores one in another form."""
+    """The checkpoint's name of each parameter of `model`. Raises `UsageError` if it stores one in another form."""
     names = Names(model, source)
     found = {name: names.find(name) for name, _ in model.named_parameters()}
     missing = next((name for name, stored in found.items() if stored is None), None)
@@ -349,5 +356,6 @@ def _check_vocabularies(student: PreTrainedModel, teacher: PreTrainedModel) -> N
     sizes = [model.config.get_text_config().vocab_size for model in (student, teacher)]
     if sizes[0] != sizes[1]:
         raise UsageError(
-            f"the student has {sizes[0]} tokens and the teacher {sizes[1]}", "give a teacher with the same tokenizer"
+            f"the student has a vocabulary of {sizes[0]} tokens and --teacher one of {sizes[1]}",
+            "give a teacher with the same tokenizer",
         )

@@ -1,7 +1,7 @@
-"""Where a block can become narrower: a linear layer that loses input channels, and the layers that make these channels.
+"""Slices of a block for width pruning: a linear layer that loses input channels, and the layers that produce these channels.
 
-Found by structure: linears of one module that read the same tensor make channels, the one behind them reads these. Whether
-the cut is right is proven afterwards, numerically (see width.py).
+Slices follow from the structure: linears of one module that read the same tensor produce channels, and the linear after them
+reads these. `width.py` verifies the result numerically.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,75 +17,84 @@ from ...errors import UsageError
 
 
 @dataclass(frozen=True)
-class Cut:
-    """`consumer` reads `groups` groups of channels that can go; `makers` maps the layers that make them to their rows a group.
+class ChannelSlice:
+    """`consumer` reads `groups` groups of channels that can be removed; `producers` maps the layers that produce them to rows.
 
-    A maker may hold several runs of rows, each with all groups in order (a fused gate and up has two).
+    The value is rows per group; a producer may have several runs of rows, each with all groups in order (a fused gate and up
+    projection has two).
     """
 
     consumer: str
     groups: int
-    makers: Mapping[str, tuple[int, ...]]
+    producers: Mapping[str, tuple[int, ...]]
 
     def size(self, block: nn.Module) -> int:
-        """Columns of the consumer in a group."""
+        """Columns of the consumer per group."""
         return weight_of(block.get_submodule(self.consumer)).shape[1] // self.groups
 
-    def rows(self, maker: str, gone: Tensor) -> Tensor:
-        """Which rows of `maker` stay when the groups `gone` (bool `[groups]`) go: bool `[rows]`."""
-        return torch.cat([(~gone).repeat_interleave(size) for size in self.makers[maker]])
+    def rows(self, producer: str, removed: Tensor) -> Tensor:
+        """The rows of `producer` that stay if the groups `removed` (bool `[groups]`) are removed: bool `[rows]`."""
+        return torch.cat([(~removed).repeat_interleave(size) for size in self.producers[producer]])
 
 
-def mlp_cut(block: nn.Module, sharing: Sequence[Sequence[str]], width: int) -> Cut:
-    """The `width` inner channels of the block's MLP; `sharing` are the linears by common input, in order of use.
+def mlp_slice(block: nn.Module, shared_inputs: Sequence[Sequence[str]], width: int) -> ChannelSlice:
+    """The `width` inner channels of the block's MLP; `shared_inputs` are the linears by common input, in order of use.
 
-    Raises `UsageError` where there is no plain one, such as in a mixture of experts.
+    Raises `UsageError` if the block has no plain MLP, such as in a mixture of experts.
     """
     linears = find_linears(block)
-    for makers in sharing:
-        parent = makers[0].rpartition(".")[0]
+    for producers in shared_inputs:
+        parent = producers[0].rpartition(".")[0]
         readers = [
-            name for group in sharing for name in group if name.rpartition(".")[0] == parent and name not in makers
+            name
+            for group in shared_inputs
+            for name in group
+            if name.rpartition(".")[0] == parent and name not in producers
         ]
-        rows = [weight_of(linears[name]).shape[0] for name in makers]
+        rows = [weight_of(linears[name]).shape[0] for name in producers]
         reads = [weight_of(linears[name]).shape[1] for name in readers]
         if reads == [width] and all(count % width == 0 for count in rows):
-            return Cut(readers[0], width, {n: (1,) * (c // width) for n, c in zip(makers, rows, strict=True)})
-    raise UsageError(f"{type(block).__name__} has no plain MLP to narrow", "leave out --mlp-width")
+            return ChannelSlice(
+                readers[0], width, {n: (1,) * (c // width) for n, c in zip(producers, rows, strict=True)}
+            )
+    raise UsageError(f"{type(block).__name__} has no plain MLP whose width could be pruned", "leave out --mlp-width")
 
 
-def attention_cut(block: nn.Module, sharing: Sequence[Sequence[str]], config: Any) -> Cut:
+def attention_slice(block: nn.Module, shared_inputs: Sequence[Sequence[str]], config: Any) -> ChannelSlice:
     """The key-value heads of the block with the query heads that read them.
 
-    Raises `UsageError` where queries, keys and values are no linears of their own.
+    Raises `UsageError` if queries, keys and values are not separate linears.
     """
     linears = find_linears(block)
     heads = config.num_attention_heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    for makers in sharing:
-        parent = makers[0].rpartition(".")[0]
+    for producers in shared_inputs:
+        parent = producers[0].rpartition(".")[0]
         readers = [
-            name for group in sharing for name in group if name.rpartition(".")[0] == parent and name not in makers
+            name
+            for group in shared_inputs
+            for name in group
+            if name.rpartition(".")[0] == parent and name not in producers
         ]
-        if not hasattr(block.get_submodule(parent), "head_dim") or len(makers) != 3 or len(readers) != 1:
+        if not hasattr(block.get_submodule(parent), "head_dim") or len(producers) != 3 or len(readers) != 1:
             continue
         if weight_of(linears[readers[0]]).shape[1] % groups == 0:
-            rows = {name: weight_of(linears[name]).shape[0] for name in makers}
+            rows = {name: weight_of(linears[name]).shape[0] for name in producers}
             if all(count % groups == 0 for count in rows.values()):
-                return Cut(readers[0], groups, {name: (count // groups,) for name, count in rows.items()})
+                return ChannelSlice(readers[0], groups, {name: (count // groups,) for name, count in rows.items()})
     raise UsageError(f"{type(block).__name__} has no separate queries, keys and values", "leave out --kv-heads")
 
 
-def cut_tensors(block: nn.Module, cut: Cut, gone: Tensor) -> dict[str, Tensor]:
-    """The smaller tensors of consumer and makers by their names inside the block, when the groups `gone` go."""
+def sliced_tensors(block: nn.Module, part: ChannelSlice, removed: Tensor) -> dict[str, Tensor]:
+    """The tensors of consumer and producers without the groups `removed`, by their names inside the block."""
     tensors = {}
-    for name in cut.makers:
-        kept = cut.rows(name, gone)
+    for name in part.producers:
+        kept = part.rows(name, removed)
         for leaf, parameter in block.get_submodule(name).named_parameters(recurse=False):
             across = parameter.ndim > 1 and isinstance(block.get_submodule(name), Conv1D)
             tensors[f"{name}.{leaf}"] = parameter.detach()[:, kept] if across else parameter.detach()[kept]
-    kept = (~gone).repeat_interleave(cut.size(block))
-    consumer = block.get_submodule(cut.consumer)
+    kept = (~removed).repeat_interleave(part.size(block))
+    consumer = block.get_submodule(part.consumer)
     weight = consumer.get_parameter("weight").detach()
-    tensors[f"{cut.consumer}.weight"] = weight[kept] if isinstance(consumer, Conv1D) else weight[:, kept]
+    tensors[f"{part.consumer}.weight"] = weight[kept] if isinstance(consumer, Conv1D) else weight[:, kept]
     return tensors

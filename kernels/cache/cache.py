@@ -1,4 +1,4 @@
-"""The cache that a transformers model fills while it generates, packed: real codes in memory, not rounded floats."""
+"""The packed KV cache of a transformers model: codes in memory, not rounded floats."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -19,13 +19,14 @@ DYNAMIC = KVRanges(None, None)
 
 
 class PackedLayer(DynamicLayer):
-    """The past of one attention layer: packed keys and values, and the latest tokens as they came (`keys`, `values`).
+    """The past of one attention layer: packed keys and values, and the window of the latest tokens in full precision (`keys`,
+    `values`).
 
-    A pass reads what was packed before it, so a prompt attends to itself in full precision; what a later token reads depends
-    on the number of tokens before it alone, not on how they were handed over.
+    A pass reads what was packed before it, so a prompt attends to itself in full precision. What a later token reads depends
+    only on the number of tokens before it, not on the passes in which they were added.
     """
 
-    is_croppable = False  # `crop` into the packed part gives back rounded tokens
+    is_croppable = False  # `crop` into the packed part returns rounded tokens
 
     def __init__(self, scheme: CacheScheme, ends: KVRanges = DYNAMIC) -> None:
         super().__init__()
@@ -34,7 +35,7 @@ class PackedLayer(DynamicLayer):
         self.packed: tuple[PackedStates, PackedStates] | None = None
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Add the states `[batch, heads, tokens, width]` of new tokens; what attention is to read, past tokens first."""
+        """Add the states `[batch, heads, tokens, width]` of new tokens; returns all keys and values, oldest first."""
         past = self._unpacked(key_states.dtype)
         keys, values = super().update(key_states, value_states)
         count = self.scheme.packed(self.get_seq_length()) - self._packed_tokens
@@ -43,16 +44,16 @@ class PackedLayer(DynamicLayer):
         return (keys, values) if past is None else (torch.cat([past[0], keys], 2), torch.cat([past[1], values], 2))
 
     def get_seq_length(self) -> int:
-        """How many tokens are kept, packed or not."""
+        """The number of stored tokens, packed or not."""
         return self._packed_tokens + super().get_seq_length()
 
     def reset(self) -> None:
-        """Forget everything."""
+        """Remove all tokens."""
         super().reset()
         self.packed = None
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last `-tokens_to_remove` tokens; those of a step that is cut come back as they were rounded."""
+        """Remove the last `-tokens_to_remove` tokens; the remaining tokens of a packed step that is cut stay rounded."""
         removed = -tokens_to_remove
         if removed <= 0 or not self.is_initialized:
             super().crop(tokens_to_remove)
@@ -63,27 +64,27 @@ class PackedLayer(DynamicLayer):
             whole = left // self.scheme.step * self.scheme.step
             self.keys, self.values = (states[:, :, whole:left] for states in past)
             for states in self.packed:
-                states.keep(whole)
+                states.truncate(whole)
             self.packed = self.packed if whole else None
         else:
             self.keys, self.values = (states[:, :, : left - packed] for states in self._window)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """Put the rows of the batch in another order."""
+        """Reorder the rows of the batch."""
         self.batch_select_indices(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Have every row `repeats` times."""
+        """Repeat every row of the batch `repeats` times."""
         if self.is_initialized:
             self.batch_select_indices(torch.arange(len(self._window[0])).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Keep only these rows of the batch."""
+        """Keep only the rows `indices` of the batch."""
         if self.is_initialized:
             indices = indices.to(self._window[0].device)
             self.keys, self.values = (states[indices] for states in self._window)
             for states in self.packed or ():
-                states.choose(indices)
+                states.select(indices)
 
     @property
     def nbytes(self) -> int:
@@ -93,7 +94,7 @@ class PackedLayer(DynamicLayer):
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that the same tokens take in full precision."""
+        """Bytes of the same tokens in full precision."""
         window = self._window if self.is_initialized else ()
         token = sum(states.shape[0] * states.shape[1] * states.shape[3] * states.itemsize for states in window)
         return token * self.get_seq_length()
@@ -128,34 +129,39 @@ def _packed(states: Tensor, args: QuantArgs, ends: Tensor | None, along_tokens: 
 
 
 class PackedCache(Cache):
-    """A transformers cache whose layers keep past tokens as `scheme` says, for a model with this `config`.
+    """A transformers cache whose layers store past tokens by `scheme`, for a model with this `config`.
 
-    A static scheme needs the calibrated `ranges` of every layer. Raises `UsageError` for models whose layers keep
-    anything but all keys and values: sliding windows, recurrent states.
+    A static scheme needs the calibrated `ranges` of every layer. Raises `UsageError` if their number is wrong, or if a layer of
+    the model does not store all keys and values (sliding windows, recurrent states).
     """
 
     def __init__(self, config: PreTrainedConfig, scheme: CacheScheme, ranges: Sequence[KVRanges] | None = None) -> None:
         count = check_cache(config)
         if scheme.static and (ranges is None or len(ranges) != count):
-            found = "none are given" if ranges is None else f"{len(ranges)} are given"
-            raise UsageError(f"{count} layers with static scales need as many ranges, {found}", "use dynamic: true")
+            given = 0 if ranges is None else len(ranges)
+            raise UsageError(
+                f"a KV cache with static scales needs the ranges of {count} layers, got {given}", "use dynamic: true"
+            )
         super().__init__(
             layers=[PackedLayer(scheme, ranges[i] if scheme.static and ranges else DYNAMIC) for i in range(count)]
         )
 
     @classmethod
     def of(cls, model: PreTrainedModel, scheme: CacheScheme) -> "PackedCache":
-        """An empty cache of `model`, with the ranges that were loaded with it where the scheme is static."""
+        """An empty cache of `model`, with the ranges that were loaded with it if the scheme is static.
+
+        Raises `UsageError` as `PackedCache` and `attached` do.
+        """
         return cls(model.config, scheme, attached(model) if scheme.static else None)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of what is kept now."""
+        """Bytes of all stored tokens."""
         return sum(layer.nbytes for layer in self._layers)
 
     @property
     def dense_nbytes(self) -> int:
-        """Bytes that the same tokens take in full precision."""
+        """Bytes of the same tokens in full precision."""
         return sum(layer.dense_nbytes for layer in self._layers)
 
     @property
@@ -164,22 +170,24 @@ class PackedCache(Cache):
 
 
 def check_cache(config: PreTrainedConfig) -> int:
-    """The number of attention layers of a model whose cache can be packed. Raises `UsageError` for other models: those with
-    layers that keep anything but all keys and values, such as sliding windows and recurrent states."""
+    """The number of attention layers of a model whose cache can be packed.
+
+    Raises `UsageError` if a layer of the model does not store all keys and values (sliding windows, recurrent states).
+    """
     layers = DynamicCache(config=config).layers
     for index, layer in enumerate(layers):
         if type(layer) is not DynamicLayer:
             raise UsageError(
-                f"layer {index} of {config.model_type} keeps its past as a {type(layer).__name__}, not as all keys and values",
+                f"the KV cache of {config.model_type} cannot be packed: layer {index} is a {type(layer).__name__}",
                 "leave its cache in full precision",
             )
     return len(layers)
 
 
 def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
-    """Have `model` pack its past by `scheme` wherever it would make a cache of its own: in `generate`, and when called.
+    """Make `model` use a packed cache with this `scheme` whenever it would create one itself: in `generate`, and when called.
 
-    An empty `DynamicCache` gives way to a packed one, which the model returns; a cache with tokens in it, or of another kind,
+    An empty `DynamicCache` is replaced with a packed one, which the model returns; a cache that has tokens, or of another type,
     is used as it is. Raises `UsageError` as `PackedCache` does.
     """
     check_cache(model.config)
@@ -187,8 +195,8 @@ def serve_cache(model: PreTrainedModel, scheme: CacheScheme) -> None:
 
 
 def serve_rounded(model: PreTrainedModel, scheme: CacheScheme, ranges: Sequence[KVRanges]) -> None:
-    """Have `model` do what compressed-tensors makes of a scheme that `is_shared`: round every key and value as it comes, those
-    that a prompt reads of itself too, and keep them as floats."""
+    """Make `model` do what compressed-tensors does with a scheme that `is_shared`: every key and value is rounded when it is
+    added, before the prompt itself reads it, and stored as a float."""
     _serve(model, lambda: _Rounded(model.config, scheme, ranges))
 
 
@@ -213,7 +221,7 @@ class _Rounded(DynamicCache):
 
 
 def _serve(model: PreTrainedModel, make: Callable[[], Cache]) -> None:
-    def give(
+    def replace_cache(
         module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         past, wanted = kwargs.get("past_key_values"), kwargs.get("use_cache")
@@ -223,4 +231,4 @@ def _serve(model: PreTrainedModel, make: Callable[[], Cache]) -> None:
             kwargs = kwargs | {"past_key_values": make()}
         return args, kwargs
 
-    model.register_forward_pre_hook(give, with_kwargs=True)
+    model.register_forward_pre_hook(replace_cache, with_kwargs=True)

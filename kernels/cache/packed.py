@@ -1,9 +1,9 @@
 """Keys or values of past tokens as packed codes.
 
-States `[batch, heads, tokens, width]` are kept as channels `[batch, heads * width, tokens]`. A scale is shared by neighbouring
-tokens of a channel (keys, whose outliers sit in channels) or by neighbouring channels of a token (values); either way batch
-is the first axis of everything stored and time the last one, so that the cache grows at its end and rows can be chosen. Or a
-channel's scale was calibrated, and serves all rows and tokens.
+States `[batch, heads, tokens, width]` are stored as channels `[batch, heads * width, tokens]`. A scale is shared by
+neighbouring tokens of a channel (keys, whose outliers are in channels) or by neighbouring channels of a token (values). In both
+cases the first axis of everything stored is the batch and the last one is time, so that the cache grows at its end and rows can
+be selected. A calibrated (static) scale of a channel is shared by all rows and tokens.
 
     state = scale * code + low          symmetric: low = -2**(bits-1) * scale, which is not stored
 """
@@ -24,8 +24,8 @@ class PackedStates:
 
     codes       uint8 `[batch, channels, tokens * bits / 8]`, eight tokens in `bits` bytes
     scale, low  in `args.scale_dtype`: `[batch, channels, tokens / group]` for groups of tokens, `[batch, groups, tokens]` for
-                groups of channels, `[1, channels, 1]` or `[1, 1, 1]` where they are static; `low` is None for symmetric grids
-    heads       that the channels are divided into
+                groups of channels, `[1, channels, 1]` or `[1, 1, 1]` if they are static; `low` is None for symmetric grids
+    heads       the number of heads that the channels belong to
     """
 
     args: QuantArgs
@@ -37,9 +37,10 @@ class PackedStates:
 
     @classmethod
     def of(cls, states: Tensor, args: QuantArgs, along_tokens: bool) -> "PackedStates":
-        """Quantize `states` `[batch, heads, tokens, width]`; tokens are a multiple of 8 and of the group along them.
+        """Quantize `states` `[batch, heads, tokens, width]`; the number of tokens is a multiple of 8 and of the
+        group along them.
 
-        Raises `CompressError` where a state does not fit the dtype of the scales.
+        Raises `CompressError` if a state overflows the dtype of the scales.
         """
         channels = _channels(states)
         lines = channels if along_tokens else channels.transpose(1, 2)
@@ -47,45 +48,47 @@ class PackedStates:
         groups = lines.unflatten(2, (-1, args.columns_per_scale(lines.shape[2])))
         scale, zero, low = _grid(*fit_groups(groups, args), args)
         codes = encode(groups, scale.unsqueeze(-1), zero.unsqueeze(-1), args).flatten(2).to(torch.uint8)
-        kept = [None if t is None else t.to(args.torch_scale_dtype) for t in (scale, low)]
+        stored = [None if t is None else t.to(args.torch_scale_dtype) for t in (scale, low)]
         if not along_tokens:
             codes = codes.transpose(1, 2)
-            kept = [None if t is None else t.transpose(1, 2) for t in kept]
-        scale, low = kept
+            stored = [None if t is None else t.transpose(1, 2) for t in stored]
+        scale, low = stored
         assert scale is not None
         return cls(args, along_tokens, states.shape[1], pack(codes, args.bits), scale.contiguous(), low)
 
     @classmethod
     def within(cls, states: Tensor, args: QuantArgs, ends: Tensor) -> "PackedStates":
         """Quantize `states` `[batch, heads, tokens, width]` between the calibrated `ends` `[heads * width, 2]` of the channels,
-        or `[1, 2]` of all of them.
+        or `[1, 2]` for all of them.
 
-        What lies beyond is cut off. Raises `CompressError` where the ranges are those of other channels.
+        States beyond the ends are clamped. Raises `CompressError` if the number of ranges is not that of the channels.
         """
         channels = _channels(states)
-        if len(ends) != (1 if args.strategy == "tensor" else channels.shape[1]):
+        expected = 1 if args.strategy == "tensor" else channels.shape[1]
+        if len(ends) != expected:
             raise CompressError(
-                f"cache ranges of {len(ends)} channels for {channels.shape[1]}", "load the model that they are of"
+                f"expected {expected} calibrated cache ranges, got {len(ends)}",
+                "load the checkpoint that the ranges were calibrated for",
             )
         scale, zero = parameters(ends[:, 0], ends[:, 1], args)
         scale, zero, low = _grid(scale.float(), zero.float(), args)
         codes = encode(channels, scale.unsqueeze(-1), zero.unsqueeze(-1), args).to(torch.uint8)
-        kept = [None if t is None else t.to(args.torch_scale_dtype).view(1, -1, 1) for t in (scale, low)]
-        assert kept[0] is not None
-        return cls(args, True, states.shape[1], pack(codes, args.bits), kept[0], kept[1])
+        stored = [None if t is None else t.to(args.torch_scale_dtype).view(1, -1, 1) for t in (scale, low)]
+        assert stored[0] is not None
+        return cls(args, True, states.shape[1], pack(codes, args.bits), stored[0], stored[1])
 
     @property
     def tokens(self) -> int:
-        """How many tokens are kept."""
+        """The number of stored tokens."""
         return self.codes.shape[2] * 8 // self.args.bits
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all that is stored."""
+        """Bytes of the codes, scales and low ends."""
         return sum(t.numel() * t.element_size() for t in (self.codes, self.scale, self.low) if t is not None)
 
     def states(self, dtype: torch.dtype) -> Tensor:
-        """What attention reads: `[batch, heads, tokens, width]`, computed in float32."""
+        """The dequantized states `[batch, heads, tokens, width]` in `dtype`, computed in float32."""
         lines = unpack(self.codes, self.args.bits).float()
         scale = self.scale.float()
         low = -(2.0 ** (self.args.bits - 1)) * scale if self.low is None else self.low.float()
@@ -95,22 +98,22 @@ class PackedStates:
         return values.unflatten(1, (self.heads, -1)).transpose(2, 3).to(dtype)
 
     def append(self, later: "PackedStates") -> None:
-        """Take up the states of the tokens after these."""
+        """Append the states of later tokens."""
         self.codes = torch.cat([self.codes, later.codes], 2)
         if self.args.dynamic:
             self.scale = torch.cat([self.scale, later.scale], 2)
             self.low = None if self.low is None or later.low is None else torch.cat([self.low, later.low], 2)
 
-    def keep(self, tokens: int) -> None:
-        """Forget all but the first `tokens`, a multiple of 8 and of the group."""
+    def truncate(self, tokens: int) -> None:
+        """Remove all but the first `tokens`, a multiple of 8 and of the group."""
         scales = self.scale.shape[2] * tokens // self.tokens
         self.codes = self.codes[..., : tokens * self.args.bits // 8]
         if self.args.dynamic:
             self.scale = self.scale[..., :scales]
             self.low = None if self.low is None else self.low[..., :scales]
 
-    def choose(self, rows: Tensor) -> None:
-        """Keep the `rows` (indices, repeated or not) of the batch, in their order."""
+    def select(self, rows: Tensor) -> None:
+        """Keep the `rows` of the batch (indices, which may repeat), in their order."""
         rows = rows.to(self.codes.device)
         self.codes = self.codes[rows]
         if self.args.dynamic:
@@ -124,7 +127,7 @@ def _channels(states: Tensor) -> Tensor:
 
 
 def _grid(scale: Tensor, zero: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Scale, zero and low end as they are stored: `zero` belongs to the rounded `low`, which symmetric grids do not have."""
+    """Scale, zero and low end as they are stored: `zero` follows from the rounded `low`, which is None for symmetric grids."""
     if args.symmetric:
         return scale, zero, None
     low = _stored(-zero * scale, args)
@@ -134,7 +137,8 @@ def _grid(scale: Tensor, zero: Tensor, args: QuantArgs) -> tuple[Tensor, Tensor,
 def pack(codes: Tensor, bits: int) -> Tensor:
     """Pack uint8 `codes` `[..., n]` below `2**bits`, `n` a multiple of 8, into uint8 `[..., n * bits / 8]`.
 
-    Eight codes become `bits` bytes: each of their pieces of 8, 4, 2 or 1 bits fills as many bytes, the first code lowest.
+    Eight codes become `bits` bytes: each of their pieces of 8, 4, 2 or 1 bits fills as many bytes, the first code in
+    the low bits.
     """
     eights = codes.unflatten(-1, (-1, 8))
     pieces = []
@@ -156,7 +160,7 @@ def unpack(packed: Tensor, bits: int) -> Tensor:
 
 
 def _pieces(bits: int) -> list[tuple[int, int]]:
-    """Shift and width of the pieces of a code: the powers of two that `bits` is the sum of, widest first."""
+    """Shift and width of the pieces of a code: the powers of two whose sum is `bits`, widest first."""
     widths = [width for width in (8, 4, 2, 1) if bits & width]
     return [(sum(widths[:i]), width) for i, width in enumerate(widths)]
 

@@ -1,8 +1,8 @@
-"""Calibrated ranges of cached keys and values: the ends between which all tokens to come are kept.
+"""Calibrated ranges of cached keys and values: the limits to which the states of all later tokens are clamped.
 
-Keys are loud in channels that stay the same from token to token, so that a scale per channel can be found beforehand; one scale
-for all keys, and one for all values, is what other runtimes know. Nothing has to be fitted while a model generates, and no
-scales are kept but these.
+The outliers of keys are in the same channels for all tokens, so that a scale per channel can be calibrated; other runtimes have
+one scale for all keys and one for all values. Nothing has to be fitted while a model generates, and no other scales are
+stored.
 """
 
 from typing import NamedTuple
@@ -16,24 +16,25 @@ ATTRIBUTE = "lmpress_cache_ranges"  # of a loaded model
 
 
 class KVRanges(NamedTuple):
-    """The low and high ends of one layer's ranges: float32 `[channels, 2]`, or `[1, 2]` of all channels together. None where
-    ranges are found while the model generates."""
+    """The low and high ends of one layer's ranges: float32 `[channels, 2]`, or `[1, 2]` for all channels together; None if the
+    ranges are computed while the model generates (dynamic)."""
 
     keys: Tensor | None
     values: Tensor | None
 
 
 def attach(model: PreTrainedModel, ranges: list[KVRanges]) -> None:
-    """Have packed caches of `model` use these ranges."""
+    """Set the ranges that packed caches of `model` use, one per layer, moved to the device of `model`."""
     placed = [KVRanges(*(None if ends is None else ends.to(model.device) for ends in layer)) for layer in ranges]
     setattr(model, ATTRIBUTE, placed)
 
 
 def attached(model: PreTrainedModel) -> list[KVRanges]:
-    """The ranges that packed caches of `model` use. Raises `UsageError` where it has none."""
+    """The ranges that packed caches of `model` use, one per layer. Raises `UsageError` if it has none."""
     ranges = getattr(model, ATTRIBUTE, None)
     if ranges is None:
         raise UsageError(
-            "static scales of a cache need calibrated ranges", "load the checkpoint that has them, by its path"
+            "a KV cache with static scales needs calibrated ranges, and this model has none",
+            "load a checkpoint that was calibrated with this cache scheme",
         )
     return ranges

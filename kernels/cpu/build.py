@@ -1,14 +1,15 @@
 """Compile a C file on first use into the user's cache, and load it.
 
-The name of the built file is a hash of everything that went into it, so a stale one is never loaded. It is built beside its
-final place and renamed, so two processes that build at once cannot see half a file. The folder belongs to the user alone:
-what lies in it is executed.
+The name of the library is a hash of everything that it is built from, so a stale one is never loaded. It is built in the folder
+of its final path and then renamed, so two processes that build at the same time never see an incomplete file. Only the user may
+write to the folder, because what is in it is executed.
 """
 
 import ctypes
 import hashlib
 import os
 import platform
+import re
 import shutil
 import stat
 import subprocess
@@ -20,12 +21,13 @@ from ..kernel import Unavailable
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
 SECONDS = 300
+INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def load(source: Path) -> ctypes.CDLL:
     """The shared library of the C file `source`, built if this user has not built it yet.
 
-    Raises `Unavailable` where there is no compiler, it fails, or the cache cannot be trusted.
+    Raises `Unavailable` if there is no compiler, if it fails, or if the cache cannot be trusted.
     """
     built = compiled(source)
     try:
@@ -35,7 +37,7 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def compiled(source: Path) -> Path:
-    """The path of the shared library of `source`; see `load`."""
+    """The path of the shared library of `source`, built if it is missing. Raises `Unavailable` as `load` does."""
     compiler = find_compiler()
     folder = private_folder()
     target = folder / f"{source.stem}-{fingerprint(source, compiler)}.so"
@@ -46,7 +48,7 @@ def compiled(source: Path) -> Path:
 
 
 def find_compiler() -> str:
-    """The full path of the system's C compiler."""
+    """The full path of the system's C compiler. Raises `Unavailable` if there is none."""
     for name in COMPILERS:
         if path := shutil.which(name):
             return path
@@ -54,27 +56,45 @@ def find_compiler() -> str:
 
 
 def cache_folder() -> Path:
-    """Where this user's programs keep what can be made again (XDG base directories)."""
+    """The folder for files that can be built again, in the user's cache (XDG base directories)."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "lmpress" / "kernels"
 
 
 def private_folder() -> Path:
-    """The cache folder, made if missing; nobody but the user may write to it or read it."""
+    """The cache folder, created if it is missing. Raises `Unavailable` if that fails or if other users may open it."""
     folder = cache_folder()
     try:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise Unavailable(f"the cache folder {folder} cannot be made: {error.strerror}") from error
+        raise Unavailable(f"the cache folder {folder} cannot be created: {error.strerror}") from error
     _check_private(folder)
     return folder
 
 
 def fingerprint(source: Path, compiler: str) -> str:
-    """A hash of the source, the compiler and its version, the flags and the machine's architecture."""
+    """A hash of `source` and the files that it includes, the compiler and its version, the flags and the architecture."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603
-    parts = [source.read_bytes(), compiler.encode(), version, " ".join(FLAGS).encode(), platform.machine().encode()]
+    settings = [compiler.encode(), version, " ".join(FLAGS).encode(), platform.machine().encode()]
+    parts = [path.read_bytes() for path in included_files(source)] + settings
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
+
+
+def included_files(source: Path) -> list[Path]:
+    """`source` and all files that it includes with `#include "..."`, directly or through another one, each once.
+
+    A file that does not exist is left out: the compiler reports it.
+    """
+    files = {source: None}  # in the order of their discovery
+    unread = [source]
+    while unread:
+        path = unread.pop()
+        for name in INCLUDE.findall(path.read_text(encoding="utf-8")):
+            included = path.parent / name
+            if included.is_file() and included not in files:
+                files[included] = None
+                unread.append(included)
+    return list(files)
 
 
 def _compile(source: Path, compiler: str, target: Path) -> None:
@@ -98,4 +118,4 @@ def _compile(source: Path, compiler: str, target: Path) -> None:
 def _check_private(path: Path) -> None:
     status = path.lstat()
     if status.st_uid != os.getuid() or stat.S_ISLNK(status.st_mode) or status.st_mode & 0o077:
-        raise Unavailable(f"{path} is open to other users: remove it, or make it yours alone (chmod 700)")
+        raise Unavailable(f"{path} is open to other users: remove it, or restrict it to yourself (chmod 700)")

@@ -1,4 +1,4 @@
-"""Products with pruned weights by the compiled kernels, from the layout that they have on disk."""
+"""Products with pruned weights by the compiled kernels, in the layout of the checkpoint."""
 
 from collections.abc import Iterator
 
@@ -9,15 +9,15 @@ from ..kernel import KernelSpec, PrunedProduct
 from ..weight import PrunedWeight
 from . import library
 
-# The number of input rows from which `torch.mm` on slabs of unfolded rows is the better product.
+# The number of input rows from which `torch.mm` with slabs of dense rows is the faster product.
 SLABS_FROM = {"avx512-vnni": 128, "avx2": 24, "neon-dotprod": 24, "portable": 2}
 SLAB = 256
 
 
 class CpuPruned(PrunedProduct):
-    """A pruned weight as it is stored, and where its rows start."""
+    """A pruned weight as it is stored, and the index of the first value of each row (`starts` int64 `[rows + 1]`)."""
 
-    def __init__(self, weight: PrunedWeight, need: KernelSpec, instructions: str) -> None:
+    def __init__(self, weight: PrunedWeight, spec: KernelSpec, instructions: str) -> None:
         super().__init__(weight)
         library.instruction_set(instructions)
         self.instructions = instructions
@@ -31,7 +31,7 @@ class CpuPruned(PrunedProduct):
 
 
 def multiply(x: Tensor, mask: Tensor, values: Tensor, starts: Tensor, instructions: str) -> Tensor:
-    """`x W^T` for `x` `[m, columns]` of any float dtype and strides: `[m, rows]`. See `PrunedWeight` for the others."""
+    """`x W^T` for `x` `[m, columns]` of any float dtype and strides: `[m, rows]`; see `PrunedWeight` for the weight."""
     chosen, inputs = library.instruction_set(instructions), x.to(torch.float32).contiguous()
     if x.shape[0] < SLABS_FROM[instructions]:
         return library.pruned_linear(inputs, (mask, values, starts), chosen).to(x.dtype)
@@ -52,10 +52,10 @@ def multiply_transposed(
 
 
 def slabs(weight: library.Pruned, columns: int, instructions: library.InstructionSet) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of the weight as floats `[rows, columns]`, up to SLAB at a time, in memory that is used again."""
+    """Rows of the weight as float32 `[rows, columns]`, up to SLAB at a time, in memory that the next slab overwrites."""
     count = weight[0].shape[0]
     slab = torch.empty(min(SLAB, count), columns, dtype=torch.float32)
     for first in range(0, count, SLAB):
         stop = min(first + SLAB, count)
-        library.unfold(weight, instructions, first, slab[: stop - first])
+        library.to_dense(weight, instructions, first, slab[: stop - first])
         yield slice(first, stop), slab[: stop - first]

@@ -1,4 +1,4 @@
-/* Reads memory as fast as one thread can: the yardstick of kernels that do little but read. */
+/* Reads memory as fast as one thread can: the upper bound for kernels that do little but read. */
 #include <stdint.h>
 
 typedef uint64_t Words __attribute__((vector_size(64)));

@@ -70,7 +70,7 @@ class FusedDecodeLayer:
     def _answer(self, block: library.Block, x: Tensor, angles: tuple[Tensor, Tensor], past: Any) -> Tensor:
         queries, keys, values = block.project(x, *angles)
         keys, values = past.update(keys, values, self.layer.self_attn.layer_idx)
-        return block.answer(x, queries, keys, values)
+        return block.attend(x, queries, keys, values)
 
     def _first(self, block: library.Block, x: Tensor, given: dict[str, Any]) -> Tensor:
         """The layer's own answer, which decides whether the compiled block's will do."""

@@ -5,12 +5,12 @@ from torch import Tensor
 
 
 def from_mask(mask: Tensor, columns: int) -> Tensor:
-    """What a bitmask says is stored: bool `[out, columns]`."""
+    """The bits of uint8 `mask` `[out, ceil(columns / 8)]`: bool `[out, columns]`."""
     return split(mask, 1, columns).bool()
 
 
 def join(fields: Tensor, bits: int) -> Tensor:
-    """Pack `fields` uint8 `[rows, n]`, each below `2**bits`, into bytes `[rows, ceil(n * bits / 8)]`, the first lowest."""
+    """Pack `fields` uint8 `[rows, n]`, each below `2**bits`, into bytes `[rows, ceil(n * bits / 8)]`, low bits first."""
     per_byte = 8 // bits
     padded = torch.nn.functional.pad(fields, (0, -fields.shape[1] % per_byte)).unflatten(1, (-1, per_byte))
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=fields.device)

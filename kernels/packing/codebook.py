@@ -1,7 +1,8 @@
-"""The codebooks of NF4 and of its nested scales (QLoRA, Dettmers et al. 2023), to the bit as bitsandbytes uses them.
+"""The codebooks of NF4 and of its nested scales (QLoRA, Dettmers et al. 2023), with the same bits as bitsandbytes.
 
 A block of NF4 is divided by its largest magnitude; every value becomes the nearest of 16 quantiles of the normal
-distribution. Nested scales go the same way a second time: less their mean, in blocks of 256, to 256 values of mixed precision.
+distribution. Nested scales are quantized the same way a second time: minus their mean, in blocks of 256, to 256 values of mixed
+precision (double quantization).
 """
 
 from functools import cache
@@ -11,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NESTED_BLOCK = 256
-SMALLEST = 1e-38  # what an all-zero block is divided by
-CELLS = 32767.5  # bitsandbytes looks nested codes up in a table of 65,536 cells, not by the value itself
+SMALLEST = 1e-38  # the divisor of a block of zeros
+CELLS = 32767.5  # bitsandbytes rounds values to a table of 65,536 cells before it looks up nested codes
 # Quantiles of the normal distribution, 8 above zero and 7 below, over the largest: QLoRA, appendix E.
 NF4_VALUES = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -23,7 +24,7 @@ NF4_VALUES = (
 
 
 def quantize_blocks(weight: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """NF4 of `weight` (float32, any shape) in blocks of `size` of the flattened tensor, the last one perhaps shorter.
+    """NF4 of `weight` (float32, any shape) in blocks of `size` of the flattened tensor; the last one may be shorter.
 
     Returns codes uint8 in the shape of `weight` and the largest magnitudes float32 `[blocks]`.
     """
@@ -36,7 +37,9 @@ def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     offset = absmax.mean()
     blocks = F.pad(absmax - offset, (0, -len(absmax) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
     nested = blocks.abs().amax(1)
-    place = ((blocks / nested.unsqueeze(1) + 1) * CELLS + 0.5).nan_to_num(0).floor()  # nothing spread: the first code
+    place = (
+        ((blocks / nested.unsqueeze(1) + 1) * CELLS + 0.5).nan_to_num(0).floor()
+    )  # NaN if all values of a block are equal: the first code
     codes = _nearest(place / CELLS - 1, dynamic_values(absmax.device))
     return codes.flatten()[: len(absmax)], nested, offset
 
@@ -58,7 +61,7 @@ def dynamic_values(device: torch.device) -> Tensor:
     """The signed dynamic map of 8 bits (Dettmers 2015), float32 `[256]`, ascending.
 
     For every exponent e of 0 .. 6: the middles of `2**e` equal intervals of [0.1, 1], times `10**(e - 6)`, with both signs;
-    0 and 1 besides.
+    also 0 and 1.
     """
     edges = [torch.linspace(0.1, 1, 2**exponent + 1) for exponent in range(7)]
     positive = torch.cat([(e[:-1] + e[1:]) / 2 * 10.0 ** (exponent - 6) for exponent, e in enumerate(edges)])
@@ -66,9 +69,9 @@ def dynamic_values(device: torch.device) -> Tensor:
 
 
 def _divided(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
-    """`flat` `[n]` over the largest magnitude of its block, and these magnitudes.
+    """`flat` `[n]` divided by the largest magnitude of each block, and these magnitudes `[blocks]`.
 
-    Whole blocks are multiplied by the inverse and a shorter last one is divided, as bitsandbytes does: codes depend on it.
+    Whole blocks are multiplied by the inverse and a shorter last one is divided, as in bitsandbytes: codes depend on it.
     """
     blocks = F.pad(flat, (0, -len(flat) % size)).view(-1, size)
     absmax = blocks.abs().amax(1)
@@ -80,6 +83,6 @@ def _divided(flat: Tensor, size: int) -> tuple[Tensor, Tensor]:
 
 
 def _nearest(values: Tensor, codebook: Tensor) -> Tensor:
-    """The nearest entry of the ascending `codebook`, the lower one of two equally near: uint8."""
+    """The nearest entry of the ascending `codebook`, the lower one of two that are equally near: uint8."""
     middles = (codebook[:-1] + codebook[1:]) / 2
     return torch.bucketize(values, middles).to(torch.uint8)

@@ -1,12 +1,12 @@
-"""The GPU kernels' layout of a weight: parts of columns that share their bytes. Never stored.
+"""The GPU kernels' layout of a weight: parts of columns that share their bytes. It is never stored.
 
-A *part* is `width` neighbouring columns of one group, what one dot product takes. A code of 3 bits is cut into two *planes*
-of 2 and 1 bits, others are one plane. The byte `j` of a plane of `b` bits holds column `j` of `8 / b` parts that follow each
-other, the first in its low bits: so a tile of bytes gives as many operands as it has digits, by one shift each, and no value
-ever changes its place. A *slab* is the parts after which all planes are at whole bytes.
+A *part* is `width` neighbouring columns of one group, the operand of one dot product. A code of 3 bits is cut into two
+*planes* of 2 and 1 bits, other codes are one plane. Byte `j` of a plane of `b` bits holds column `j` of `8 / b` consecutive
+parts, the first in its low bits: a tile of bytes gives as many operands as it has digits, by one shift each, and values stay in
+their registers. A *slab* is the smallest run of parts that fills whole bytes in all planes.
 
-Codes of 5 to 8 bits are stored in 8, signed (`code - 128`): as int8 operands they need no arithmetic at all. The center of
-every grid is that of its plane: codes of 5 bits are stored 112 higher.
+Codes of 5 to 8 bits are stored in 8 bits, signed (`code - 128`): as int8 operands they need no arithmetic. The center of every
+grid is moved to that of its plane: codes of 5 bits are stored 112 higher.
 
 `pack` and `unpack` are exact inverses.
 """
@@ -20,26 +20,26 @@ from torch import Tensor
 from ..weight import Weight
 
 PLANES = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
-SIGN = 128  # of stored 8-bit codes
-WIDEST, NARROWEST, NARROWEST_INT8 = 64, 16, 32  # columns of a part: the least that a matrix instruction takes
+SIGN = 128  # the sign bit of stored 8-bit codes
+WIDEST, NARROWEST, NARROWEST_INT8 = 64, 16, 32  # columns of a part: the fewest that a matrix instruction takes
 
 
 @dataclass(frozen=True)
 class Tiles:
     """A weight in parts.
 
-    low, high  uint8 `[rows, bytes]`: the planes, `high` None where there is one
-    scales     `[groups, rows]`, in the dtype that the weight had
-    zeros      `[groups, rows]`: zero minus center, None where all are 0; integers in the scales' dtype, or float32 where
-               they are `real`
-    table      float32 `[2**bits]`, or None for a uniform grid
+    low, high  uint8 `[rows, bytes]`: the planes; `high` is None if there is one
+    scales     `[groups, rows]`, in the dtype of the weight's scales
+    zeros      `[groups, rows]`: zero point minus center, None if all are 0; integers in the dtype of the scales, or float32 if
+               `real`
+    codebook   float32 `[2**bits]`, or None for a uniform grid
     """
 
     low: Tensor
     high: Tensor | None
     scales: Tensor
     zeros: Tensor | None
-    table: Tensor | None
+    codebook: Tensor | None
     rows: int
     columns: int
     group: int
@@ -64,25 +64,25 @@ class Tiles:
 
     @property
     def padded(self) -> bool:
-        """Whether columns in memory stand elsewhere than in the layer: groups inside a row are filled up."""
+        """Whether groups inside a row are padded, so that columns have other positions in memory than in the layer."""
         return self.group % self.width != 0 and self.group < self.columns
 
 
 def stored_bits(bits: int) -> int:
-    """How wide codes of `bits` bits are stored."""
+    """The width in which codes of `bits` bits are stored."""
     return min(b for b in PLANES if b >= bits)
 
 
 def pack(weight: Weight, int8: bool = False) -> Tiles:
-    """Arrange `weight`; `int8` says that its operands will be int8, whose parts are wider."""
+    """Pack `weight`; its parts are wider if its operands will be `int8`."""
     rows, columns = weight.shape
     bits, group = stored_bits(weight.bits), min(weight.group, columns)
     width = part_width(group, columns, int8)
     parts = 8 // min(PLANES[bits])
-    places = positions(columns, group, width)
-    total = math.ceil((int(places[-1]) + 1) / (parts * width)) * parts * width
+    position = positions(columns, group, width)
+    total = math.ceil((int(position[-1]) + 1) / (parts * width)) * parts * width
     codes = torch.zeros(rows, total, dtype=torch.uint8, device=weight.codes.device)
-    codes[:, places.to(codes.device)] = weight.codes + raised(weight.bits)
+    codes[:, position.to(codes.device)] = weight.codes + center_shift(weight.bits)
     if bits == 8:
         codes ^= SIGN
     planes, below = [], 0
@@ -95,7 +95,7 @@ def pack(weight: Weight, int8: bool = False) -> Tiles:
         high=planes[1] if len(planes) > 1 else None,
         scales=weight.scale.T.contiguous(),
         zeros=zeros,
-        table=weight.codebook,
+        codebook=weight.codebook,
         rows=rows,
         columns=columns,
         group=group,
@@ -106,7 +106,7 @@ def pack(weight: Weight, int8: bool = False) -> Tiles:
 
 
 def unpack(tiles: Tiles, bits: int) -> Tensor:
-    """The codes uint8 `[rows, columns]`, of `bits` bits as they were given, that `pack` arranged."""
+    """The codes uint8 `[rows, columns]` of a weight of `bits` bits that `pack` packed."""
     codes, below = torch.zeros((), dtype=torch.uint8, device=tiles.low.device), 0
     for plane, stored in zip(PLANES[tiles.bits], (tiles.low, tiles.high), strict=False):
         assert stored is not None
@@ -115,17 +115,17 @@ def unpack(tiles: Tiles, bits: int) -> Tensor:
         codes, below = codes | digits.flatten(1) << below, below + plane
     if tiles.bits == 8:
         codes ^= SIGN
-    places = positions(tiles.columns, tiles.group, tiles.width).to(codes.device)
-    return codes[:, places] - raised(bits)
+    position = positions(tiles.columns, tiles.group, tiles.width).to(codes.device)
+    return codes[:, position] - center_shift(bits)
 
 
-def raised(bits: int) -> int:
-    """How much higher codes of `bits` bits are stored, so that their center is the plane's."""
+def center_shift(bits: int) -> int:
+    """The number that is added to stored codes of `bits` bits, so that their center is that of the plane."""
     return 2 ** (stored_bits(bits) - 1) - 2 ** (bits - 1)
 
 
 def part_width(group: int, columns: int, int8: bool) -> int:
-    """The widest part of which groups are made without being filled up; the narrowest where there is none."""
+    """The widest part that fills groups without padding; the narrowest if there is none."""
     narrowest = NARROWEST_INT8 if int8 else NARROWEST
     if group == columns:
         return WIDEST
@@ -133,7 +133,7 @@ def part_width(group: int, columns: int, int8: bool) -> int:
 
 
 def positions(columns: int, group: int, width: int) -> Tensor:
-    """Where each column stands in memory."""
+    """The position of each column in memory, int64 `[columns]`."""
     column = torch.arange(columns)
     return column // group * (math.ceil(group / width) * width) + column % group
 
@@ -145,7 +145,7 @@ def _plane(digits: Tensor, plane: int, width: int) -> Tensor:
 
 
 def _zeros(weight: Weight) -> tuple[Tensor | None, bool]:
-    """Zeros minus centers as they are kept, and whether they are real."""
+    """Zero points minus centers as they are stored, and whether they are real."""
     if weight.zero is None:
         return None, False
     zeros = (weight.zero.float() - 2 ** (weight.bits - 1)).T.contiguous()

@@ -1,6 +1,6 @@
-"""The tiles that were found fastest on this kind of GPU, kept in the user's cache from one process to the next.
+"""The tiles that a search found fastest on this kind of GPU, stored in the user's cache for other processes.
 
-One JSON file per GPU, version of Triton and source of the kernels: what any of them finds says nothing about another.
+There is one JSON file per GPU, version of Triton and source of the kernels, because a result does not transfer to another.
 """
 
 import hashlib
@@ -24,15 +24,22 @@ from ..kernel import Activations
 from .configs import Config
 from .layout import Tiles
 
-BUCKETS = (1, 16, 32, 64, 128, 512)  # numbers of input rows that share a tile: up to each, the last one for all above
+BUCKETS = (
+    1,
+    16,
+    32,
+    64,
+    128,
+    512,
+)  # upper bounds of the numbers of input rows that share a tile; the last has no bound
 INTERPRETER = "interpreter"
-POWERS = ("block_n", "block_m", "warps")  # numbers of a tile that are powers of two
+POWERS = ("block_n", "block_m", "warps")  # fields of a tile that are powers of two
 SOURCES = ("configs.py", "launch.py", "layout.py", "device/*.py")
 
 
 @dataclass(frozen=True)
 class Regime:
-    """What the best tile of a product depends on, besides the GPU: `inputs` is one of BUCKETS."""
+    """What the fastest tile of a product depends on, besides the GPU; `inputs` is one of BUCKETS."""
 
     inputs: int
     rows: int
@@ -40,27 +47,27 @@ class Regime:
     group: int
     bits: int
     zeros: bool
-    table: bool
+    codebook: bool
     activations: Activations
     dtype: str
 
     @classmethod
     def of(cls, m: int, tiles: Tiles, activations: Activations, dtype: torch.dtype) -> "Regime":
-        """That of `m` rows of inputs of `dtype` and a weight in `tiles`."""
+        """The regime of `m` input rows of `dtype` and a weight in `tiles`."""
         inputs = next((bucket for bucket in BUCKETS if m <= bucket), BUCKETS[-1])
-        parts = (tiles.zeros is not None, tiles.table is not None)
+        parts = (tiles.zeros is not None, tiles.codebook is not None)
         shape = (tiles.rows, tiles.columns, tiles.group, tiles.bits)
         if activations == "group" and tiles.scales.shape[0] == 1:
-            activations = "token"  # of one group it is the same product
+            activations = "token"  # the same product if there is one group
         return cls(inputs, *shape, *parts, activations, str(dtype).removeprefix("torch."))
 
     def __str__(self) -> str:
-        """The name in the file."""
+        """The key in the file."""
         return " ".join(f"{name}={value}" for name, value in asdict(self).items())
 
 
 class Tuned:
-    """The tiles of one file, read when it is first asked; a file that is missing, damaged or foreign holds none."""
+    """The tiles of one file, which is read on first use; a file that is missing, damaged or of another format holds none."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -68,7 +75,7 @@ class Tuned:
         self._trial: tuple[Regime, Config] | None = None
 
     def get(self, regime: Regime) -> Config | None:
-        """The tile that was kept for `regime`."""
+        """The tile that is stored for `regime`, or None."""
         if self._trial is not None and self._trial[0] == regime:
             return self._trial[1]
         if self._found is None:
@@ -77,7 +84,7 @@ class Tuned:
 
     @contextmanager
     def trying(self, regime: Regime, config: Config) -> Iterator[None]:
-        """Inside the `with`, `config` is the tile of `regime`; nothing is kept."""
+        """Inside the `with`, `config` is the tile of `regime`; it is not stored."""
         self._trial = (regime, config)
         try:
             yield
@@ -85,9 +92,9 @@ class Tuned:
             self._trial = None
 
     def keep(self, regime: Regime, config: Config) -> None:
-        """Write the tile down, beside those that other processes have found meanwhile; the file is replaced whole.
+        """Store the tile, together with those that other processes have stored meanwhile; the file is replaced as a whole.
 
-        Raises `Unavailable` where there is no cache folder, or it is open to others.
+        Raises `Unavailable` if the cache folder cannot be created or is open to other users.
         """
         folder = private_folder()
         self._found = _read(self.path) | {str(regime): config}
@@ -99,13 +106,13 @@ class Tuned:
 
 
 def tuned_on(tensor: Tensor) -> Tuned:
-    """The tiles of the GPU that holds `tensor`."""
+    """The tiles of the GPU that `tensor` is on."""
     return _of_device(tensor.get_device() if tensor.is_cuda else None)
 
 
 @cache
 def tuned_for(gpu: str) -> Tuned:
-    """The tiles of the GPU of that name, for this version of Triton and of the kernels."""
+    """The tiles of the GPU called `gpu`, for this version of Triton and of the kernels."""
     parts = (gpu, version("triton"), _sources())
     name = re.sub(r"\W+", "-", gpu).strip("-").lower()
     return Tuned(cache_folder() / f"triton-{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.json")
@@ -117,7 +124,7 @@ def _of_device(index: int | None) -> Tuned:
 
 
 def _sources() -> str:
-    """A hash of all from which the meaning of a tile follows."""
+    """A hash of the source files that determine what a tile means."""
     files = sorted(path for pattern in SOURCES for path in Path(__file__).parent.glob(pattern))
     return hashlib.sha256(b"\0".join(path.read_bytes() for path in files)).hexdigest()
 
@@ -131,7 +138,7 @@ def _read(path: Path) -> dict[str, Config]:
 
 
 def _config(given: Mapping[str, Any]) -> Config:
-    """Raises `ValueError` for numbers that no tile has, `TypeError` for what are no fields of one."""
+    """Raises `ValueError` if a number is not possible in a tile, `TypeError` if a name is not one of its fields."""
     config = Config(**given)
     for field in fields(config):
         value = getattr(config, field.name)

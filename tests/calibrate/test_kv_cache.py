@@ -100,8 +100,8 @@ def test_one_scale_serves_all_tokens_however_they_are_rearranged() -> None:
     parts = PackedStates.within(given[:, :, :32], static(), ends)
     parts.append(PackedStates.within(given[:, :, 32:], static(), ends))
     assert torch.equal(parts.states(torch.float32), whole)
-    parts.keep(40)
-    parts.choose(torch.tensor([1, 0, 1]))
+    parts.truncate(40)
+    parts.select(torch.tensor([1, 0, 1]))
     assert torch.equal(parts.states(torch.float32), whole[[1, 0, 1], :, :40])
 
 
@@ -113,12 +113,12 @@ def test_one_scale_for_all_channels(symmetric: bool) -> None:
     step = given.abs().max() / 127 if symmetric else (given.max() - given.min()) / 255
     assert (packed.states(torch.float32) - given).abs().max() <= 0.51 * step + 1e-3
     assert packed.nbytes == given.numel() + (2 if symmetric else 4)
-    with pytest.raises(CompressError, match="ranges of 8 channels"):
+    with pytest.raises(CompressError, match="expected 1 calibrated cache ranges, got 8"):
         PackedStates.within(given, args, torch.zeros(8, 2))
 
 
 def test_ranges_of_other_channels_are_refused() -> None:
-    with pytest.raises(CompressError, match="6 channels for 8"):
+    with pytest.raises(CompressError, match="expected 8 calibrated cache ranges, got 6"):
         PackedStates.within(random_keys(), static(), torch.zeros(6, 2))
 
 
@@ -187,7 +187,7 @@ def test_a_model_without_ranges_says_so(make_model: Any) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match="calibrated ranges"):
         PackedCache.of(model, scheme())
-    with pytest.raises(UsageError, match="2 layers with static scales need as many ranges"):
+    with pytest.raises(UsageError, match="a KV cache with static scales needs the ranges of 2 layers"):
         PackedCache(model.config, scheme())
 
 

@@ -1,4 +1,4 @@
-"""The operators' contracts: schemas, shapes for tracing, gradients."""
+"""The contracts of the operators: schemas, shapes for tracing, gradients."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from lmpress.kernels import ops
 from lmpress.kernels.cpu import library
 from lmpress.kernels.cpu.layout import pack
 from lmpress.kernels.kernel import Unavailable
-from lmpress.kernels.packed_layout import flat
+from lmpress.kernels.packed_layout import flatten_layout
 from lmpress.kernels.weight import SparseRows, Weight
 
 
@@ -20,7 +20,7 @@ def arguments(x: torch.Tensor, symmetric: bool) -> tuple:
     codes = torch.randint(0, 16, (20, 64), generator=generator, dtype=torch.uint8)
     zero = None if symmetric else torch.randint(0, 16, (20, 2), generator=generator, dtype=torch.uint8)
     panels = pack(Weight(codes, torch.rand(20, 2, generator=generator), zero, 4, 32), chosen.lanes)
-    return x, *flat(panels), name, "float", 127.0
+    return x, *flatten_layout(panels), name, "float", 127.0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])

@@ -1,4 +1,4 @@
-"""What all pruning methods share: their scheme, the damped Hessian of a block's linears, the refit, the figures."""
+"""Common to all pruning methods: the damped Hessian of a block's linears, the refit, the figures."""
 
 from collections.abc import Callable, Iterator
 
@@ -8,9 +8,9 @@ from torch import Tensor
 from ....kernels.tensor import PrunedTensor
 from ....recipes.scheme import PruneArgs
 from ...block import Block, Linear
-from ...solver.damped_hessian import DampedHessian, damped
+from ...solver.damped_hessian import DampedHessian, damp
 from ...solver.loss import layer_loss
-from ...solver.masked_lstsq import refit
+from ...solver.masked_lstsq import masked_lstsq
 
 # (weight float64 `[out, in]` without dead columns, damped Hessian, arguments) -> (new weight, what is pruned)
 Prune = Callable[[Tensor, DampedHessian, PruneArgs], tuple[Tensor, Tensor]]
@@ -19,9 +19,9 @@ Prune = Callable[[Tensor, DampedHessian, PruneArgs], tuple[Tensor, Tensor]]
 def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = False, drift: float = 0.0) -> None:
     """Prune every linear of the block by its Hessian; with `refitted`, least squares on the mask follows.
 
-    With a share `drift` of the drift, what is pruned is not the weight itself but the weight that repairs it,
-    `W + drift * G Hd^-1` (`calibrate/statistics/drift.py`). Computed in float64. Records the loss and relative error of what
-    is stored, and the damping that was needed.
+    With `drift` above 0, the weight that is pruned is `W + drift * G Hd^-1`, which compensates that share of the drift `G`
+    (`calibrate/statistics/drift.py`). Computed in float64. Records the loss and relative error of the stored weight, and the
+    damping that was needed.
     """
     for linear, solved in _with_hessians(block, damping):
         args = linear.prune_args
@@ -31,14 +31,14 @@ def prune_linears(block: Block, damping: float, prune: Prune, refitted: bool = F
         weight = weight.masked_fill(solved.dead, 0)
         pruned_weight, pruned = prune(weight, solved, args)
         if refitted:
-            pruned_weight = refit(weight, solved.matrix, pruned, start=pruned_weight)
+            pruned_weight = masked_lstsq(weight, solved.matrix, pruned, start=pruned_weight)
         linear.result = PrunedTensor.of(pruned_weight, pruned, args)
         linear.figures |= {"damping": solved.damping, "dead_columns": int(solved.dead.sum())}
         record(linear, weight)
 
 
 def record(linear: Linear, target: Tensor | None = None) -> None:
-    """Note the sparsity reached and, where the inputs are known, the loss of what is stored against `target` `[out, in]`."""
+    """Record the sparsity and, if the Hessian is known, the loss of the stored weight against `target` `[out, in]`."""
     assert isinstance(linear.result, PrunedTensor)
     linear.figures["sparsity"] = 1 - int(linear.result.kept.sum()) / linear.result.kept.numel()
     if linear.hessian is None or target is None:
@@ -50,10 +50,10 @@ def record(linear: Linear, target: Tensor | None = None) -> None:
 
 
 def _with_hessians(block: Block, damping: float) -> Iterator[tuple[Linear, DampedHessian]]:
-    """Linears that share an input share one factorisation; one is held at a time."""
+    """Linears that share an input share one factorisation; only one is in memory at a time."""
     key, solved = None, None
     for linear in block.linears:
         assert linear.hessian is not None
         if solved is None or key != id(linear.hessian):
-            key, solved = id(linear.hessian), damped(linear.hessian.matrix(), damping)
+            key, solved = id(linear.hessian), damp(linear.hessian.matrix(), damping)
         yield linear, solved

@@ -1,4 +1,4 @@
-"""Magnitude pruning: the smallest weights go. The yardstick of all other methods; needs no calibration unless refitted."""
+"""Magnitude pruning: the smallest weights become zero. The baseline of all other methods; only the refit needs calibration."""
 
 from typing import ClassVar
 
@@ -19,7 +19,7 @@ from .masks import smallest
 class Magnitude:
     """Options of magnitude pruning.
 
-    refit    least-squares refit of the weights that are left, which needs calibration
+    refit    least-squares refit of the weights that are kept, which needs calibration
     damping  of the Hessian that the refit solves against, relative to the mean of its diagonal
     """
 
@@ -31,7 +31,7 @@ class Magnitude:
 
     @property
     def needs(self) -> frozenset[str]:
-        """The refit alone needs statistics."""
+        """Only the refit needs statistics."""
         return frozenset({"hessian"} if self.refit else ())
 
 

@@ -1,4 +1,4 @@
-"""Which weights go: the smallest scores, counted by the scope or the pattern of `PruneArgs`; ties fall to the left and top."""
+"""Masks of the smallest scores, counted by the scope or the pattern of `PruneArgs`; of equal scores the first is pruned."""
 
 from dataclasses import replace
 
@@ -24,7 +24,7 @@ def smallest(scores: Tensor, args: PruneArgs) -> Tensor:
 
 
 def in_block(scores: Tensor, sparsity: float) -> Tensor:
-    """SparseGPT's choice among all of `scores` `[out, columns]`."""
+    """The mask of SparseGPT, chosen among all `scores` `[out, columns]`."""
     return lowest(scores.reshape(1, -1), block_zeros(scores.numel(), sparsity)).view_as(scores)
 
 

@@ -1,7 +1,7 @@
 """SparseGPT (Frantar, Alistarh 2023): GPTQ's column sweep with zeros in place of codes.
 
-The mask is chosen on the way, from the weights as they have become: for 128 columns at a time over all rows jointly, or,
-for a pattern `n:m`, per row at every m-th column. The score is `w^2 / d_j^2` with `d` the diagonal of the Cholesky factor.
+The mask is chosen during the sweep, from the compensated weights: for 128 columns at a time over all rows jointly, or, for a
+pattern `n:m`, per row at every m-th column. The score is `w^2 / d_j^2` with `d` the diagonal of the Cholesky factor.
 """
 
 from typing import ClassVar
@@ -26,9 +26,9 @@ class SparseGPT:
     """Options of SparseGPT.
 
     damping          added to the Hessian's diagonal, relative to its mean
-    refit            least-squares refit of the weights that are left
-    true_sequential  gather the statistics of each linear after the linears before it in the block were pruned
-    drift            how much of what the layers before it broke a layer makes up for, 0 (as published) to 1
+    refit            least-squares refit of the weights that are kept
+    true_sequential  collect the statistics of each linear after the linears before it in the block are pruned
+    drift            share of the error of earlier layers that a layer compensates, 0 (as published) to 1
     """
 
     scheme: Pruning = Pruning()
@@ -40,11 +40,11 @@ class SparseGPT:
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scope not in (None, "block"):
-            raise UsageError("SparseGPT chooses its mask by blocks of columns", "leave `scope` out")
+            raise UsageError("SparseGPT supports only the scope block", "leave `scope` out")
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics to gather."""
+        """The statistics to collect."""
         return frozenset({"hessian", "drift"} if self.drift else {"hessian"})
 
 
@@ -62,7 +62,7 @@ def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs) -> tuple[Tens
 
 
 class ZeroProjection:
-    """Columns keep their values, but for the entries that the mask of their span clears."""
+    """Clears the entries of each column that the mask of its span prunes."""
 
     def __init__(self, diagonal: Tensor, args: PruneArgs, columns: Tensor) -> None:
         self._importance, self._args = diagonal.square().reciprocal().unsqueeze(1), args

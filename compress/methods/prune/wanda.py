@@ -1,4 +1,4 @@
-"""Wanda (Sun et al. 2023): prune by `|w_ij| * ||x_j||`, in every output row by itself; nothing is updated."""
+"""Wanda (Sun et al. 2023): prune by `|w_ij| * ||x_j||`, in every output row by itself; the kept weights do not change."""
 
 from typing import ClassVar
 
@@ -18,7 +18,7 @@ from .masks import smallest
 class Wanda:
     """Options of Wanda.
 
-    refit    least-squares refit of the weights that are left, which beats SparseGPT's update on the same layer
+    refit    least-squares refit of the weights that are kept, which beats SparseGPT's update on the same layer
     damping  of the Hessian that the refit solves against, relative to the mean of its diagonal
     """
 
@@ -31,11 +31,11 @@ class Wanda:
 
 
 def apply(config: Wanda, block: Block) -> None:
-    """Prune every linear of the block; the statistics are those of the dense block behind pruned ones."""
+    """Prune every linear of the block; the statistics are those of the dense block after pruned ones."""
     prune_linears(block, config.damping, prune, config.refit)
 
 
 def prune(weight: Tensor, hessian: DampedHessian, args: PruneArgs) -> tuple[Tensor, Tensor]:
-    """Zero the smallest scores of `weight` `[out, in]`; the undamped norms count."""
+    """Zero the smallest scores of `weight` `[out, in]`, with undamped norms."""
     pruned = smallest(weight.abs() * hessian.energy.sqrt(), args)
     return weight.masked_fill(pruned, 0), pruned

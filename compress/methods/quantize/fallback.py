@@ -5,14 +5,14 @@ from torch import Tensor
 from ....kernels.tensor import BlockTensor, Compressed, CompressedTensor, SpQRTensor
 from ...block import Linear
 from ...solver.loss import layer_loss
-from ...solver.target import DriftTarget
+from ...solver.target import AsymmetricTarget
 from .rtn import round_to_nearest
 
 
 def keep_better(
     linear: Linear,
     hessian: Tensor,
-    target: DriftTarget | None = None,
+    target: AsymmetricTarget | None = None,
     rounded: CompressedTensor | BlockTensor | SpQRTensor | None = None,
 ) -> None:
     """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.

@@ -24,7 +24,7 @@ from ...solver.factor import Factor, inverse_factor, solve_upper_
 from ...solver.loss import layer_loss
 from ...solver.refine import refine
 from ...solver.sweep import BLOCK, sweep
-from ...solver.target import DriftTarget, half_square
+from ...solver.target import AsymmetricTarget, half_square
 from .fallback import keep_better
 
 Order = Literal["natural", "act", "group"]
@@ -146,7 +146,7 @@ def drift_that_lasts(linear: Linear, damping: float) -> float:
         return 1.0
     factor = inverse_factor(linear.hessian.without(held.hessian), damping)
     order = torch.arange(linear.weight.shape[1], device=linear.weight.device)
-    correction = DriftTarget.of(linear.drift.without(held.drift), 1.0, factor.upper, order).errors.T @ factor.upper
+    correction = AsymmetricTarget.of(linear.drift.without(held.drift), 1.0, factor.upper, order).errors.T @ factor.upper
     curvature = 2 * layer_loss(correction, held.hessian.matrix())
     pull = float(torch.linalg.vecdot(correction, held.drift.matrix()).double().sum())
     return min(max(pull / curvature, 0.0), 1.0) if curvature > 0 else 1.0
@@ -166,16 +166,16 @@ class Prepared:
         """What the damping added to the diagonal."""
         return self.factor.damping * float(self.hessian.diagonal().mean())
 
-    def drift_target(self, drift: Drift | None, share: float) -> DriftTarget | None:
+    def drift_target(self, drift: Drift | None, share: float) -> AsymmetricTarget | None:
         """What to imitate instead of the weight, if a share of the drift is to be made up for."""
         return (
-            DriftTarget.of(drift.matrix(), share, self.factor.upper, self.order)
+            AsymmetricTarget.of(drift.matrix(), share, self.factor.upper, self.order)
             if share and drift is not None
             else None
         )
 
     def fitted_to(
-        self, weight: Tensor, args: QuantArgs, target: DriftTarget | None, aimed: bool | None = None
+        self, weight: Tensor, args: QuantArgs, target: AsymmetricTarget | None, aimed: bool | None = None
     ) -> Tensor:
         """The weight `[out, in]` that grids are fitted to: where `aimed` what the solver aims at, which costs a product."""
         wanted = args.bits <= COARSE if aimed is None else aimed
@@ -219,7 +219,7 @@ def column_order(diagonal: Tensor, group: int, order: Order) -> Tensor:
 
 
 def solve(
-    weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, target: DriftTarget | None = None
+    weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, target: AsymmetricTarget | None = None
 ) -> Solution:
     """Quantize `weight` `[out, in]` float32 or float64 against the prepared Hessian. `weight` is left as it is."""
     alive = weight.masked_fill(prepared.dead, 0.0) if prepared.dead.any() else weight
@@ -234,7 +234,7 @@ def solve(
 
 
 def swept(
-    weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, target: DriftTarget | None = None
+    weight: Tensor, prepared: Prepared, args: QuantArgs, config: GPTQ, target: AsymmetricTarget | None = None
 ) -> tuple[Tensor, Grid, Tensor]:
     """The published method alone: codes `[out, in]`, their grid, and the scaled errors `E^T` `[in, out]` of the sweep."""
     importance = prepared.hessian.diagonal() if config.weighted_grid else None

@@ -16,9 +16,9 @@ from ....kernels.tensor import BlockTensor, CompressedTensor, of_grid
 from ....kernels.tensor.grid import Grid
 from ....recipes.scheme import PruneArgs, QuantArgs, Scheme
 from ...block import Block
-from ...solver.damped_hessian import DampedHessian, damped
+from ...solver.damped_hessian import DampedHessian, damp
 from ...solver.loss import layer_loss
-from ...solver.obs_elimination import BATCH_BYTES, ToGrid, eliminate
+from ...solver.obs_elimination import BATCH_BYTES, GridProjection, eliminate
 from ..prune import exactobs
 from .fallback import keep_better
 
@@ -52,7 +52,7 @@ def apply(config: OBQ, block: Block) -> None:
     for linear in block.linears:
         assert linear.hessian is not None
         hessian = linear.hessian.matrix()
-        solved = damped(hessian, config.damping)
+        solved = damp(hessian, config.damping)
         weight = linear.weight.double().masked_fill(solved.dead, 0)
         pruned = None
         if config.pruning is not None:
@@ -81,9 +81,9 @@ def quantize(
         "act": energy.argsort(descending=True, stable=True).argsort(),
         "fixed": torch.arange(len(energy), device=energy.device),
     }[order]
-    target = ToGrid(grid, rank)
+    projection = GridProjection(grid, rank)
     if pruned is None:
-        settled = eliminate(weight, hessian.inverse, target).settled
+        settled = eliminate(weight, hessian.inverse, projection).settled
     else:
         settled = _eliminate_kept(weight, hessian.matrix, grid, rank, ~pruned)
     return of_grid(grid.quantize(settled), grid)
@@ -98,5 +98,5 @@ def _eliminate_kept(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | N
         own = matrix * kept[rows].unsqueeze(1) * kept[rows].unsqueeze(2)
         own.diagonal(dim1=1, dim2=2).add_((~kept[rows]).to(matrix.dtype))
         own_grid = Grid(grid.scale[rows], grid.zero[rows], grid.args) if len(grid.scale) > 1 else grid
-        parts.append(eliminate(weight[rows], torch.linalg.inv(own), ToGrid(own_grid, rank)).settled)
+        parts.append(eliminate(weight[rows], torch.linalg.inv(own), GridProjection(own_grid, rank)).settled)
     return torch.cat(parts)

@@ -22,7 +22,7 @@ from ...block import Block
 from ...formats.spqr import entries
 from ...solver.refine import refine
 from ...solver.sweep import sweep
-from ...solver.target import DriftTarget
+from ...solver.target import AsymmetricTarget
 from .fallback import keep_better
 from .gptq import GPTQ, Prepared, prepare
 
@@ -82,7 +82,7 @@ def apply(config: SpQR, block: Block) -> None:
 
 
 def solve(
-    weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int, target: DriftTarget | None = None
+    weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int, target: AsymmetricTarget | None = None
 ) -> tuple[SpQRTensor, SpQRTensor]:
     """Quantize `weight` `[out, in]`: the solution, and rounding to nearest on the same grid with the same outliers."""
     alive = weight.masked_fill(prepared.dead, 0.0)

@@ -1,121 +1,113 @@
-"""y = x W^T by matrix instructions, the weight as the left operand: its bytes become operands in registers.
+"""y = x W^T by matrix instructions, with the weight as the left operand: its bytes become operands in registers.
 
     y[m, n] = sum over groups g of scale[n, g] * (sum over k in g of (code[n, k] - zero[n, g]) * x[m, k])
 
-The inner sum meets exact small integers (or the codebook's values): scales are applied to sums, in float32. Integer zeros
-are subtracted on the way to the operand, real ones leave the sum as `zero * sum of x`. With int8 inputs the inner sum is one
-of integers, and `x_scale[m, g]` (`x_scale[m]` per token) is applied beside the weight's.
+The terms of the inner sum are exact small integers (or entries of the codebook): scales are applied to sums, in float32.
+Integer zeros are subtracted when the operand is made, real ones are taken out of the sum as `zero * sum of x`. With int8 inputs
+the inner sum is one of integers, and `x_scale[m, g]` (`x_scale[m]` per token) is applied together with the weight's scale.
 
-Few rows of x give few programs: `SPLIT` programs share the columns of one tile, each leaves its part of the sum in a
-workspace, and `add_up` adds them in order. Results are the same bits in every run.
+Few rows of x give few programs: `SPLIT` programs share the columns of one tile, each writes its part of the sum to a
+workspace, and `add_up` adds the parts in order. Results are the same bits in every run.
 """
 
 import triton
 import triton.language as tl
 
-from .decode import floats, int8s, looked_up, part_codes
+from .weight import (
+    as_int8,
+    from_codebook,
+    load_group,
+    load_high,
+    load_low,
+    part_codes,
+    plane_pointers,
+    subtract_zero,
+)
 
 
 @triton.jit
 def linear(
-    x,  # [m, width] float, or int8 with groups filled up
-    x_scales,  # float32 [m, groups] or [m]
-    low,
-    high,
-    scales,
-    zeros,
-    table,
-    y,  # [m, n], or float32 [SPLIT, m, n]
+    x,  # [m, width] float, or int8 with padded groups
+    x_scales,  # float32 [m, groups] or [m]; not read for float inputs
+    weight,  # WeightArgs
+    y,  # [m, rows], or float32 [SPLIT, m, rows]
     m,
-    n,
     width,
-    groups,
-    low_bytes,
-    high_bytes,
-    slabs,
-    BITS: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PARTS: tl.constexpr,
-    GROUP_PARTS: tl.constexpr,  # 0: one scale a row
-    ZEROS: tl.constexpr,  # "none", "integer", "real"
-    TABLE: tl.constexpr,
-    INPUTS: tl.constexpr,  # "float", "group" (several of them), "token"
+    FORMAT: tl.constexpr,
+    INPUTS: tl.constexpr,  # "float", "group" (of several groups), "token"
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT: tl.constexpr,
 ):
     rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     batch = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    share = tl.cdiv(slabs, SPLIT)
+    share = tl.cdiv(weight.slabs, SPLIT)
     first = tl.program_id(2) * share
+    WIDTH: tl.constexpr = FORMAT.width
+    PARTS: tl.constexpr = FORMAT.parts
     column = tl.arange(0, WIDTH)
-    row_ok, batch_ok = rows < n, batch < m
-    # Columns of 2, 3 and 4 bits per byte of the low plane; 8 parts per byte of the high one.
-    LOW_PARTS: tl.constexpr = 1 if BITS == 8 else 2 if BITS == 4 else 4
-    low += rows.to(tl.int64)[:, None] * low_bytes + column[None, :]
-    high += rows.to(tl.int64)[:, None] * high_bytes + column[None, :]
+    row_ok, batch_ok = rows < weight.rows, batch < m
+    low, high = plane_pointers(weight, rows, FORMAT)
     x += batch.to(tl.int64)[None, :] * width + column[:, None]
-    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INPUTS == "token" and GROUP_PARTS == 0 else tl.float32)
+    sums = tl.zeros((BLOCK_N, BLOCK_M), tl.int32 if INPUTS == "token" and FORMAT.group_parts == 0 else tl.float32)
     shifts = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     row_zero = 0.0
-    if ZEROS == "integer" and GROUP_PARTS == 0:
-        row_zero = tl.load(zeros + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-    for slab in range(first, min(first + share, slabs)):
-        low_tile = tl.zeros((BLOCK_N, WIDTH), tl.uint8)
-        high_tile = tl.zeros((BLOCK_N, WIDTH), tl.uint8)
-        if BITS == 3:
-            high_tile = tl.load(high + slab * WIDTH, mask=row_ok[:, None], other=0, eviction_policy="evict_first")
+    if FORMAT.zeros == "integer" and FORMAT.group_parts == 0:
+        row_zero = load_group(weight.zeros, 0, weight, rows, row_ok)
+    for slab in range(first, min(first + share, weight.slabs)):
+        low_bytes = tl.zeros((BLOCK_N, WIDTH), tl.uint8)
+        high_bytes = load_high(high, low_bytes, slab, row_ok, FORMAT, "evict_first")
         for p in tl.static_range(PARTS):
-            if p % LOW_PARTS == 0:
-                at = (slab * (PARTS // LOW_PARTS) + p // LOW_PARTS) * WIDTH
-                low_tile = tl.load(low + at, mask=row_ok[:, None], other=0, eviction_policy="evict_first")
+            low_bytes = load_low(low, low_bytes, slab, p, row_ok, FORMAT, "evict_first")
             part = slab * PARTS + p
             inside = (part * WIDTH + column < width)[:, None] & batch_ok[None, :]
             xs = tl.load(x + part * WIDTH, mask=inside, other=0.0)
-            codes = part_codes(low_tile, high_tile, p if BITS == 3 else p % LOW_PARTS, BITS)
+            codes = part_codes(low_bytes, high_bytes, p, FORMAT)
             group = 0
-            if GROUP_PARTS > 0:
-                group = min(part // GROUP_PARTS, groups - 1)
+            if FORMAT.group_parts > 0:
+                group = min(part // FORMAT.group_parts, weight.groups - 1)
             zero = row_zero
-            if ZEROS == "integer" and GROUP_PARTS > 0:
-                zero = tl.load(zeros + group * n + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+            if FORMAT.zeros == "integer" and FORMAT.group_parts > 0:
+                zero = load_group(weight.zeros, group, weight, rows, row_ok)
             if INPUTS != "float":
-                ws = int8s(codes, BITS)
-            elif TABLE:
-                ws = looked_up(codes, table, x.dtype.element_ty)
+                ws = as_int8(codes, FORMAT.bits)
+            elif FORMAT.codebook:
+                ws = from_codebook(codes, weight.codebook, x.dtype.element_ty)
             else:
-                ws = floats(codes, zero, BITS, x.dtype.element_ty)
-            if GROUP_PARTS == 0:
+                ws = subtract_zero(codes, zero, FORMAT.bits, x.dtype.element_ty)
+            if FORMAT.group_parts == 0:
                 if INPUTS == "float":
                     sums = tl.dot(ws, xs, sums, input_precision="ieee")
                 else:
                     sums = tl.dot(ws, xs, sums, out_dtype=tl.int32)
             else:
-                scale = tl.load(scales + group * n + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                scale = load_group(weight.scales, group, weight, rows, row_ok)
                 if INPUTS == "float":
                     sums += scale * tl.dot(ws, xs, input_precision="ieee")
                 else:
                     if INPUTS == "group":
-                        scale = scale * tl.load(x_scales + batch * groups + group, mask=batch_ok, other=0.0)[None, :]
+                        scale = (
+                            scale * tl.load(x_scales + batch * weight.groups + group, mask=batch_ok, other=0.0)[None, :]
+                        )
                     sums += scale * tl.dot(ws, xs, out_dtype=tl.int32).to(tl.float32)
-            if ZEROS == "real" or (ZEROS == "integer" and INPUTS != "float"):
+            if FORMAT.zeros == "real" or (FORMAT.zeros == "integer" and INPUTS != "float"):
                 total = tl.sum(xs.to(tl.float32 if INPUTS == "float" else tl.int32), axis=0).to(tl.float32)[None, :]
-                if GROUP_PARTS == 0:
+                if FORMAT.group_parts == 0:
                     shifts += total
                 else:
-                    shift = tl.load(zeros + group * n + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+                    shift = load_group(weight.zeros, group, weight, rows, row_ok)
                     shifts += scale * shift * total
     out = sums.to(tl.float32)
-    if GROUP_PARTS == 0:
-        if ZEROS == "real" or (ZEROS == "integer" and INPUTS != "float"):
-            out -= shifts * tl.load(zeros + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
-        out *= tl.load(scales + rows, mask=row_ok, other=0.0).to(tl.float32)[:, None]
+    if FORMAT.group_parts == 0:
+        if FORMAT.zeros == "real" or (FORMAT.zeros == "integer" and INPUTS != "float"):
+            out -= shifts * load_group(weight.zeros, 0, weight, rows, row_ok)
+        out *= load_group(weight.scales, 0, weight, rows, row_ok)
     else:
         out -= shifts
     if INPUTS == "token":
         out *= tl.load(x_scales + batch, mask=batch_ok, other=0.0)[None, :]
-    y += tl.program_id(2).to(tl.int64) * m * n
-    places = batch.to(tl.int64)[None, :] * n + rows[:, None]
+    y += tl.program_id(2).to(tl.int64) * m * weight.rows
+    places = batch.to(tl.int64)[None, :] * weight.rows + rows[:, None]
     tl.store(y + places, out.to(y.dtype.element_ty), mask=row_ok[:, None] & batch_ok[None, :])
 
 

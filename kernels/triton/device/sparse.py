@@ -1,4 +1,4 @@
-"""y + x S^T for S in compressed rows: a program walks the entries of one row of S, so that no two write to one place."""
+"""y + x S^T for S in compressed rows: a program adds up the entries of one row of S, so that no two write to one element."""
 
 import triton
 import triton.language as tl

@@ -107,6 +107,14 @@ def test_the_audit_figures_of_rows() -> None:
     assert padded.tokens == 4 and padded.vocabulary_share == 3 / 500
 
 
+def test_rows_with_little_of_the_vocabulary_are_noted(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    path = written(tmp_path / "text.txt", "abcdefgh")
+    assert calibration_rows(path, letters, 2, 4).notes == ()
+    letters.add_tokens([f"<{number}>" for number in range(400)])
+    rows = calibration_rows(path, letters, 2, 4)
+    assert len(rows.notes) == 1 and f"only {rows.vocabulary_share:.1%} of the {len(letters)} tokens" in rows.notes[0]
+
+
 def test_files_are_read(tmp_path: Path) -> None:
     texts = ["one\n\ntwo", "drei: äöü \u2028 here"]
     folder = tmp_path / "set"

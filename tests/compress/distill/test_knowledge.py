@@ -1,4 +1,4 @@
-"""Knowledge distillation: exact terms for an identical student, learning, resuming after a kill, zeros that stay."""
+"""Knowledge distillation: exact terms for an identical student, training, resuming after a kill, zeros that stay zero."""
 
 import json
 import os
@@ -15,13 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from lmpress.compress.distill.feature_hooks import attention_scores
-from lmpress.compress.distill.knowledge import compare, train
+from lmpress.compress.distill.knowledge import loss_terms, train
 from lmpress.compress.distill.training_state import TrainingState
 from lmpress.errors import UsageError
 from lmpress.recipes.training import DistillConfig
 
 IDS = torch.randint(2, 12, (24, 10), generator=torch.Generator().manual_seed(0))
-LESSONS = DistillConfig(steps=12, batch=4, rate=5e-3, hidden=1.0, attention=1.0, checks=4)
+CONFIG = DistillConfig(steps=12, batch=4, rate=5e-3, hidden=1.0, attention=1.0, checks=4)
 
 
 def model(layers: int = 3, seed: int = 0) -> LlamaForCausalLM:
@@ -49,7 +49,7 @@ def shallower(teacher: LlamaForCausalLM) -> LlamaForCausalLM:
 def test_the_terms_of_an_identical_student() -> None:
     teacher, pairs = model(), [(0, 0), (1, 1), (2, 2)]
     with torch.no_grad():
-        terms = compare(model(), teacher, IDS, pairs, LESSONS)
+        terms = loss_terms(model(), teacher, IDS, pairs, CONFIG)
     assert float(terms.hidden) == 0 and float(terms.attention) == 0
     with torch.no_grad():
         logs = teacher(IDS).logits.log_softmax(-1)
@@ -60,9 +60,9 @@ def test_the_terms_of_an_identical_student() -> None:
 def test_the_terms_against_their_formulas() -> None:
     teacher = model()
     student = shallower(teacher)
-    config = replace(LESSONS, temperature=2.0)
+    config = replace(CONFIG, temperature=2.0)
     with torch.no_grad():
-        terms = compare(student, teacher, IDS, [(0, 0), (1, 2)], config)
+        terms = loss_terms(student, teacher, IDS, [(0, 0), (1, 2)], config)
     with torch.no_grad():
         theirs = teacher(IDS, output_hidden_states=True)
         ours = student(IDS, output_hidden_states=True)
@@ -87,7 +87,7 @@ def test_scores_are_the_logarithms_of_the_attention_weights() -> None:
         assert torch.allclose((score + causal).softmax(-1), weight, atol=1e-6)
 
 
-def taught(folder: Path, config: DistillConfig = LESSONS) -> tuple[PreTrainedModel, list[tuple[int, float, float]]]:
+def trained(folder: Path, config: DistillConfig = CONFIG) -> tuple[PreTrainedModel, list[tuple[int, float, float]]]:
     folder.mkdir(exist_ok=True)
     teacher = model()
     before = {name: p.clone() for name, p in teacher.named_parameters()}
@@ -97,36 +97,36 @@ def taught(folder: Path, config: DistillConfig = LESSONS) -> tuple[PreTrainedMod
     return student, history.curve
 
 
-def test_a_student_learns_and_is_left_as_it_was_best(tmp_path: Path) -> None:
-    student, curve = taught(tmp_path / "run")
+def test_the_loss_falls_and_the_best_weights_are_kept(tmp_path: Path) -> None:
+    student, curve = trained(tmp_path / "run")
     losses = [loss for _, loss, _ in curve]
     assert min(losses) < 0.9 * losses[0]
     with torch.no_grad():
-        terms = compare(student, model(), IDS[:8], [(0, 0), (1, 2)], LESSONS)
-    assert float(terms.loss(LESSONS)) == pytest.approx(min(losses), rel=1e-5)
+        terms = loss_terms(student, model(), IDS[:8], [(0, 0), (1, 2)], CONFIG)
+    assert float(terms.loss(CONFIG)) == pytest.approx(min(losses), rel=1e-5)
 
 
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path: Path) -> None:
-    whole, _ = taught(tmp_path / "whole", replace(LESSONS, steps=2))
-    parts, _ = taught(tmp_path / "parts", replace(LESSONS, steps=2, accumulate=2))
+    whole, _ = trained(tmp_path / "whole", replace(CONFIG, steps=2))
+    parts, _ = trained(tmp_path / "parts", replace(CONFIG, steps=2, accumulate=2))
     for a, b in zip(whole.parameters(), parts.parameters(), strict=True):
         assert torch.allclose(a, b, atol=1e-4)
 
 
-def test_an_interrupted_training_ends_in_the_same_bits(tmp_path: Path) -> None:
+def test_a_resumed_training_ends_in_the_same_bits(tmp_path: Path) -> None:
     class Killed(Exception):
         pass
 
     def kill(event: object) -> None:
         raise Killed
 
-    through, curve = taught(tmp_path / "through")
+    through, curve = trained(tmp_path / "through")
     teacher, folder = model(), tmp_path / "killed"
     folder.mkdir()
     student = shallower(teacher)
     with pytest.raises(Killed):
-        train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], LESSONS, TrainingState(folder), kill)
-    resumed, again = taught(folder)
+        train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 2)], CONFIG, TrainingState(folder), kill)
+    resumed, again = trained(folder)
     assert again == curve
     for a, b in zip(through.parameters(), resumed.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -140,7 +140,7 @@ def test_zeros_stay(tmp_path: Path) -> None:
         if isinstance(module, torch.nn.Linear) and name != "lm_head":
             masks[name] = torch.rand(module.weight.shape, generator=torch.Generator().manual_seed(1)) < 0.5
             module.weight.data.masked_fill_(masks[name], 0)
-    config = replace(LESSONS, keep_zeros=True)
+    config = replace(CONFIG, keep_zeros=True)
     history = train(student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1), (2, 2)], config, TrainingState(tmp_path))
     assert history.best_step > 0
     for name, mask in masks.items():
@@ -153,15 +153,15 @@ def test_zeros_stay(tmp_path: Path) -> None:
     [{"batch": 5, "accumulate": 2}, {"rate": 0.0}, {"hidden": -1.0}, {"precision": "int8"}, {"temperature": 0.0}],
     ids=str,
 )
-def test_impossible_lessons_are_refused(options: dict[str, float]) -> None:
+def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UsageError):
-        replace(LESSONS, **options)
+        replace(CONFIG, **options)
 
 
 COMMAND = [sys.executable, "-m", "lmpress.cli", "distill"]
 
 
-def test_a_killed_command_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
+def test_a_killed_command_resumes_to_the_same_bytes(tiny: Path, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefgh" * 400 + "hgfedcba" * 400)
     options = ["--keep-layers", "1", "--choice", "influence", "--data", str(text), "--samples", "48", "--seq-len", "16"]
@@ -177,7 +177,7 @@ def test_a_killed_command_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path) 
     assert not (tmp_path / "killed").exists()
     subprocess.run(command, check=True)
     for file in (tmp_path / "through").iterdir():
-        if file.name != "report.json":  # it holds times and its own place
+        if file.name != "report.json":  # it contains times and its own path
             assert file.read_bytes() == (tmp_path / "killed" / file.name).read_bytes(), file.name
     assert not state.parent.exists()
     report = json.loads((tmp_path / "killed/report.json").read_text())

@@ -1,4 +1,4 @@
-"""Distillation by several processes: the same student as by one, written once; uneven shares are refused."""
+"""Distillation by several processes: the student equals that of one process and is written once; uneven shares are refused."""
 
 import json
 import subprocess
@@ -14,7 +14,7 @@ from lmpress.calibrate.model import safetensors_io
 WORDS = "--keep-layers 1 --choice spread --mlp-width 16 --samples 48 --seq-len 16 --steps 6 --checks 3 --threads 1"
 TERMS = "--set hidden=1 --set attention=1 --set accumulate=2"
 TOGETHER = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone"]
-# `--multi_gpu` is what makes accelerate start several; whether they use GPUs is said by `--device`.
+# `--multi_gpu` is what makes accelerate start several; `--device` says whether they use GPUs.
 BY_ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
 
 
@@ -26,7 +26,7 @@ def distilled(model: Path, text: Path, out: Path, launcher: list[str], batch: in
 
 
 @pytest.mark.parametrize("launcher", [TOGETHER, BY_ACCELERATE], ids=["torchrun", "accelerate"])
-def test_two_processes_teach_what_one_does(tiny: Path, tmp_path: Path, launcher: list[str]) -> None:
+def test_two_processes_train_the_student_that_one_does(tiny: Path, tmp_path: Path, launcher: list[str]) -> None:
     text = tmp_path / "text.txt"
     text.write_text("abcdefghhgfedcbaacegbdfh" * 60)
     for name, by in (("one", []), ("two", launcher)):

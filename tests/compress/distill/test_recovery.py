@@ -1,4 +1,4 @@
-"""What brings a student back without moving everything: adapters that are folded in, and pruned weights that stay zero."""
+"""Recovery without training all weights: adapters that are merged at the end, and pruned weights that stay zero."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,14 +10,14 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, Llam
 
 import lmpress
 from lmpress.calibrate.model import safetensors_io
-from lmpress.compress.distill.adapters import attach
-from lmpress.compress.distill.knowledge import train, zeros
+from lmpress.compress.distill.adapters import attach_adapters
+from lmpress.compress.distill.knowledge import pruned_masks, train
 from lmpress.compress.distill.training_state import STATE, TrainingState
 from lmpress.compress.formats.checkpoint import Checkpoint
 from lmpress.errors import UsageError
 from lmpress.recipes.training import DistillConfig
 
-TAUGHT: dict[str, Any] = {"steps": 12, "batch": 8, "checks": 4, "rate": 1e-2}
+OPTIONS: dict[str, Any] = {"steps": 12, "batch": 8, "checks": 4, "rate": 1e-2}
 IDS = torch.randint(2, 10, (24, 12), generator=torch.Generator().manual_seed(0))
 
 
@@ -46,7 +46,7 @@ def test_adapters_change_the_blocks_linears_by_matrices_of_their_rank(family: st
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
     before, kinds = weights(student), [type(module) for module in student.modules()]
     course = train(
-        student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1)], DistillConfig(**TAUGHT, lora=2), TrainingState(tmp_path)
+        student, teacher, IDS[8:], IDS[:8], [(0, 0), (1, 1)], DistillConfig(**OPTIONS, lora=2), TrainingState(tmp_path)
     )
     assert course.best_step > 0 and course.curve[-1][2] < course.curve[0][2]
     assert [type(module) for module in student.modules()] == kinds
@@ -62,22 +62,22 @@ def test_adapters_change_the_blocks_linears_by_matrices_of_their_rank(family: st
     assert all("lora_" in name for name in state if name != "notes")
 
 
-def test_fresh_adapters_compute_the_same_and_fold_into_the_same_bits(tiny: Path) -> None:
+def test_untrained_adapters_change_nothing_and_merge_to_the_same_bits(tiny: Path) -> None:
     pytest.importorskip("peft")
     student = LlamaForCausalLM.from_pretrained(tiny).eval()
     before = weights(student)
     with torch.no_grad():
         logits = student(IDS).logits
-        fold = attach(student, 4, seed=0)
+        fold = attach_adapters(student, 4, seed=0)
         assert torch.equal(student(IDS).logits, logits)
     fold()
     assert all(torch.equal(p, before[name]) for name, p in student.named_parameters())
 
 
-def test_a_reduced_model_is_recovered_by_adapters_over_a_kill(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_adapters_recover_a_reduced_model_after_a_kill(tiny: Path, tmp_path: Path, text: str) -> None:
     pytest.importorskip("peft")
     words: dict[str, Any] = {"keep_layers": 1, "choice": "spread", "data": text, "samples": 64, "seq_len": 16}
-    words["options"] = TAUGHT | {"lora": 4}
+    words["options"] = OPTIONS | {"lora": 4}
 
     class Killed(Exception):
         pass
@@ -104,11 +104,11 @@ def test_a_reduced_model_is_recovered_by_adapters_over_a_kill(tiny: Path, tmp_pa
     ],
     ids=["bitmask", "2:4", "dense"],
 )
-def test_a_pruned_model_learns_and_keeps_its_zeros_and_its_format(
+def test_a_pruned_model_is_trained_and_keeps_its_zeros_and_its_format(
     tiny: Path, tmp_path: Path, text: str, words: dict[str, Any]
 ) -> None:
     lmpress.prune(tiny, tmp_path / "pruned", method="magnitude", calib=text, **words)
-    options = TAUGHT | {"rate": 3e-3}
+    options = OPTIONS | {"rate": 3e-3}
     report = lmpress.distill(
         tmp_path / "pruned", tmp_path / "out", teacher=tiny, data=text, samples=64, seq_len=16, options=options
     )
@@ -144,19 +144,19 @@ def test_what_counts_as_pruned(tiny: Path) -> None:
         student.model.layers[0].mlp.up_proj.weight[:8] = 0  # a third
         student.model.layers[1].mlp.up_proj.weight[0, 0] = 0
     first, second = (f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1))
-    assert zeros(student, DistillConfig()).keys() == {first}
-    assert zeros(student, DistillConfig(keep_zeros=True)).keys() == {first, second}
-    assert not zeros(student, DistillConfig(keep_zeros=False))
+    assert pruned_masks(student, DistillConfig()).keys() == {first}
+    assert pruned_masks(student, DistillConfig(keep_zeros=True)).keys() == {first, second}
+    assert not pruned_masks(student, DistillConfig(keep_zeros=False))
     with pytest.raises(UsageError, match="adapters would fill its zeros"):
-        zeros(student, DistillConfig(lora=4))
+        pruned_masks(student, DistillConfig(lora=4))
 
 
 @pytest.mark.parametrize(
     ("made", "words", "why"),
     [
-        ("tiny", {}, "learn from itself"),
-        ("pruned", {"drop": 1}, "packed and stay"),
-        ("pruned", {"options": {"keep_zeros": False}}, "packed and stay"),
+        ("tiny", {}, "its own teacher"),
+        ("pruned", {"drop": 1}, "its zeros stay"),
+        ("pruned", {"options": {"keep_zeros": False}}, "its zeros stay"),
         ("quantized", {}, "quantized: whatever is trained"),
         ("quantized", {"drop": 1}, "quantized: whatever is trained"),
     ],

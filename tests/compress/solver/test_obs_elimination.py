@@ -1,4 +1,4 @@
-"""The greedy elimination against a plain loop that knows only the formulas, and the identities I2 and I5."""
+"""The greedy elimination against a plain loop over the formulas, and the identities I2 and I5."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lmpress.compress.solver.obs_elimination import ToGrid, Trace, eliminate
+from lmpress.compress.solver.obs_elimination import EliminationTrace, GridProjection, eliminate
 from lmpress.kernels.tensor.grid import Grid
 from lmpress.recipes.scheme import QuantArgs
 
@@ -22,8 +22,8 @@ def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
     return torch.randn(rows, width, generator=generator, dtype=torch.float64), hessian, torch.linalg.inv(hessian)
 
 
-def surgeon(weight: Tensor, hessian: Tensor, steps: int, pattern: tuple[int, int] | None = None, block: int = 1):
-    """One row: which block goes is decided by solving, for each candidate, for the best remaining weights from scratch."""
+def obs_from_scratch(weight: Tensor, hessian: Tensor, steps: int, pattern: tuple[int, int] | None = None, block: int = 1):
+    """One row: the next block is the one whose removal, solved from scratch for every candidate, costs least."""
     kept = list(range(len(weight)))
     order, losses, total = [], [], 0.0
     for _ in range(steps):
@@ -52,11 +52,11 @@ def optimum(weight: Tensor, hessian: Tensor, kept: list[int]) -> tuple[Tensor, f
     return best, float((weight - best) @ hessian @ (weight - best)) / 2
 
 
-def test_full_elimination_equals_the_surgeon_from_scratch() -> None:
+def test_full_elimination_equals_obs_from_scratch() -> None:
     weight, hessian, inverse = problem(2, 21)
     trace = eliminate(weight, inverse)
     for row in range(2):
-        order, losses, _ = surgeon(weight[row], hessian, 21)
+        order, losses, _ = obs_from_scratch(weight[row], hessian, 21)
         assert trace.order[row].tolist() == order
         assert torch.allclose(trace.losses[row], torch.tensor(losses, dtype=torch.float64), rtol=1e-6, atol=1e-8)
     assert not trace.settled.any()
@@ -70,7 +70,7 @@ def test_patterns(pattern: tuple[int, int], width: int, steps: int) -> None:
     trace = eliminate(weight, inverse, pattern=pattern)
     assert trace.order.shape[1] == steps
     for row in range(2):
-        order, losses, settled = surgeon(weight[row], hessian, steps, pattern)
+        order, losses, settled = obs_from_scratch(weight[row], hessian, steps, pattern)
         assert trace.order[row].tolist() == order
         assert torch.allclose(trace.settled[row], settled, atol=1e-9)
         assert sum(losses) == pytest.approx(float(trace.losses[row].sum()), rel=1e-9)
@@ -85,13 +85,13 @@ def test_blocks(block: int) -> None:
     trace = eliminate(weight, inverse, block=block)
     steps = -(-22 // block)
     for row in range(2):
-        order, losses, _ = surgeon(weight[row], hessian, steps, block=block)
+        order, losses, _ = obs_from_scratch(weight[row], hessian, steps, block=block)
         assert trace.order[row].tolist() == order
         assert torch.allclose(trace.losses[row], torch.tensor(losses, dtype=torch.float64), rtol=1e-6, atol=1e-8)
 
 
 def test_long_rows_cross_panels() -> None:
-    """Identity I2 at every sparsity, over several panels: the trace's losses are those of the optimum on its mask."""
+    """Identity I2 at every sparsity, over several panels: the losses are those of the optimum on the mask."""
     width = 150
     weight, hessian, inverse = problem(4, width)
     trace = eliminate(weight, inverse)
@@ -138,9 +138,9 @@ def test_global_budget(sparsity: float, block: int) -> None:
         assert set(mask[row].nonzero().flatten().tolist()) == expected
 
 
-def test_a_cheap_tail_does_not_jump_the_queue() -> None:
+def test_a_cheap_last_step_does_not_skip_the_steps_before_it() -> None:
     order = torch.tensor([[2, 0, 1]], dtype=torch.int32)
-    trace = Trace(order, torch.tensor([[5.0, 1.0, 9.0]]), torch.zeros(1, 3))
+    trace = EliminationTrace(order, torch.tensor([[5.0, 1.0, 9.0]]), torch.zeros(1, 3))
     assert trace.mask(1 / 3).tolist() == [[False, False, True]]  # one loss counts, the first step is taken
 
 
@@ -163,11 +163,11 @@ def test_all_zero_weights_and_repeated_columns() -> None:
     assert trace.losses.isfinite().all()
     assert not trace.losses[1].any()
     first = trace.order[0].tolist()
-    assert min(first.index(4), first.index(5)) < 3  # one twin is worth nothing while the other is there
+    assert min(first.index(4), first.index(5)) < 3  # of two equal columns one costs nothing
 
 
 def obq_row(weight: Tensor, inverse: Tensor, grid: Grid) -> tuple[Tensor, float]:
-    """OBQ of one row with its outlier rule, straight from the formulas."""
+    """OBQ of one row with its outlier rule, directly from the formulas."""
     weight, inverse = weight.clone(), inverse.clone()
     open_, loss = list(range(len(weight))), 0.0
     while open_:
@@ -186,11 +186,11 @@ def obq_row(weight: Tensor, inverse: Tensor, grid: Grid) -> tuple[Tensor, float]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_to_grid_equals_the_plain_loop(bits: int) -> None:
+def test_the_grid_projection_equals_the_plain_loop(bits: int) -> None:
     weight, hessian, inverse = problem(5, 50)
     args = QuantArgs(bits=bits, symmetric=False, strategy="channel", group_size=None)
     grid = Grid.fit(weight, args)
-    trace = eliminate(weight, inverse, ToGrid(grid))
+    trace = eliminate(weight, inverse, GridProjection(grid))
     for row in range(5):
         own = Grid(grid.scale[row : row + 1], grid.zero[row : row + 1], args)
         expected, loss = obq_row(weight[row], inverse, own)
@@ -207,7 +207,7 @@ def test_own_inverses_per_row() -> None:
     assert torch.equal(shared.order, own.order)
 
 
-def test_blocks_take_no_pattern() -> None:
+def test_blocks_cannot_be_combined_with_a_pattern() -> None:
     weight, _, inverse = problem(2, 8)
-    with pytest.raises(ValueError, match="neither a grid nor a pattern"):
+    with pytest.raises(ValueError, match="cannot be combined with a projection or a pattern"):
         eliminate(weight, inverse, pattern=(2, 4), block=4)

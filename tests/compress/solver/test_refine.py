@@ -1,4 +1,4 @@
-"""Descent over scales and codes against brute force, float64 least squares and its own bookkeeping."""
+"""Descent over scales and codes against brute force, float64 least squares and the reported loss."""
 
 from itertools import product
 
@@ -49,7 +49,9 @@ def test_the_loss_falls_by_exactly_what_is_reported(width: int, group: int | Non
         assert after == pytest.approx(before - fallen, rel=1e-9, abs=1e-12)
         assert after <= previous * (1 + 1e-12)
         assert settled.max() <= grid.args.maxq
-        assert torch.equal(moved.scale, moved.scale.half().double())  # what is stored is what was solved for
+        assert torch.equal(
+            moved.scale, moved.scale.half().double()
+        )  # the scales are representable in their stored dtype
         previous = after
     if width > 5:
         assert previous < before
@@ -69,7 +71,7 @@ def test_no_single_code_can_be_improved_at_the_end() -> None:
 
 def test_one_column_takes_the_best_code() -> None:
     weight, hessian = torch.tensor([[0.83], [-0.31]], dtype=torch.float64), torch.tensor([[2.0]], dtype=torch.float64)
-    args = QuantArgs(bits=3, strategy="tensor", group_size=None)  # a tensor's scale stays
+    args = QuantArgs(bits=3, strategy="tensor", group_size=None)  # the scale of a whole tensor does not move
     grid = Grid(torch.tensor([[0.25]], dtype=torch.float64), torch.tensor([[4.0]], dtype=torch.float64), args)
     codes, moved, _ = descend(weight, hessian, torch.zeros(2, 1, dtype=torch.uint8), grid, 1)
     best = [min(range(8), key=lambda c: (w - 0.25 * (c - 4)) ** 2) for w in weight.flatten().tolist()]
@@ -98,7 +100,7 @@ def test_moving_scales_alone_reaches_the_joint_least_squares_optimum() -> None:
         assert torch.allclose(descent.scale[:, row], expected, rtol=1e-4)
 
 
-def test_dead_and_duplicated_columns_and_zero_weights_are_survived() -> None:
+def test_dead_and_duplicated_columns_and_zero_weights_are_handled() -> None:
     weight, _ = problem(3, 16)
     inputs = torch.randn(8, 16, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     inputs[:, 5] = inputs[:, 4]
@@ -128,7 +130,7 @@ def test_the_slope_after_a_sweep_is_one_triangular_solve() -> None:
 
 @pytest.mark.parametrize(("bits", "symmetric", "size"), [(4, False, 32), (6, True, 16)], ids=["Q4_K", "Q6_K"])
 def test_super_blocks_descend_from_multiple_to_multiple(bits: int, symmetric: bool, size: int) -> None:
-    """What the descent says it gained is the fall of the loss, and what it leaves can be stored."""
+    """The reported gain is the fall of the loss, and the result can be stored."""
     weight, hessian = problem(4, 256)
     args = QuantArgs(bits, symmetric, group_size=size, formula="ggml", scale_dtype="super")
     grid = Grid.fit(weight, args)

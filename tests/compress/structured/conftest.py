@@ -1,4 +1,4 @@
-"""What is done with a reduced model: loaded as anybody loads it, with nothing missing, and asked."""
+"""Fixtures for reduced models: loading them with transformers, with no weight missing, and their logits."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -22,11 +22,11 @@ def ask(model: PreTrainedModel, ids: Tensor) -> Tensor:
 
 @pytest.fixture
 def loaded() -> Callable[[Path], PreTrainedModel]:
-    """Gives the model in a folder, whose files must hold what it asks for and nothing else."""
+    """Loads the model in a folder, whose files must contain exactly the weights that it needs."""
     return load
 
 
 @pytest.fixture
 def logits() -> Callable[[PreTrainedModel, Tensor], Tensor]:
-    """Gives the logits of a model on rows of tokens."""
+    """Computes the logits of a model on rows of tokens."""
     return ask

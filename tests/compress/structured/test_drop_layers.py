@@ -1,4 +1,4 @@
-"""Layer reduction: the student's layers are the teacher's to the bit, on many families, and it generates rightly."""
+"""Dropped layers: the student's layers are the teacher's bit for bit, on many families, and generation is correct."""
 
 import json
 from pathlib import Path
@@ -84,7 +84,7 @@ def attributes(block: torch.nn.Module, name: str) -> list[object]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_layers_are_the_teachers_and_are_numbered_anew(family: str, tmp_path: Path, loaded) -> None:
+def test_layers_are_the_teachers_and_are_renumbered(family: str, tmp_path: Path, loaded) -> None:
     folder = saved(family, tmp_path / "teacher")
     keep_layers(folder, tmp_path / "student", KEPT)
     teacher, student = loaded(folder), loaded(tmp_path / "student")
@@ -130,8 +130,8 @@ def test_impossible_layers_are_refused(kept: list[int], tmp_path: Path) -> None:
     assert not (tmp_path / "student").exists()
 
 
-def test_a_choice_that_the_config_cannot_say_is_refused(tmp_path: Path) -> None:
-    """Jamba tells attention layers by a period: whole periods can go, others cannot."""
+def test_a_selection_that_the_config_cannot_express_is_refused(tmp_path: Path) -> None:
+    """Jamba's config gives attention layers by a period: only whole periods can be removed."""
     FAMILIES["jamba"] = (
         "jamba",
         {"attn_layer_period": 3, "attn_layer_offset": 1, "expert_layer_period": 50, "expert_layer_offset": 49}
@@ -145,7 +145,7 @@ def test_a_choice_that_the_config_cannot_say_is_refused(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "student/config.json").read_text())["num_hidden_layers"] == 3
 
 
-def test_numbers_in_the_computation_are_refused(tmp_path: Path) -> None:
+def test_models_that_compute_with_layer_numbers_are_refused(tmp_path: Path) -> None:
     FAMILIES["numbered"] = ("gpt2", FAMILIES["gpt2"][1] | {"scale_attn_by_inverse_layer_idx": True})
     with pytest.raises(UsageError, match="number of a layer"):
         keep_layers(saved("numbered", tmp_path / "teacher"), tmp_path / "student", KEPT)

@@ -1,4 +1,4 @@
-"""A narrower residual stream: the choice against brute force, models that load anywhere and compute what was intended."""
+"""Hidden size pruning: the selection against brute force, models that load anywhere and compute what was intended."""
 
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 import lmpress
 from lmpress.calibrate.data.token_rows import TokenRows
-from lmpress.compress.solver.channel_pruning import refit_gain, remove_channels, remove_shared
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.channel_pruning import channels_to_remove, refit_gain, shared_channels_to_remove
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.structured.hidden_size import prune_hidden_size
 from lmpress.errors import UsageError
 
@@ -51,7 +51,7 @@ def problem(seed: int, rows: int = 5, columns: int = 7) -> tuple[Tensor, Tensor]
 
 
 def relative_loss(weight: Tensor, matrix: Tensor, gone: list[int], fixed: bool) -> float:
-    """Brute force: what is lost of a reader's output, its other columns moved by least squares or not."""
+    """Brute force: the loss of a reader's output, with or without least squares on its other columns."""
     kept = [c for c in range(len(matrix)) if c not in gone]
     answer = torch.zeros_like(weight)
     answer[:, kept] = weight[:, kept] if fixed else torch.linalg.solve(matrix[kept][:, kept], matrix[kept] @ weight.T).T
@@ -59,9 +59,9 @@ def relative_loss(weight: Tensor, matrix: Tensor, gone: list[int], fixed: bool) 
     return float((off @ matrix * off).sum() / (weight @ matrix * weight).sum())
 
 
-def test_the_shared_choice_is_greedy_and_exact() -> None:
+def test_the_shared_selection_is_greedy_and_exact() -> None:
     free, fixed = [problem(seed) for seed in range(3)], [problem(seed) for seed in (3, 4)]
-    solved = [(weight, damped(matrix, 0.01)) for weight, matrix in free]
+    solved = [(weight, damp(matrix, 0.01)) for weight, matrix in free]
     gone: list[int] = []
     for _ in range(3):
         losses = {}
@@ -70,15 +70,15 @@ def test_the_shared_choice_is_greedy_and_exact() -> None:
             losses[channel] = sum(relative_loss(w, h.matrix, trial, fixed=False) for w, h in solved)
             losses[channel] += sum(relative_loss(w, h, trial, fixed=True) for w, h in fixed)
         gone.append(min(losses, key=lambda c: losses[c]))
-    found = remove_shared([(w.T @ w, h) for w, h in solved], [w.T @ w * h for w, h in fixed], 3)
+    found = shared_channels_to_remove([(w.T @ w, h) for w, h in solved], [w.T @ w * h for w, h in fixed], 3)
     assert found.nonzero().flatten().tolist() == sorted(gone)
 
 
-def test_one_reader_loses_what_it_would_lose_alone() -> None:
+def test_the_selection_for_one_reader_is_its_own() -> None:
     weight, matrix = problem(0)
-    solved = damped(matrix, 0.01)
-    alone = remove_channels(weight, solved, 1, 4)
-    assert torch.equal(remove_shared([(weight.T @ weight, solved)], [], 4), alone)
+    solved = damp(matrix, 0.01)
+    alone = channels_to_remove(weight, solved, 1, 4)
+    assert torch.equal(shared_channels_to_remove([(weight.T @ weight, solved)], [], 4), alone)
 
 
 def test_the_gain_is_the_least_squares_one() -> None:
@@ -109,7 +109,7 @@ def saved(family: str, folder: Path, **shape: Any) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrower_stream(family: str, tmp_path: Path, loaded, logits) -> None:
+def test_a_smaller_hidden_size(family: str, tmp_path: Path, loaded, logits) -> None:
     folder = saved(family, tmp_path / "model")
     prune_hidden_size(folder, tmp_path / "refitted", 24, ROWS)
     prune_hidden_size(folder, tmp_path / "plain", 24, ROWS, refit=False)
@@ -127,7 +127,7 @@ def test_a_narrower_stream(family: str, tmp_path: Path, loaded, logits) -> None:
 
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_a_stream_in_a_subspace_loses_nothing(tied: bool, tmp_path: Path, loaded, logits) -> None:
-    """Eight channels that are always zero: without them the model computes what it computed, whichever they are."""
+    """Eight channels that are always zero: the output does not change without them, whichever they are."""
     folder = saved("llama", tmp_path / "model", tie_word_embeddings=tied)
     model = loaded(folder)
     silent = torch.tensor([1, 4, 5, 9, 17, 20, 28, 31])
@@ -144,7 +144,7 @@ def test_a_stream_in_a_subspace_loses_nothing(tied: bool, tmp_path: Path, loaded
     torch.testing.assert_close(logits(out, IDS), logits(model, IDS), rtol=1e-3, atol=2e-2)
 
 
-def test_nothing_changes_where_nothing_goes(tmp_path: Path, loaded, logits) -> None:
+def test_nothing_changes_if_nothing_is_removed(tmp_path: Path, loaded, logits) -> None:
     folder = saved("llama", tmp_path / "model")
     prune_hidden_size(folder, tmp_path / "out", 32, ROWS)
     torch.testing.assert_close(logits(loaded(tmp_path / "out"), IDS), logits(loaded(folder), IDS), rtol=1e-3, atol=1e-3)
@@ -180,7 +180,7 @@ def test_impossible_sizes_are_refused(tiny: Path, tmp_path: Path) -> None:
         lmpress.distill(tiny, tmp_path / "out", hidden_size=8, options={"hidden": 1.0}, **words)
 
 
-def test_layers_widths_and_stream_in_one_request(tiny: Path, tmp_path: Path) -> None:
+def test_layers_width_and_hidden_size_in_one_request(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefghhgfedcba" * 100)
     words: dict[str, Any] = {"data": str(tmp_path / "text.txt"), "samples": 32, "seq_len": 16}
     options = {"steps": 6, "batch": 4, "checks": 3}

@@ -1,4 +1,4 @@
-"""The choice of layers: against cosines and divergences computed by hand, and maps against the published ones."""
+"""The selection of layers: against cosines and divergences computed by hand, and fixed places against the published ones."""
 
 from itertools import pairwise
 from pathlib import Path
@@ -9,7 +9,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from lmpress.calibrate.data.token_rows import TokenRows
 from lmpress.compress.formats.source import open_source
-from lmpress.compress.structured.layer_selection import choose, greedy, mapped, only
+from lmpress.compress.structured.layer_selection import fixed_selection, greedy_selection, only_layers, select_layers
 from lmpress.errors import UsageError
 
 LAYERS = 5
@@ -38,11 +38,11 @@ def model(tmp_path: Path) -> LlamaForCausalLM:
 
 
 def chosen(how: str, count: int, folder: Path) -> list[int]:
-    return choose(how, count, open_source(folder / "model"), TokenRows(IDS, "random", 20), folder / "scratch")
+    return select_layers(how, count, open_source(folder / "model"), TokenRows(IDS, "random", 20), folder / "scratch")
 
 
 def states(model: LlamaForCausalLM) -> list[torch.Tensor]:
-    """What goes into each layer, and what comes out of the last one before the norm."""
+    """The input of each layer, and the output of the last one before the norm."""
     seen: list[torch.Tensor] = []
     hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(args[0])) for layer in model.model.layers]
     hooks.append(model.model.norm.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
@@ -57,22 +57,22 @@ def cosine(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(-1) / (a.norm(dim=-1) * b.norm(dim=-1))
 
 
-def test_influence_drops_what_turns_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_influence_drops_the_layers_that_change_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
     seen = states(model)
-    turns = [float(1 - cosine(a, b).mean()) for a, b in pairwise(seen)]
-    weakest = sorted(range(LAYERS), key=lambda layer: turns[layer])[:2]
+    changes = [float(1 - cosine(a, b).mean()) for a, b in pairwise(seen)]
+    weakest = sorted(range(LAYERS), key=lambda layer: changes[layer])[:2]
     assert weakest[0] == 3
     assert chosen("influence", 3, tmp_path) == [layer for layer in range(LAYERS) if layer not in weakest]
 
 
-def test_angular_drops_the_run_that_turns_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_angular_drops_the_neighbours_that_change_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
     seen = states(model)
     angles = [float(cosine(seen[i], seen[i + 2]).clamp(-1, 1).arccos().mean()) for i in range(LAYERS - 1)]
     first = angles.index(min(angles))
     assert chosen("angular", 3, tmp_path) == [layer for layer in range(LAYERS) if layer not in (first, first + 1)]
 
 
-def test_greedy_drops_what_costs_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_greedy_drops_the_layers_that_cost_least(model: LlamaForCausalLM, tmp_path: Path) -> None:
     def cost(kept: list[int]) -> float:
         layers = model.model.layers
         with torch.no_grad():
@@ -87,13 +87,13 @@ def test_greedy_drops_what_costs_least(model: LlamaForCausalLM, tmp_path: Path) 
     for _ in range(2):
         kept = min(([k for k in kept if k != layer] for layer in kept), key=cost)
     assert 3 not in kept
-    assert chosen("greedy", 3, tmp_path) == greedy(model, IDS, 2) == kept
+    assert chosen("greedy", 3, tmp_path) == greedy_selection(model, IDS, 2) == kept
 
 
-def test_only_gives_the_model_back_as_it_was(model: LlamaForCausalLM) -> None:
+def test_only_layers_restores_the_model(model: LlamaForCausalLM) -> None:
     with torch.no_grad():
         before = model(IDS).logits
-        with only(model, [0, 2]):
+        with only_layers(model, [0, 2]):
             assert len(model.model.layers) == model.config.num_hidden_layers == 2
         assert torch.equal(model(IDS).logits, before)
 
@@ -107,11 +107,11 @@ def test_only_gives_the_model_back_as_it_was(model: LlamaForCausalLM) -> None:
         ("last", 2, 5, [0, 1]),
     ],
 )
-def test_maps(how: str, count: int, layers: int, expected: list[int]) -> None:
-    assert mapped(how, count, layers) == expected
+def test_fixed_selections(how: str, count: int, layers: int, expected: list[int]) -> None:
+    assert fixed_selection(how, count, layers) == expected
 
 
 @pytest.mark.parametrize(("how", "count"), [("greedy", 0), ("influence", LAYERS), ("best", 2)])
-def test_impossible_choices_are_refused(how: str, count: int, model: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_impossible_selections_are_refused(how: str, count: int, model: LlamaForCausalLM, tmp_path: Path) -> None:
     with pytest.raises(UsageError):
         chosen(how, count, tmp_path)

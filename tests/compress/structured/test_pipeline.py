@@ -1,4 +1,4 @@
-"""`distill` stage by stage: the same as its parts by hand, finished stages kept over a kill, nothing left by a refusal."""
+"""`distill` stage by stage: equal to its parts run by hand; finished stages survive a kill; a refusal leaves no files."""
 
 import signal
 import subprocess
@@ -51,7 +51,7 @@ def test_width_alone_with_training(tiny: Path, tmp_path: Path, text: str) -> Non
     assert report.history.curve[0][0] == 0 and report.history.curve[0][2] > 0
 
 
-def test_the_losses_are_drawn_or_said_to_be_missing(
+def test_the_loss_curve_is_drawn_or_a_warning_is_given(
     tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     said: list[str | None] = []
@@ -69,7 +69,7 @@ def test_the_losses_are_drawn_or_said_to_be_missing(
 
 
 def test_shares_are_rounded_to_layers_and_to_whole_groups() -> None:
-    assert Reduction(drop=0.25).wanted(8) == Reduction(drop=2).wanted(8) == 6
+    assert Reduction(drop=0.25).layers_to_keep(8) == Reduction(drop=2).layers_to_keep(8) == 6
     assert Width(mlp=0.67).channels(768) == 512 and Width(mlp=0.67).channels(24) == 16
     assert Width(mlp=500).channels(768) == 500
 
@@ -142,8 +142,8 @@ def test_killed_runs_skip_finished_stages_and_end_in_the_same_bytes(tiny: Path, 
     assert ran.stdout.split() == [str(int(signal.SIGKILL))] * len(points)
     for number, point in enumerate(points):
         work = tmp_path / f".{number}.distill"
-        finished = {name for name in ("shallower", "narrower") if (work / name).exists()}
-        assert finished == ({"shallower"} if point == "block/0" else {"shallower", "narrower"})
+        finished = {name for name in ("layers", "width") if (work / name).exists()}
+        assert finished == ({"layers"} if point == "block/0" else {"layers", "width"})
         before = {name: (work / name / "model.safetensors").stat().st_mtime_ns for name in finished}
         seen: list[tuple[str, int]] = []
 

@@ -1,4 +1,4 @@
-"""Narrower models: the solver against brute force, and models that load anywhere and compute what was intended."""
+"""Width pruning: the solver against brute force, and models that load anywhere and compute what was intended."""
 
 from itertools import combinations
 from pathlib import Path
@@ -11,8 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from lmpress.calibrate.data.token_rows import TokenRows
 from lmpress.calibrate.model.architecture import find_blocks, find_linears
-from lmpress.compress.solver.channel_pruning import group_costs, refit_channels, remove_channels
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.channel_pruning import channels_to_remove, group_costs, refit_channels
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.compress.structured.width import Width, prune_width
 from lmpress.errors import UsageError
@@ -64,20 +64,20 @@ def best_loss(weight: Tensor, matrix: Tensor, gone: list[int]) -> float:
 @pytest.mark.parametrize("size", [1, 2, 4])
 def test_costs_are_the_losses_after_least_squares(size: int) -> None:
     weight, hessian = problem()
-    solved = damped(hessian, 0.01)
+    solved = damp(hessian, 0.01)
     costs = group_costs(weight, solved.inverse, size)
     for group in range(8 // size):
         columns = list(range(group * size, (group + 1) * size))
         assert float(costs[group]) == pytest.approx(best_loss(weight, solved.matrix, columns), rel=1e-8)
 
 
-def test_the_elimination_is_greedy_and_exact() -> None:
+def test_the_selection_is_greedy_and_exact() -> None:
     weight, hessian = problem()
-    solved, gone = damped(hessian, 0.01), []
+    solved, gone = damp(hessian, 0.01), []
     for _ in range(3):
         rest = [c for c in range(8) if c not in gone]
         gone.append(min(rest, key=lambda c: best_loss(weight, solved.matrix, [*gone, c])))
-    found = remove_channels(weight, solved, 1, 3)
+    found = channels_to_remove(weight, solved, 1, 3)
     assert found.nonzero().flatten().tolist() == sorted(gone)
     refitted = refit_channels(weight, solved, found)
     loss = best_loss(weight, solved.matrix, gone)
@@ -86,15 +86,15 @@ def test_the_elimination_is_greedy_and_exact() -> None:
     assert loss <= 1.5 * min(best_loss(weight, solved.matrix, list(c)) for c in combinations(range(8), 3))
 
 
-def test_dead_channels_go_first() -> None:
+def test_dead_channels_are_removed_first() -> None:
     weight, hessian = problem()
     hessian[[2, 5]], hessian[:, [2, 5]] = 0, 0
-    assert remove_channels(weight, damped(hessian, 0.01), 1, 2).nonzero().flatten().tolist() == [2, 5]
+    assert channels_to_remove(weight, damp(hessian, 0.01), 1, 2).nonzero().flatten().tolist() == [2, 5]
 
 
 def saved(family: str, folder: Path) -> Path:
     own = {key: value for key, value in BASE.items() if family != "gpt2" or "num_" not in key}
-    if family in ("gpt2", "opt"):  # they call it otherwise
+    if family in ("gpt2", "opt"):  # their configs have another name for it
         del own["intermediate_size"]
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(
@@ -105,7 +105,7 @@ def saved(family: str, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_narrower_mlp(family: str, tmp_path: Path, loaded, logits) -> None:
+def test_a_smaller_mlp(family: str, tmp_path: Path, loaded, logits) -> None:
     folder = saved(family, tmp_path / "model")
     for name, refit in (("refitted", True), ("plain", False)):
         prune_width(folder, tmp_path / name, Width(mlp=32, refit=refit), TokenRows(IDS, "random", 31))
@@ -135,7 +135,7 @@ def test_fewer_heads(family: str, tmp_path: Path, loaded, logits) -> None:
     )
 
 
-def test_nothing_changes_where_nothing_goes(tmp_path: Path, loaded, logits) -> None:
+def test_nothing_changes_if_nothing_is_removed(tmp_path: Path, loaded, logits) -> None:
     folder = saved("llama", tmp_path / "model")
     prune_width(folder, tmp_path / "out", Width(mlp=48, kv_heads=2), TokenRows(IDS, "random", 31))
     assert torch.allclose(logits(loaded(tmp_path / "out"), IDS), logits(loaded(folder), IDS), atol=1e-4)

@@ -1,4 +1,4 @@
-"""The packed cache in models: what every token reads, generation of every kind, rearrangement, and what is refused."""
+"""The packed cache in models: what every token reads, generation of every kind, reordering, and refused models."""
 
 from pathlib import Path
 from typing import Any
@@ -24,14 +24,14 @@ def ids() -> Tensor:
 
 @torch.no_grad()
 def by_parts(model: PreTrainedModel, ids: Tensor, scheme: CacheScheme, sizes: list[int]) -> tuple[Tensor, PackedCache]:
-    """The logits when the tokens are handed over in parts of these sizes, and the cache that they leave."""
+    """The logits if the tokens are added in passes of these sizes, and the cache after them."""
     cache = PackedCache(model.config, scheme)
     parts = [model(input_ids=part, past_key_values=cache, use_cache=True).logits for part in ids.split(sizes, 1)]
     return torch.cat(parts, 1), cache
 
 
 def states(layer: Any) -> tuple[Tensor, Tensor]:
-    """All that the layer keeps, as attention would read it."""
+    """All states of the layer, as attention reads them."""
     past = layer._unpacked(torch.float32)
     if past is None:
         return layer.keys, layer.values
@@ -59,10 +59,8 @@ def test_inside_the_window_the_cache_is_exact(make_model: Any, ids: Tensor, name
 
 @pytest.mark.parametrize("bits", [8, 4, 2])
 @pytest.mark.parametrize("window", [0, 8])
-def test_what_a_token_reads_does_not_depend_on_how_it_was_handed_over(
-    make_model: Any, ids: Tensor, bits: int, window: int
-) -> None:
-    """One by one, or in steps that begin where tokens are packed: the same predictions."""
+def test_what_a_token_reads_does_not_depend_on_the_passes(make_model: Any, ids: Tensor, bits: int, window: int) -> None:
+    """One token per pass, or passes that begin at the tokens that are packed: the same predictions."""
     model, scheme = make_model("llama"), CacheScheme(cache_args(bits, "group", 8), cache_args(bits, "token"), window)
     single, one = by_parts(model, ids, scheme, [1] * LENGTH)
     first = window + 8
@@ -74,7 +72,7 @@ def test_what_a_token_reads_does_not_depend_on_how_it_was_handed_over(
 
 
 def test_attention_reads_the_packed_past_and_the_exact_window() -> None:
-    """By hand: after every token, tokens before the last whole step outside the window are rounded, all others exact."""
+    """After every token, tokens before the last whole step outside the window are rounded, and all others are exact."""
     layer = PackedLayer(SMALL)
     given = torch.randn(2, 2, 2, LENGTH, 8, generator=torch.Generator().manual_seed(1))  # keys and values
     for t in range(LENGTH):
@@ -96,7 +94,7 @@ def test_a_prompt_attends_to_itself_in_full_precision(make_model: Any, ids: Tens
 
 
 @pytest.mark.parametrize(("bits", "smaller"), [(8, 0.5), (4, 0.3)])
-def test_the_memory_is_that_of_the_formula(make_model: Any, bits: int, smaller: float) -> None:
+def test_the_memory_follows_the_formula(make_model: Any, bits: int, smaller: float) -> None:
     """Two layers, 2 key-value heads of 8 channels, float32 states; 8 tokens of a channel or 16 channels share 2 x float16."""
     scheme = CacheScheme(cache_args(bits, "group", 8), cache_args(bits, "token"), window=8)
     many = torch.randint(3, 31, (3, 31), generator=torch.Generator().manual_seed(0))
@@ -121,7 +119,7 @@ def test_the_memory_is_that_of_the_formula(make_model: Any, bits: int, smaller: 
     ids=["greedy", "beams", "samples", "penalty"],
 )
 def test_generation_uses_it(make_model: Any, ids: Tensor, options: dict[str, Any]) -> None:
-    """At 8 bits the same tokens come out as with the full cache; a batch with padding on the left."""
+    """At 8 bits, a batch with padding on the left generates the same tokens as with the full cache."""
     prompt, mask = ids[:, :12], torch.ones(2, 12, dtype=torch.long)
     prompt[1, :5], mask[1, :5] = 0, 0
     given = {"attention_mask": mask, "max_new_tokens": 16, "pad_token_id": 0, "eos_token_id": None, **options}
@@ -136,7 +134,7 @@ def test_generation_uses_it(make_model: Any, ids: Tensor, options: dict[str, Any
     assert torch.equal(found.sequences, expected)
 
 
-def test_who_brings_a_cache_keeps_it(make_model: Any, ids: Tensor) -> None:
+def test_a_cache_that_the_caller_passes_is_used(make_model: Any, ids: Tensor) -> None:
     model = make_model("llama")
     serve_cache(model, SMALL)
     own = DynamicCache(config=model.config)
@@ -149,7 +147,7 @@ def test_who_brings_a_cache_keeps_it(make_model: Any, ids: Tensor) -> None:
         assert model(input_ids=ids[:, :4], past_key_values=own).past_key_values is own
 
 
-def test_rows_are_chosen_repeated_and_reordered(make_model: Any, ids: Tensor) -> None:
+def test_rows_are_selected_repeated_and_reordered(make_model: Any, ids: Tensor) -> None:
     model = make_model("llama")
     order = torch.tensor([1, 0, 1])
     for change in ("reorder_cache", "batch_select_indices"):
@@ -194,10 +192,11 @@ def test_after_a_reset_it_is_as_new(make_model: Any, ids: Tensor) -> None:
         ("mamba", {"state_size": 4}),
     ],
 )
-def test_other_pasts_are_refused(kind: str, shape: dict[str, Any]) -> None:
+def test_models_with_other_caches_are_refused(kind: str, shape: dict[str, Any]) -> None:
     config = AutoConfig.for_model(kind, hidden_size=32, num_hidden_layers=2, vocab_size=31, **shape)
     with pytest.raises(
-        UsageError, match=rf"layer \d of {kind} keeps its past as a .*; leave its cache in full precision"
+        UsageError,
+        match=rf"the KV cache of {kind} cannot be packed: layer \d is a .*; leave its cache in full precision",
     ):
         PackedCache(config, SMALL)
 
@@ -253,6 +252,6 @@ def test_a_recipe_for_a_model_that_cannot_have_it_is_refused_before_any_work(
     make_model("gemma2").save_pretrained(tmp_path / "model")
     letters.save_pretrained(tmp_path / "model")
     (tmp_path / "recipe.yaml").write_text("passes: [{method: rtn, scheme: {kv: {window: 16}}}]")
-    with pytest.raises(UsageError, match="keeps its past as a DynamicSlidingWindowLayer"):
+    with pytest.raises(UsageError, match=r"layer \d is a DynamicSlidingWindowLayer"):
         lmpress.run(tmp_path / "model", tmp_path / "out", tmp_path / "recipe.yaml")
     assert not (tmp_path / "out").exists()

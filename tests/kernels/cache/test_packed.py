@@ -1,4 +1,4 @@
-"""Packed states: the formulas in float64, the bytes by hand, and every way in which a cache is cut and rearranged."""
+"""Packed states: the formulas in float64, the number of bytes, and every way in which a cache is cut and reordered."""
 
 import math
 
@@ -26,7 +26,7 @@ def args(bits: int, symmetric: bool, strategy: str, group: int | None) -> QuantA
 
 
 def reference(values: list[float], bits: int, symmetric: bool) -> list[float]:
-    """One group, number by number in float64; scale and offset are rounded to float16 as they are stored."""
+    """One group, number by number in float64; scale and offset are rounded to float16, as they are stored."""
 
     def half(x: float) -> float:
         return torch.tensor(x, dtype=torch.float64).half().double().item()
@@ -62,7 +62,7 @@ def test_keys_share_scales_along_tokens(bits: int, symmetric: bool) -> None:
 @pytest.mark.parametrize("symmetric", [False, True], ids=["asym", "sym"])
 @pytest.mark.parametrize(("strategy", "group"), [("token", None), ("group", 12), ("group", 32)])
 def test_values_share_scales_within_a_token(strategy: str, group: int | None, symmetric: bool) -> None:
-    """Channels run through all heads; groups of 32 do not divide 24 channels and give way to one scale per token."""
+    """Channels are those of all heads; groups of 32 do not divide 24 channels and are replaced with one scale per token."""
     given = states()
     found = PackedStates.of(given, args(4, symmetric, strategy, group), along_tokens=False).states(torch.float32)
     size = 12 if group == 12 else 24
@@ -106,13 +106,13 @@ def test_bytes_by_formula(bits: int) -> None:
 
 
 @pytest.mark.parametrize("along", [True, False], ids=["keys", "values"])
-def test_growing_cutting_and_choosing(along: bool) -> None:
+def test_appending_truncating_and_selecting(along: bool) -> None:
     kind, given = args(4, False, "group", 8), states(tokens=48)
     whole = PackedStates.of(given, kind, along)
     grown = PackedStates.of(given[:, :, :16], kind, along)
     grown.append(PackedStates.of(given[:, :, 16:], kind, along))
     assert grown.tokens == 48 and torch.equal(grown.states(torch.float32), whole.states(torch.float32))
-    grown.keep(24)
+    grown.truncate(24)
     assert torch.equal(grown.states(torch.float32), whole.states(torch.float32)[:, :, :24])
-    grown.choose(torch.tensor([1, 1, 0]))
+    grown.select(torch.tensor([1, 1, 0]))
     assert torch.equal(grown.states(torch.float32), whole.states(torch.float32)[[1, 1, 0], :, :24])

@@ -1,4 +1,4 @@
-"""Compiling on first use: the cache is private, atomic and never stale, and no compiler is no error."""
+"""Compiling on first use: the cache is private, atomic and never stale; a missing compiler makes the library unavailable."""
 
 import multiprocessing
 import os
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lmpress.kernels.cpu import build
+from lmpress.kernels.cpu import build, library
 from lmpress.kernels.kernel import Unavailable
 
 SOURCE = "int answer(void) { return 42; }\n"
@@ -30,10 +30,10 @@ def test_builds_once_and_loads(source: Path) -> None:
     built = build.compiled(source)
     stamp = built.stat().st_mtime_ns
     assert build.compiled(source) == built and built.stat().st_mtime_ns == stamp
-    assert list(built.parent.iterdir()) == [built]  # no temporary file stays
+    assert list(built.parent.iterdir()) == [built]  # no temporary file is left
 
 
-def test_the_cache_is_the_users_alone(source: Path) -> None:
+def test_only_the_user_may_open_the_cache(source: Path) -> None:
     built = build.compiled(source)
     assert built.stat().st_mode & 0o077 == 0
     assert built.parent.stat().st_mode & 0o777 == 0o700
@@ -68,11 +68,26 @@ def test_the_folder_of_another_user_is_not_trusted(source: Path, monkeypatch: py
         build.load(source)
 
 
-def test_a_changed_source_is_built_anew(source: Path) -> None:
+def test_a_changed_source_is_built_again(source: Path) -> None:
     before = build.compiled(source)
     source.write_text(SOURCE.replace("42", "43"))
     assert build.compiled(source) != before
     assert build.load(source).answer() == 43
+
+
+def test_a_changed_header_is_built_again_however_deep_it_is_included(source: Path) -> None:
+    source.write_text('#include "parts/number.h"\nint answer(void) { return NUMBER; }\n')
+    (source.parent / "parts").mkdir()
+    (source.parent / "parts" / "number.h").write_text('#include "deep.h"\n#define NUMBER (DEEP + 1)\n')
+    deep = source.parent / "parts" / "deep.h"
+    for number in (41, 42):
+        deep.write_text(f"#define DEEP {number}\n")
+        assert build.load(source).answer() == number + 1
+
+
+def test_the_fingerprint_of_the_library_covers_all_its_files() -> None:
+    folder = library.SOURCE.parent
+    assert set(build.included_files(library.SOURCE)) == {library.SOURCE, *folder.rglob("*.h")}
 
 
 def test_what_does_not_compile_is_unavailable_and_leaves_nothing(source: Path) -> None:
@@ -88,9 +103,9 @@ def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         build.load(source)
 
 
-def test_a_cache_that_cannot_be_made(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cache_that_cannot_be_created(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file
-    with pytest.raises(Unavailable, match="cannot be made"):
+    with pytest.raises(Unavailable, match="cannot be created"):
         build.load(source)
 
 

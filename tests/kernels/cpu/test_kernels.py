@@ -13,7 +13,7 @@ from lmpress.kernels.kernel import KernelSpec, Unavailable
 from lmpress.kernels.outliers import prepare
 from lmpress.kernels.weight import SparseRows, Weight
 
-# The 16 values of NF4 as published (QLoRA, appendix E), rounded to 4 digits: any table will do here.
+# The 16 values of NF4 as published (QLoRA, appendix E), rounded to 4 digits: any codebook will do here.
 NF4 = [-1.0, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0.0, 0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626]
 NF4 += [0.7230, 1.0]
 
@@ -212,7 +212,7 @@ def test_products_from_several_python_threads(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("batch", [1, 6])
-def test_columns_kept_in_16_bits(kernel, batch: int) -> None:
+def test_outlier_columns(kernel, batch: int) -> None:
     """LLM.int8's mixed product: int8 codes for all but a few columns."""
     base = random_weight(50, 256, 8, 256, True, 9)
     generator = torch.Generator().manual_seed(9)
@@ -237,7 +237,7 @@ def test_columns_kept_in_16_bits(kernel, batch: int) -> None:
 @pytest.mark.parametrize("batch", [1, 6, 9])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
 def test_sparse_residual(kernel, batch: int, share: float) -> None:
-    """SpQR's outliers, on top of 3-bit codes with real-valued zeros."""
+    """SpQR's sparse outliers, added to 3-bit codes with real-valued zeros."""
     base = random_weight(90, 160, 3, 16, False, 10)
     generator = torch.Generator().manual_seed(10)
     residual = torch.randn(90, 160, generator=generator) * (torch.rand(90, 160, generator=generator) < share)
@@ -246,7 +246,7 @@ def test_sparse_residual(kernel, batch: int, share: float) -> None:
     weight = Weight(base.codes, base.scale, zero, 3, 16, residual=SparseRows.of(residual))
     x = torch.randn(batch, 160, generator=generator)
     full = dense(base.codes, base.scale, zero, 3, 16) + residual.double()
-    for by in (kernel, replace(kernel, added=SparseRows.added)):  # the second as where there is no compiler
+    for by in (kernel, replace(kernel, added=SparseRows.added)):  # the second one is for machines without a compiler
         product = prepare(by, weight, KernelSpec.of(weight))
         inputs = x.clone().requires_grad_()
         y = product(inputs)

@@ -1,4 +1,4 @@
-"""Products with pruned weights: every instruction set and the one without any, over shapes, densities, dtypes, strides."""
+"""Products with pruned weights: every instruction set and plain torch, over shapes, densities, dtypes, strides."""
 
 import random
 
@@ -15,8 +15,8 @@ from lmpress.kernels.tensor import PrunedTensor
 from lmpress.kernels.weight import PrunedWeight
 from lmpress.recipes.scheme.prune_args import PruneArgs
 
-NEED = KernelSpec.pruned(torch.bfloat16)
-HERE = [kernel for kernel in dispatch.KERNELS if dispatch.refusal(kernel, NEED) is None]
+SPEC = KernelSpec.pruned(torch.bfloat16)
+HERE = [kernel for kernel in dispatch.KERNELS if dispatch.refusal(kernel, SPEC) is None]
 each_kernel = pytest.mark.parametrize("kernel", HERE, ids=lambda kernel: kernel.name)
 
 
@@ -57,7 +57,7 @@ def test_wide_layers_of_either_storage(kernel, storage: str, batch: int) -> None
     tensor = random_tensor(300, 1024, 0.5, "bfloat16", 1, storage)
     weight = PrunedWeight.of(tensor)
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(1))
-    assert error(prepare(kernel, weight, NEED)(x), x.double() @ tensor.values.double().T) < 2e-6
+    assert error(prepare(kernel, weight, SPEC)(x), x.double() @ tensor.values.double().T) < 2e-6
 
 
 @each_kernel
@@ -74,7 +74,7 @@ def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype) -> None:
 
 @each_kernel
 def test_special_values_of_16_bits(kernel) -> None:
-    """Subnormal numbers, the largest ones, infinities: conversions that go wrong go wrong here."""
+    """Subnormal numbers, the largest ones, infinities: the cases in which conversions go wrong."""
     for dtype in (torch.float16, torch.bfloat16):
         codes = torch.arange(0, 0x8000, 37, dtype=torch.int32).to(torch.int16)
         values = codes.view(dtype)
@@ -98,7 +98,7 @@ def test_nothing_stored_and_no_rows_of_inputs(kernel) -> None:
 
 @each_kernel
 def test_any_number_of_threads_gives_the_same_bits(kernel) -> None:
-    product = prepare(kernel, PrunedWeight.of(random_tensor(600, 512, 0.5, "bfloat16", 4)), NEED)
+    product = prepare(kernel, PrunedWeight.of(random_tensor(600, 512, 0.5, "bfloat16", 4)), SPEC)
     x, before = torch.randn(3, 512, generator=torch.Generator().manual_seed(4)), torch.get_num_threads()
     results = []
     for threads in (1, 2, 5):
@@ -110,7 +110,7 @@ def test_any_number_of_threads_gives_the_same_bits(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("storage", ["bitmask", "2:4"])
-def test_the_module_is_traced_moved_cast_and_gives_back_what_it_serves(kernel, storage: str) -> None:
+def test_the_module_is_traced_moved_and_cast_and_returns_its_weight(kernel, storage: str) -> None:
     tensor = random_tensor(40, 96, 0.5, "bfloat16", 5, storage)
     module = PrunedLinear(tensor, nn.Parameter(torch.arange(40.0)), Serving(kernel=kernel.name))
     x = torch.randn(5, 96, generator=torch.Generator().manual_seed(5), requires_grad=True)

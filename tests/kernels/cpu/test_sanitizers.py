@@ -1,4 +1,4 @@
-"""The C file under the address and undefined behaviour sanitizers: no kernel reads or writes past what it was given."""
+"""The C files under the address and undefined behaviour sanitizers: no kernel reads or writes past what it was given."""
 
 import subprocess
 from pathlib import Path

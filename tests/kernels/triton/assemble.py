@@ -1,9 +1,9 @@
-"""Compiles the kernels to machine code, without a GPU, and prints what is in it as JSON.
+"""Compiles the kernels to machine code, without a GPU, and prints facts about it as JSON.
 
     python tests/kernels/triton/assemble.py [NAME ...]          all of them: tests/kernels/triton/machine_code.json
 
-The names are those of `CASES`. Pointers and sizes carry the divisibility by 16 that the
-run time finds in a real layer, without which no load would be wide.
+The names are those of `CASES`. Pointers and sizes are divisible by 16, as in a real
+layer; otherwise no load would be wide.
 """
 
 import json
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import triton
+from triton._utils import find_paths_if
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -27,6 +28,7 @@ from lmpress.kernels.triton.device.gemv import gemv
 from lmpress.kernels.triton.device.linear import add_up, linear
 from lmpress.kernels.triton.device.quantize import quantize
 from lmpress.kernels.triton.device.sparse import add_sparse
+from lmpress.kernels.triton.device.weight import Format, WeightArgs
 from lmpress.kernels.triton.layout import PLANES
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -38,27 +40,24 @@ class Case:
     """A kernel with the types of its pointers and its constants; the tile may depend on the GPU."""
 
     kernel: Any
-    types: Mapping[str, str]
+    types: Mapping[str, Any]
     constants: Callable[[int], dict[str, Any]]
     tile: Callable[[int], Config]
 
 
-def weight(bits: int, zeros: str = "none", group: int = 128, table: bool = False) -> dict[str, Any]:
-    """Constants of a weight of `bits` bits; `group` 0: one scale a row."""
+def weight(bits: int, zeros: str = "none", group: int = 128, codebook: bool = False) -> dict[str, Any]:
+    """Constants of a weight of `bits` bits; `group` 0: one scale per row."""
     width = min(64, group or 64)
-    return {
-        "BITS": bits, "WIDTH": width, "PARTS": 8 // min(PLANES[bits]), "GROUP_PARTS": group // width, "ZEROS": zeros,
-        "TABLE": table,
-    }  # fmt: skip
+    return {"FORMAT": Format(bits, width, 8 // min(PLANES[bits]), group // width, zeros, codebook)}
 
 
-WEIGHT = {"low": "*u8", "high": "*u8", "scales": "*fp16", "zeros": "*fp16", "table": "*fp32"}
+WEIGHT = {"weight": WeightArgs("*u8", "*u8", "*fp16", "*fp16", "*fp32", *["i32"] * 5)}
 PLAIN = Config(0, 0, 4, 3)
 
 
 def tiled(dtype: str, m: int, bits: int, activations: str = "float", split: int = 8, **options: Any) -> Case:
     def tile(capability: int) -> Config:
-        return config(m, activations, bits, bool(options.get("table")), capability // 10)
+        return config(m, activations, bits, bool(options.get("codebook")), capability // 10)
 
     def constants(capability: int) -> dict[str, Any]:
         own = {"INPUTS": activations, "BLOCK_N": tile(capability).block_n, "BLOCK_M": tile(capability).block_m}
@@ -74,7 +73,7 @@ def one_row(dtype: str, bits: int, **options: Any) -> Case:
     return Case(gemv, {"x": f"*{dtype}", **WEIGHT, "y": "*fp32"}, lambda _: constants, lambda _: GEMV)
 
 
-def plain(kernel: Any, types: Mapping[str, str], **constants: Any) -> Case:
+def plain(kernel: Any, types: Mapping[str, Any], **constants: Any) -> Case:
     return Case(kernel, types, lambda _: constants, lambda _: PLAIN)
 
 
@@ -86,7 +85,7 @@ CASES: dict[str, Case] = {
     "linear spqr fp16 m16": tiled("fp16", 16, 3, zeros="real", group=16),
     "linear w8 fp16 m16 per row": tiled("fp16", 16, 8, group=0),
     "linear w8 bf16 m32": tiled("bf16", 32, 8),
-    "linear nf4 fp16 m16": tiled("fp16", 16, 4, group=64, table=True),
+    "linear nf4 fp16 m16": tiled("fp16", 16, 4, group=64, codebook=True),
     "linear w8a8 m16": tiled("fp16", 16, 8, "token", group=0),
     "linear w8a8 m512": tiled("fp16", 512, 8, "token", split=1, group=0),
     "linear w4a8 m16": tiled("fp16", 16, 4, "group"),
@@ -96,7 +95,7 @@ CASES: dict[str, Case] = {
     "gemv spqr fp16": one_row("fp16", 3, zeros="real", group=16),
     "gemv w2 fp16": one_row("fp16", 2),
     "gemv w8 bf16": one_row("bf16", 8),
-    "gemv nf4 fp16": one_row("fp16", 4, group=64, table=True),
+    "gemv nf4 fp16": one_row("fp16", 4, group=64, codebook=True),
     "dequantize w4 bf16": plain(dequantize, WEIGHT | {"out": "*bf16"}, **weight(4, "integer"), BLOCK_N=32),
     "quantize fp16": plain(quantize, {"x": "*fp16", "codes": "*i8", "scales": "*fp32", "steps": "fp32"}, BLOCK=1024),
     "add_up fp16": plain(add_up, {"partial": "*fp32", "y": "*fp16"}, SPLIT=8, BLOCK=1024),
@@ -110,16 +109,18 @@ CASES: dict[str, Case] = {
 
 
 def facts(case: Case, capability: int) -> dict[str, Any]:
-    """What the machine code of `case` for a GPU of `capability` is made of."""
+    """Facts about the machine code of `case` for a GPU of `capability`: registers, spills, kinds of instructions."""
     names = case.kernel.arg_names
     constants, tile = case.constants(capability), case.tile(capability)
     signature = {n: "constexpr" if n in constants else case.types.get(n, "i32") for n in names}
-    divisible = [i for i, n in enumerate(names) if signature[n] not in ("constexpr", "fp32") and n != "m"]
+    divisible = find_paths_if(
+        tuple(signature.values()), lambda path, kind: kind not in ("constexpr", "fp32") and names[path[0]] != "m"
+    )
     source = ASTSource(
         case.kernel,
         signature,
         {(names.index(n),): value for n, value in constants.items()},
-        {(i,): [["tt.divisibility", 16]] for i in divisible},
+        {path: [["tt.divisibility", 16]] for path in divisible},
     )
     options = {"num_warps": tile.warps, "num_stages": tile.stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)

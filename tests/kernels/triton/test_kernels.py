@@ -17,7 +17,7 @@ pytest.importorskip("triton")
 
 from lmpress.kernels.triton import launch
 
-NF4 = torch.linspace(-1, 1, 16) ** 3  # any table will do
+NF4 = torch.linspace(-1, 1, 16) ** 3  # any codebook will do
 
 
 def dense(weight: Weight) -> Tensor:
@@ -83,7 +83,7 @@ def test_random_layers(seed: int, device: str) -> None:
         assert torch.equal(product.codes().cpu(), weight.codes)
 
 
-@pytest.mark.parametrize("need", [
+@pytest.mark.parametrize("spec", [
     KernelSpec(4, 32),
     KernelSpec(4, 64, symmetric=False, dtype=torch.float16),
     KernelSpec(4, 32, symmetric=False, activations="group"),
@@ -93,14 +93,14 @@ def test_random_layers(seed: int, device: str) -> None:
     KernelSpec(8, 96, activations="token", parts=("columns",)),
     KernelSpec(3, 16, symmetric=False, dtype=torch.float16, parts=("levels", "residual")),
 ], ids=str)  # fmt: skip
-def test_the_self_test_accepts_them(need: KernelSpec) -> None:
-    assert selftest.failure(TRITON, need) is None
+def test_the_self_test_accepts_them(spec: KernelSpec) -> None:
+    assert selftest.failure(TRITON, spec) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype, bits: int, device: str) -> None:
-    """Codes become floats through their bit patterns. Each row of x picks a column, each row of the weight has its zero."""
+    """Codes become floats by their bit patterns. Each row of x selects a column, each row of the weight has another zero."""
     values = 2**bits
     zero = torch.arange(0, values, max(1, values // 16), dtype=torch.uint8).view(-1, 1)
     codes = (
@@ -114,7 +114,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
     for start in range(0, 512, configs.MOST_ROWS):
         several = slice(start, start + configs.MOST_ROWS)
         assert torch.equal(product(one_hot[several]).cpu(), expected[several])
-    for column in range(3, 512, 57):  # a single row has a kernel of its own
+    for column in range(3, 512, 57):  # a single row has another kernel
         assert torch.equal(product(one_hot[column : column + 1]).cpu(), expected[column : column + 1])
 
 
@@ -157,7 +157,7 @@ def test_split_sums_are_the_same_bits_every_time(batch: int, activations, device
 
 @pytest.mark.parametrize(("bits", "group", "activations"), [(8, 192, "token"), (4, 64, "group"), (4, 64, "token")])
 def test_many_rows_of_int8_inputs(bits: int, group: int, activations, device: str) -> None:
-    """More than 64 take tiles of their own."""
+    """More than 64 rows take other tiles."""
     weight = random_weight(140, 192, bits, group, "integer")
     x = random_inputs(70, 192, torch.float16)
     inputs = as_int8(x, group if activations == "group" else 192)
@@ -165,7 +165,7 @@ def test_many_rows_of_int8_inputs(bits: int, group: int, activations, device: st
     assert error(y, inputs @ dense(weight).T) < 1e-3
 
 
-def test_what_it_has_no_kernel_for_is_refused() -> None:
+def test_codebooks_with_int8_activations_are_refused() -> None:
     table = Weight(torch.zeros(4, 64, dtype=torch.uint8), torch.ones(4, 1), None, 4, 64, codebook=NF4)
     for activations in ("group", "token"):
         with pytest.raises(WrongMachine, match="codebooks"):
@@ -222,7 +222,7 @@ def test_the_layout_loses_nothing_and_stays_small(bits: int, group: int) -> None
 
 
 def test_kernels_start_where_their_tensors_are(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of several GPUs the current one may be another."""
+    """If there are several GPUs, the current one may be another."""
     entered, around = [], torch.cuda.device_of
     monkeypatch.setattr(torch.cuda, "device_of", lambda tensor: entered.append(tensor.device.type) or around(tensor))
     weight = random_weight(20, 96, 4, 32)
@@ -230,6 +230,6 @@ def test_kernels_start_where_their_tensors_are(device: str, monkeypatch: pytest.
     assert entered == [device] * 2  # inputs become codes, and then the product
 
 
-def test_what_it_serves_is_a_gpu() -> None:
+def test_only_gpus_are_supported() -> None:
     assert TRITON.serves.refusal(KernelSpec(4, 128)) == "device cpu not served"
     assert TRITON.serves.refusal(KernelSpec(4, 128, device="cuda", dtype=torch.bfloat16)) is None

@@ -1,4 +1,4 @@
-"""What the compiler makes of the kernels for sm_80 and sm_90, seen without a GPU: what would make them slow is not there."""
+"""The machine code of the kernels for sm_80 and sm_90, compiled without a GPU, has nothing that would make them slow."""
 
 import json
 import os
@@ -21,7 +21,7 @@ INT8 = ("linear w8a8", "linear w4a8")
 
 @pytest.fixture(scope="module")
 def found() -> dict[str, Any]:
-    """Facts about every case, from a process of its own: here Triton may be interpreting."""
+    """Facts about every case, from another process: in this one, Triton may be interpreting."""
     missing = [str(tool) for tool in TOOLS if not tool.exists()]
     if missing:
         pytest.skip(f"this build of Triton has no assembler for NVIDIA's GPUs: {', '.join(missing)}")
@@ -40,7 +40,7 @@ def test_nothing_spills(found: dict[str, Any], case: str) -> None:
 
 @pytest.mark.parametrize("case", PRODUCTS)
 def test_codes_become_floats_without_conversions(found: dict[str, Any], case: str) -> None:
-    """Sums of integers are converted, once per tile; no operand is."""
+    """Sums of integers are converted, once per tile; operands are not."""
     if case.startswith(INT8):
         many = 128 * (128 if "w8a8" in case else 64)
         block, threads = (64 * 16, 128) if "m16" in case else (many, 256)
@@ -57,8 +57,8 @@ def test_matrix_instructions_multiply(found: dict[str, Any], case: str) -> None:
 
 
 @pytest.mark.parametrize("case", [name for name in PRODUCTS if "spqr" not in name])
-def test_weights_come_in_16_bytes_at_a_time(found: dict[str, Any], case: str) -> None:
-    """Marked evict-first, or copied to shared memory. (SpQR's groups are 16 columns: 4 bytes of 2 bits are what there is.)"""
+def test_weights_are_loaded_16_bytes_at_a_time(found: dict[str, Any], case: str) -> None:
+    """Loads are marked evict-first, or copy to shared memory. (Groups of SpQR have 16 columns: a load is at most 4 bytes.)"""
     loads = found[case]["loads"]
     marked = {name for name in loads if ".EF" in name}
     copied = {name for name in loads if name.startswith("LDGSTS")}
@@ -69,7 +69,7 @@ def test_weights_come_in_16_bytes_at_a_time(found: dict[str, Any], case: str) ->
 
 @pytest.mark.parametrize("case", CASES)
 def test_the_code_is_as_long_as_it_was(found: dict[str, Any], case: str) -> None:
-    """A new Triton that makes other code is noticed: look at it, then write machine_code.json anew."""
+    """Fails if a new Triton makes other code: look at the code, then regenerate machine_code.json."""
     if triton.__version__ != EXPECTED["triton"]:
         pytest.skip(f"machine_code.json was written with Triton {EXPECTED['triton']}")
     assert abs(found[case]["instructions"] / EXPECTED[case]["instructions"] - 1) <= 0.15

@@ -1,4 +1,4 @@
-"""Tiles that were found on a GPU are kept between processes, one file per GPU, and nothing in a file can do harm."""
+"""Tiles that were found on a GPU are stored for other processes, one file per GPU; damaged files are ignored."""
 
 import json
 import os
@@ -56,7 +56,7 @@ def test_another_process_finds_them() -> None:
     assert done.stdout.splitlines() == [repr(FOUND), "None"]
 
 
-def test_gpus_versions_and_sources_have_files_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_gpus_versions_and_sources_have_separate_files(monkeypatch: pytest.MonkeyPatch) -> None:
     paths = {tuned_for("NVIDIA H200").path, tuned_for("NVIDIA A100").path}
     for name, value in (("version", lambda package: "0.0"), ("_sources", lambda: "other")):
         with monkeypatch.context() as changed:
@@ -67,7 +67,7 @@ def test_gpus_versions_and_sources_have_files_of_their_own(monkeypatch: pytest.M
     assert all(path.name.startswith("triton-nvidia-") and path.suffix == ".json" for path in paths)
 
 
-def test_what_two_processes_find_is_kept_together() -> None:
+def test_the_tiles_of_two_processes_are_stored_together() -> None:
     one, two = (Tuned(tuned_for("a GPU").path) for _ in range(2))
     others = replace(REGIME, inputs=32)
     assert one.get(others) is None  # it has read the file, which was not there
@@ -76,7 +76,7 @@ def test_what_two_processes_find_is_kept_together() -> None:
     fresh = Tuned(one.path)
     assert (fresh.get(REGIME), fresh.get(others)) == (FOUND, GEMV)
     assert one.path.stat().st_mode & 0o077 == 0
-    assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]  # nothing half-written is left
+    assert [path.name for path in one.path.parent.iterdir()] == [one.path.name]  # no temporary file is left
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_what_two_processes_find_is_kept_together() -> None:
         for wrong in ({"block_n": 48}, {"block_m": 0}, {"warps": 1 << 20}, {"stages": 1.5}, {"block_n": True}, {"x": 1})
     ],
 )
-def test_files_that_are_damaged_hold_nothing_and_are_written_anew(content: str) -> None:
+def test_damaged_files_hold_nothing_and_are_written_again(content: str) -> None:
     kept = tuned_for("a GPU")
     kept.keep(REGIME, FOUND)
     kept.path.write_text(content)
@@ -105,8 +105,8 @@ def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("activations", "m"), [("float", 1), ("float", 3), ("group", 3), ("token", 70)])
-def test_the_fastest_tile_is_found_kept_and_taken(activations, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock that likes one of the tiles: the interpreter runs all of them."""
+def test_the_fastest_tile_is_found_stored_and_used(activations, m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The clock prefers one of the tiles; the interpreter runs all of them."""
     multiplies = product(activations)
     x = torch.randn(m, 128, generator=torch.Generator().manual_seed(1))
     expected, taken = multiplies(x), []
@@ -121,7 +121,7 @@ def test_the_fastest_tile_is_found_kept_and_taken(activations, m: int, monkeypat
     found = tune([multiplies], [m], torch.float32, seconds)
     assert list(found.values()) == [favourite]
     assert set(taken) == set(configs.variants(taken[0])) and 1 < len(set(taken)) <= 8
-    assert tune([multiplies], [m], torch.float32, seconds) == {}  # it is known
+    assert tune([multiplies], [m], torch.float32, seconds) == {}  # it is stored already
     tuned.tuned_for.cache_clear()  # as in another process
     tuned._of_device.cache_clear()
     torch.testing.assert_close(multiplies(x), expected, rtol=1e-5, atol=1e-5)

@@ -9,16 +9,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lmpress.compress.methods.prune import magnitude, sparsegpt
-from lmpress.compress.methods.prune.classifier import (
-    as_matrix,
-    as_weight,
-    patches,
-    prune_classifier,
-    retune_batch_norms,
-)
+import lmpress
+from lmpress.compress.methods.prune.classifier import as_matrix, as_weight, patches, retune_batch_norms
 from lmpress.errors import UsageError
-from lmpress.recipes.scheme import PruneArgs
 
 
 @pytest.mark.parametrize(
@@ -44,7 +37,7 @@ def small() -> nn.Sequential:
 
 def test_patterns_run_along_input_channels() -> None:
     model, batches = small(), [torch.randn(16, 3, 8, 8)]
-    masks = prune_classifier(model, batches, PruneArgs(pattern="2:4"), keep=["0"])
+    masks = lmpress.prune_classifier(model, batches, pattern="2:4", keep=["0"])
     assert masks.keys() == {"3", "5"}
     weight = model[3].weight.detach()
     assert ((weight == 0).unflatten(1, (2, 4)).sum(2) == 2).all()
@@ -56,9 +49,9 @@ def test_exactobs_beats_the_others_on_the_network_output() -> None:
     batches = [torch.randn(32, 3, 8, 8, generator=torch.Generator().manual_seed(0)) for _ in range(4)]
     reference = [small()(batch) for batch in batches]
     errors = []
-    for prune in (None, sparsegpt.prune, magnitude.prune):
+    for method in ("exactobs", "sparsegpt", "magnitude"):
         model = small()
-        prune_classifier(model, batches, PruneArgs(0.6), **({} if prune is None else {"prune": prune}))
+        lmpress.prune_classifier(model, batches, method=method, sparsity=0.6, retune=False)
         errors.append(
             sum(float((model(b) - r).square().sum().detach()) for b, r in zip(batches, reference, strict=True))
         )
@@ -68,12 +61,46 @@ def test_exactobs_beats_the_others_on_the_network_output() -> None:
 def test_grouped_convolutions_are_refused() -> None:
     model = nn.Sequential(nn.Conv2d(4, 4, 3, groups=2))
     with pytest.raises(UsageError, match="grouped"):
-        prune_classifier(model, [torch.randn(1, 4, 5, 5)], PruneArgs(0.5))
+        lmpress.prune_classifier(model, [torch.randn(1, 4, 5, 5)])
 
 
-def test_batch_norms_follow_the_data() -> None:
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"method": "gptq"}, "gptq does not prune"),
+        ({"options": {"drift": 1.0}}, "drift"),
+        ({"options": {"dampling": 1.0}}, "dampling"),
+        ({"sparsity": 0.5, "pattern": "2:4"}, "its own sparsity"),
+    ],
+    ids=["a quantizer", "an option that needs pruned layers", "an unknown option", "sparsity and pattern"],
+)
+def test_arguments_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
+    model = small()
+    with pytest.raises(UsageError, match=message):
+        lmpress.prune_classifier(model, [torch.randn(2, 3, 8, 8)], **arguments)
+    assert all((parameter != 0).all() for parameter in model.parameters() if parameter.ndim > 1)
+
+
+@pytest.mark.parametrize("method", ["exactobs", "obs", "obd", "sparsegpt", "wanda", "magnitude"])
+def test_every_pruning_method_takes_its_options(method: str) -> None:
+    model, batches = small(), [torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(1))]
+    scope = {} if method == "sparsegpt" else {"scope": "row"}
+    options = {"damping": 0.1} if method in ("exactobs", "obs", "sparsegpt") else {"refit": True, "damping": 0.1}
+    masks = lmpress.prune_classifier(model, batches, method=method, sparsity=0.25, options=scope | options)
+    for name, mask in masks.items():
+        weight = model.get_submodule(name).weight
+        assert mask.any() and not weight[mask].any()
+        if scope:
+            assert (mask.flatten(1).sum(1) == int(mask[0].numel() * 0.25)).all()
+
+
+@pytest.mark.parametrize("through_pruning", [False, True])
+def test_batch_norms_follow_the_data(through_pruning: bool) -> None:
     model, batches = small(), [torch.randn(50, 3, 8, 8) + 2 for _ in range(3)]
-    retune_batch_norms(model, batches)
+    if through_pruning:
+        lmpress.prune_classifier(model, batches, keep=["5"])
+    else:
+        retune_batch_norms(model, batches)
     before = torch.cat([model[0](b) for b in batches]).transpose(0, 1).flatten(1)
     assert torch.allclose(model[1].running_mean, before.mean(1), atol=1e-4)
     assert not model.training and model[1].momentum == 0.1
@@ -125,14 +152,12 @@ def resnet(assets: Path) -> tuple[ResNet20, Tensor, Tensor]:
 def test_a_trained_resnet_keeps_its_answers(assets: Path) -> None:
     """Calibrated on some images, compared with the dense net on others: 2:4 by ExactOBS against magnitude."""
     agreements = []
-    for prune in (None, magnitude.prune):
+    for method in ("exactobs", "magnitude"):
         model, images, _ = resnet(assets)
         chosen = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
         held_out, calibration = images[chosen[:300]], list(images[chosen[300:420]].split(60))
         answers = model(held_out).argmax(1)
-        extra = {} if prune is None else {"prune": prune}
-        prune_classifier(model, calibration, PruneArgs(pattern="2:4"), keep=["conv1", "linear"], **extra)
-        retune_batch_norms(model, calibration)
+        lmpress.prune_classifier(model, calibration, method=method, pattern="2:4", keep=["conv1", "linear"])
         agreements.append(float((model(held_out).argmax(1) == answers).double().mean()))
     assert agreements[0] > agreements[1] + 0.03
     assert agreements[0] > 0.65

@@ -11,8 +11,8 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.prune import exactobs, magnitude, obd, obs, sparsegpt, wanda
 from lmpress.compress.methods.prune.masks import smallest
-from lmpress.compress.solver.damped_hessian import damped
-from lmpress.compress.solver.masked_lstsq import refit, row_losses
+from lmpress.compress.solver.damped_hessian import damp
+from lmpress.compress.solver.masked_lstsq import masked_lstsq, row_losses
 from lmpress.compress.solver.sweep import sweep
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor import PrunedTensor
@@ -42,7 +42,7 @@ def statistic(x: Tensor) -> Hessian:
 
 
 def run(name: str, weight: Tensor, x: Tensor, args: PruneArgs, **options: object) -> Linear:
-    """The layer after the method `name` with `options`; nothing else changes but what `args` says."""
+    """The layer after the method `name` with `options`; only `args` differs."""
     known = method(name)
     resolved = args.for_layer(weight.shape[1], torch.float32, known.config.scope)
     linear = Linear("layer", weight, resolved, statistic(x))
@@ -107,7 +107,7 @@ def test_wanda_per_row_by_the_formula() -> None:
     for row in range(10):
         gone = sorted(range(31), key=lambda j: float(scores[row, j]))[: int(31 * 0.5)]
         assert set((~found.kept[row]).nonzero().flatten().tolist()) == set(gone)
-    assert torch.equal(found.values[found.kept], weight[found.kept])  # nothing is updated
+    assert torch.equal(found.values[found.kept], weight[found.kept])  # kept weights do not change
 
 
 def test_wanda_with_equal_norms_is_magnitude_per_row() -> None:
@@ -121,7 +121,7 @@ def test_obd_ranks_rows_as_wanda_does() -> None:
     weight, x = weights(8, 16), inputs(90, 16)
     found = result(run("obd", weight, x, PruneArgs(0.5, scope="row")))
     assert torch.equal(found.kept, result(run("wanda", weight, x, PruneArgs(0.5))).kept)
-    hessian = damped(2 * x.T.double() @ x.double(), 0.0)
+    hessian = damp(2 * x.T.double() @ x.double(), 0.0)
     total = layer_zeros(8 * 16, 0.5)
     scores = (weight.double() ** 2 * x.double().square().sum(0)).flatten()
     expected = set(scores.argsort()[:total].tolist())
@@ -151,7 +151,7 @@ def textbook_sparsegpt(weight: Tensor, upper: Tensor, sparsity: float, pattern: 
 @pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
 def test_sparsegpt_equals_the_textbook(pattern: str | None) -> None:
     x, weight = inputs(700, 296).double(), weights(20, 296).double()
-    hessian, args = damped(2 * x.T @ x, 0.01), PruneArgs(0.5, pattern=pattern)
+    hessian, args = damp(2 * x.T @ x, 0.01), PruneArgs(0.5, pattern=pattern)
     found, pruned = sparsegpt.prune(weight, hessian, args)
     expected = textbook_sparsegpt(weight, hessian.upper, 0.5, args.n_of_m)
     assert torch.equal(pruned, expected == 0)
@@ -163,7 +163,7 @@ def test_sparsegpt_equals_the_textbook(pattern: str | None) -> None:
 def test_sparsegpt_bookkeeping(pattern: str | None, dtype: torch.dtype, tolerance: float) -> None:
     """Identity I1 in both precisions."""
     x, weight = inputs(500, 150).double(), weights(16, 150).to(dtype)
-    hessian = damped(2 * x.T @ x, 0.01)
+    hessian = damp(2 * x.T @ x, 0.01)
     upper, columns = hessian.upper.to(dtype), weight.T.contiguous()
     projection = sparsegpt.ZeroProjection(upper.diagonal(), PruneArgs(0.5, pattern=pattern), columns)
     errors = sweep(columns, upper, projection)
@@ -177,7 +177,7 @@ def test_sparsegpt_prunes_hardly_more_than_asked() -> None:
     assert block_zeros(128 * 10, 0.5) == 641
     weight = weights(10, 128)
     found = result(run("sparsegpt", weight, inputs(300, 128), PruneArgs(0.0)))
-    assert int((~found.kept).sum()) == 1  # the threshold itself goes, as published
+    assert int((~found.kept).sum()) == 1  # the threshold itself is pruned, as published
 
 
 @pytest.mark.parametrize(
@@ -186,7 +186,7 @@ def test_sparsegpt_prunes_hardly_more_than_asked() -> None:
 def test_exactobs_is_the_optimum_on_its_mask(args: PruneArgs) -> None:
     """Identity I2 in float64, by a solve per row."""
     x, weight = inputs(300, 64).double(), weights(12, 64).double()
-    hessian = damped(2 * x.T @ x, 0.0)
+    hessian = damp(2 * x.T @ x, 0.0)
     found, pruned = exactobs.prune(weight, hessian, args)
     for row in range(12):
         kept = ~pruned[row]
@@ -196,7 +196,7 @@ def test_exactobs_is_the_optimum_on_its_mask(args: PruneArgs) -> None:
 
 def test_obs_in_one_block_is_nearly_exactobs() -> None:
     x, weight = inputs(300, 40).double(), weights(6, 40).double()
-    hessian = damped(2 * x.T @ x, 0.0)
+    hessian = damp(2 * x.T @ x, 0.0)
     whole, small = (obs.prune(weight, hessian, PruneArgs(0.5), block)[0] for block in (40, 10))
     exact = exactobs.prune(weight, hessian, PruneArgs(0.5))[0]
     losses = [float(row_losses(weight - q, hessian.matrix).sum()) for q in (exact, whole, small)]
@@ -219,15 +219,15 @@ def test_refit_keeps_the_mask_and_lowers_the_loss(name: str) -> None:
     weight, x = weights(16, 64), inputs(300, 64)
     plain, refitted = (run(name, weight, x, PruneArgs(0.5, dtype="float32"), refit=on) for on in (False, True))
     assert torch.equal(result(plain).kept, result(refitted).kept)
-    hessian = damped(statistic(x).matrix(), 0.01).matrix
+    hessian = damp(statistic(x).matrix(), 0.01).matrix
     before, after = (float(row_losses((weight - result(r).values).double(), hessian).sum()) for r in (plain, refitted))
     assert after < 0.9 * before
-    optimum = refit(weight.double(), hessian, ~result(plain).kept)
+    optimum = masked_lstsq(weight.double(), hessian, ~result(plain).kept)
     assert torch.allclose(result(refitted).values.double(), optimum, atol=1e-5)
 
 
-def test_the_drift_is_repaired() -> None:
-    """Pruning nothing but one weight with compressed inputs: the output comes back to what the original inputs gave."""
+def test_the_drift_is_compensated() -> None:
+    """Pruning one weight only, with compressed inputs: the output equals that of the original inputs again."""
     generator = torch.Generator().manual_seed(5)
     original, weight = inputs(600, 24), weights(6, 24)
     here = original + 0.3 * torch.randn(600, 24, generator=generator) @ torch.randn(24, 24, generator=generator)
@@ -245,10 +245,10 @@ def test_the_drift_is_repaired() -> None:
     assert least <= errors[1]
 
 
-def test_scopes_that_make_no_sense_are_refused() -> None:
+def test_unsupported_scopes_are_refused() -> None:
     with pytest.raises(UsageError, match="scope"):
         exactobs.ExactOBS(scheme=Pruning(PruneArgs(scope="block")))
-    with pytest.raises(UsageError, match="blocks of columns"):
+    with pytest.raises(UsageError, match="supports only the scope block"):
         sparsegpt.SparseGPT(scheme=Pruning(PruneArgs(scope="row")))
     linear = Linear("layer", weights(4, 8), QuantArgs(), statistic(inputs(20, 8)))
     with pytest.raises(UsageError, match="to be quantized"):

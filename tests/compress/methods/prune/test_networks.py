@@ -1,15 +1,27 @@
-"""OBD and OBS on whole networks: the curvature against autograd, the surgeon against quadratics and brute force."""
+"""OBD and OBS on whole networks: the curvature against autograd, OBS against quadratics and brute force."""
 
+import re
 from collections import OrderedDict
 from itertools import combinations, pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, hessian, vmap
 
-from lmpress.compress.methods.prune import obd, obs
-from lmpress.compress.solver.curvature import backpropagated_diagonal, fisher_diagonal, ggn_diagonal, recursive_inverse
+import lmpress
+from lmpress.compress.methods.prune.networks import delete_weights
+from lmpress.compress.solver.curvature import (
+    backpropagated_diagonal,
+    cross_entropy_root,
+    fisher_diagonal,
+    ggn_diagonal,
+    recursive_inverse,
+    squared_error_root,
+)
+from lmpress.errors import UsageError
 
 DOUBLE = torch.float64
 
@@ -51,7 +63,8 @@ def test_backpropagation_is_exact_for_one_hidden_layer() -> None:
 def test_levenberg_marquardt_form_is_the_gauss_newton_diagonal() -> None:
     model, (x, y) = net(4, 6, 3), data(20, 4, 3)
     lm = backpropagated_diagonal(model, x, y, full=False)
-    ggn = ggn_diagonal(list(model.parameters()), (model(row) for row in x))
+    outputs = [model(row) for row in x]
+    ggn = ggn_diagonal(list(model.parameters()), [(output, squared_error_root(output)) for output in outputs])
     assert all(torch.allclose(a, b, rtol=1e-12) for a, b in zip(lm, ggn, strict=True))
     assert all((a >= 0).all() for a in lm)
     assert any((a < 0).any() for a in backpropagated_diagonal(model, x, 3 * y))
@@ -100,41 +113,132 @@ def test_fisher_is_the_mean_of_squared_gradients() -> None:
         assert not torch.allclose(mine, gradients.mean(0).square(), rtol=0.1)
 
 
-def test_hutchinson_is_unbiased() -> None:
-    model, (x, _) = net(3, 4, 5), data(4, 3, 5)
-    parameters = list(model.parameters())
-    exact, probed = (
-        torch.cat([t.flatten() for t in ggn_diagonal(parameters, (model(row) for row in x), probes)])
-        for probes in (None, 2000)
-    )
-    assert torch.allclose(exact, probed, rtol=0.15, atol=0.02 * float(exact.max()))
+def test_the_cross_entropy_root_is_a_root_of_its_hessian() -> None:
+    logits = torch.randn(5, generator=torch.Generator().manual_seed(1), dtype=DOUBLE)
+    root = cross_entropy_root(logits)
+    expected = hessian(lambda values: nn.functional.cross_entropy(values, torch.tensor(2)))(logits)
+    assert torch.allclose(root.T @ root, expected, atol=1e-12)
 
 
-def test_obd_in_steps_with_training_between() -> None:
+def test_gauss_newton_is_exact_for_a_linear_classifier() -> None:
+    """The logits are linear in the weights, so nothing of the Hessian is left out."""
+    model, (x, _) = nn.Sequential(nn.Linear(4, 3)).double(), data(9, 4, 3)
+    labels = torch.arange(9) % 3
+    outputs = [model(row) for row in x]
+    ours = ggn_diagonal(list(model.parameters()), [(output, cross_entropy_root(output)) for output in outputs])
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return nn.functional.cross_entropy(functional_call(model, parameters, (x,)), labels)
+
+    values = dict(model.named_parameters())
+    blocks = hessian(loss)(values)
+    for mine, (name, p) in zip(ours, values.items(), strict=True):
+        assert torch.allclose(mine, blocks[name][name].reshape(p.numel(), -1).diagonal().view_as(p), atol=1e-12)
+
+
+@pytest.mark.parametrize("estimate", ["fisher", "gauss-newton", "backpropagated", "levenberg-marquardt"])
+def test_obd_in_steps_with_training_between(estimate: str) -> None:
     model, (x, _) = net(6, 10, 1), data(80, 6, 1)
     y = torch.tanh(x[:, :1] - 0.5 * x[:, 1:2])
-    parameters = [p for p in model.parameters() if p.ndim == 2]
 
     def loss() -> Tensor:
         return (model(x) - y).square().sum(1).mean()
 
-    def train(masks: object = None) -> None:
+    def train(masks: dict[str, Tensor]) -> None:
         optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
         for _ in range(150):
             optimizer.zero_grad()
             loss().backward()
-            for p, mask in zip(parameters, masks or [], strict=False):
-                p.grad.masked_fill_(mask, 0)
+            for name, mask in masks.items():
+                model.get_parameter(name).grad.masked_fill_(mask, 0)
             optimizer.step()
 
-    def estimate() -> list[Tensor]:
-        return [h for h in backpropagated_diagonal(model, x, y, full=False) if h.ndim == 2]
-
-    train()
-    masks = obd.prune_network(parameters, estimate, 0.6, steps=3, retrain=train)
-    assert sum(int(m.sum()) for m in masks) == 42  # of 60 + 10
-    assert all(not p[m].any() for p, m in zip(parameters, masks, strict=True))
+    train({})
+    options = {"estimate": estimate, "steps": 3, "retrain": train}
+    masks = lmpress.optimal_brain_damage(model, [(x[:50], y[:50]), (x[50:], y[50:])], 0.6, **options)
+    assert masks.keys() == {"linear0.weight", "linear1.weight"}
+    assert sum(int(m.sum()) for m in masks.values()) == 42  # of 60 + 10
+    assert all(not model.get_parameter(name)[mask].any() for name, mask in masks.items())
     assert float(loss().detach()) < 0.05 * float(y.square().mean())
+
+
+def test_obd_takes_what_costs_least_by_the_diagonal() -> None:
+    """One linear layer with independent inputs: the saliency is the true loss of each weight."""
+    model = nn.Sequential(nn.Linear(4, 1, bias=False)).double()
+    model[0].weight.data = torch.tensor([[3.0, 1.0, 2.0, 0.5]], dtype=DOUBLE)
+    x = torch.diag(torch.tensor([0.1, 4.0, 1.0, 1.0], dtype=DOUBLE))
+    masks = lmpress.optimal_brain_damage(model, [(x, model(x).detach())], 0.5, estimate="gauss-newton")
+    assert masks["0.weight"].tolist() == [[True, False, False, True]]
+
+
+def test_parameters_in_keep_are_not_pruned() -> None:
+    x, y = data(10, 4, 2)
+    for prune in (lmpress.optimal_brain_damage, lmpress.optimal_brain_surgeon):
+        model = net(4, 6, 2)
+        before = model[0].weight.detach().clone()
+        masks = prune(model, [(x, y)], 0.5, keep=["linear0*"])
+        assert masks.keys() == {"linear1.weight"} and int(masks["linear1.weight"].sum()) == 6
+        assert torch.equal(model[0].weight, before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sparsity": 1.0}, "below 1, got 1.0"),
+        ({"estimate": "kfac"}, "unknown estimate 'kfac'"),
+        ({"steps": 0}, "at least 1, got 0"),
+        ({"keep": ["*"]}, "no weight to prune"),
+        ({"estimate": "backpropagated"}, "float targets"),
+    ],
+    ids=str,
+)
+def test_obd_refuses_arguments_that_do_not_fit(arguments: dict, message: str) -> None:
+    model, (x, _) = net(4, 6, 3), data(9, 4, 3)
+    with pytest.raises(UsageError, match=message):
+        lmpress.optimal_brain_damage(model, [(x, torch.arange(9) % 3)], **{"sparsity": 0.5, **arguments})
+
+
+def test_obs_refuses_a_hessian_that_is_too_large() -> None:
+    model = nn.Sequential(nn.Linear(200, 101))
+    with pytest.raises(UsageError, match="20200 weights"):
+        lmpress.optimal_brain_surgeon(model, [(torch.zeros(1, 200), torch.zeros(1, 101))], 0.5)
+
+
+def trained_classifier() -> tuple[nn.Sequential, Tensor, Tensor]:
+    """A net that separates three clusters, with inputs of which half are noise."""
+    generator = torch.Generator().manual_seed(5)
+    labels = torch.arange(90) % 3
+    x = torch.randn(90, 8, generator=generator, dtype=DOUBLE) * 0.7
+    x[:, :3] += 2.0 * nn.functional.one_hot(labels, 3)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 12), nn.ReLU(), nn.Linear(12, 3)).double()
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    for _ in range(200):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), labels).backward()
+        optimizer.step()
+    return model, x, labels
+
+
+def test_classifiers_lose_less_than_by_magnitude() -> None:
+    """Cross entropy on class labels: OBD's saliency and OBS's compensation against the smallest weights."""
+
+    def damage(prune: object) -> float:
+        model, x, labels = trained_classifier()
+        prune(model, [(x, labels)])
+        zeros = sum(int((p == 0).sum()) for p in model.parameters() if p.ndim > 1)
+        assert zeros == 66  # of 96 + 36
+        return float(nn.functional.cross_entropy(model(x), labels).detach())
+
+    def magnitude(model: nn.Sequential, batches: object) -> None:
+        weights = [p for p in model.parameters() if p.ndim > 1]
+        limit = torch.cat([w.detach().abs().flatten() for w in weights]).kthvalue(66).values
+        for weight in weights:
+            weight.data.masked_fill_(weight.abs() <= limit, 0)
+
+    obd = damage(lambda model, batches: lmpress.optimal_brain_damage(model, batches, 0.5, estimate="gauss-newton"))
+    obs = damage(lambda model, batches: lmpress.optimal_brain_surgeon(model, batches, 0.5, recompute_every=10))
+    assert max(obd, obs) < damage(magnitude)
 
 
 def quadratic(width: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -165,7 +269,7 @@ def test_scores_are_true_losses_of_a_quadratic() -> None:
     weight, vectors = quadratic(9)
     matrix = 1e-4 * torch.eye(9, dtype=DOUBLE) + vectors.T @ vectors / 27
     pruned = weight.clone()
-    deleted = obs.prune_network(pruned, lambda w: vectors, 4, alpha=1e-4)
+    deleted = delete_weights(pruned, lambda w: vectors, 4, alpha=1e-4)
     delta = weight - pruned
     loss = float(delta @ matrix @ delta) / 2
     assert sum(deleted.losses) == pytest.approx(loss, rel=1e-10)
@@ -188,7 +292,7 @@ def test_a_redundant_large_weight_goes_before_a_small_needed_one() -> None:
     x = torch.randn(200, 3, generator=generator, dtype=DOUBLE)
     x[:, 1] = x[:, 0] + 0.01 * torch.randn(200, generator=generator, dtype=DOUBLE)
     weight = torch.tensor([2.0, 2.0, 0.5], dtype=DOUBLE)
-    deleted = obs.prune_network(weight, lambda w: x, 1)
+    deleted = delete_weights(weight, lambda w: x, 1)
     assert deleted.order[0] in (0, 1)
     assert weight[1 - deleted.order[0]] == pytest.approx(4.0, abs=0.1)
 
@@ -211,11 +315,48 @@ def test_recomputing_and_stopping() -> None:
     ends = []
     for every in (None, 1):
         w = first.flatten().clone()
-        obs.prune_network(w, gradients, 8, recompute_every=every)
+        delete_weights(w, gradients, 8, every=every)
         assert int((w == 0).sum()) == 8
         ends.append(error(w))
     assert ends[1] < ends[0]
     w = first.flatten().clone()
-    stopped = obs.prune_network(w, gradients, 20, recompute_every=1, stop=0.5, error=lambda w: 0.01 + error(w))
+    stopped = delete_weights(w, gradients, 20, every=1, limit=lambda w: 0.005 + error(w) / 2)
     assert 0 < len(stopped.order) < 20
     assert int((w == 0).sum()) == len(stopped.order)
+
+
+def test_obs_predicts_the_loss_of_a_linear_network() -> None:
+    """Squared errors of a linear layer are quadratic: the best deletion by brute force, and `stop` in units of the loss."""
+    x, noise = data(40, 3, 2)
+    model = nn.Sequential(nn.Linear(3, 2, bias=False)).double()
+    y = (model(x) + 0.1 * noise).detach()
+
+    def loss(weight: Tensor) -> float:
+        return float((x @ weight.T - y).square().sum(1).mean())
+
+    solution = torch.linalg.lstsq(x, y).solution.T.contiguous()
+    model[0].weight.data = solution.clone()  # at the minimum, as the method assumes
+    costs = []
+    for index in range(6):
+        row, column = divmod(index, 3)
+        kept = [j for j in range(3) if j != column]
+        weight = solution.clone()
+        weight[row, column] = 0
+        weight[row, kept] = torch.linalg.lstsq(x[:, kept], y[:, row]).solution
+        costs.append(loss(weight))
+    stopped = lmpress.optimal_brain_surgeon(model, [(x, y)], 0.9, stop=0.99 * (min(costs) / loss(solution) - 1))
+    assert not stopped["0.weight"].any()
+    masks = lmpress.optimal_brain_surgeon(model, [(x, y)], 1 / 6, alpha=1e-10)
+    assert int(masks["0.weight"].flatten().long().argmax()) == costs.index(min(costs))
+    assert loss(model[0].weight.detach()) == pytest.approx(min(costs), rel=1e-6)
+
+
+@pytest.mark.parametrize("page", ["obd", "obs", "exactobs"])
+def test_the_examples_of_the_documentation_run(page: str) -> None:
+    text = (Path(__file__).parents[4] / f"docs/methods/{page}.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    values: dict[str, Any] = {}
+    exec(example, values)
+    weights = dict(values["model"].named_parameters())
+    masks = {key if key in weights else f"{key}.weight": mask for key, mask in values["masks"].items()}
+    assert masks and all(mask.any() and not weights[key][mask].any() for key, mask in masks.items())

@@ -1,4 +1,4 @@
-"""`prune` from end to end: exact sizes, what loads where, and the honest word about dense files."""
+"""`prune` from end to end: exact sizes, what loads where, and the note that dense files are not smaller."""
 
 from pathlib import Path
 
@@ -48,7 +48,7 @@ def test_sizes_are_as_planned_and_the_result_loads(
         assert files == sum(f.stat().st_size for f in tiny.glob("*.safetensors"))
     else:
         served = {n: m.compressed.dequantize() for n, m in model.named_modules() if isinstance(m, PrunedLinear)}
-        with pytest.raises((ValueError, ImportError)):  # rather than serve random weights
+        with pytest.raises((ValueError, ImportError)):  # instead of loading random weights
             AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert len(served) == 14
     for weight in served.values():
@@ -119,7 +119,7 @@ def test_overrides_change_the_sparsity_of_layers(tiny: Path, tmp_path: Path) -> 
     assert lmpress.load(tmp_path / "out")(torch.tensor([[1, 2]])).logits.isfinite().all()
 
 
-def test_interrupted_runs_go_on(tiny: Path, text: str, tmp_path: Path) -> None:
+def test_interrupted_runs_resume(tiny: Path, text: str, tmp_path: Path) -> None:
     """Finished blocks are read back from their sparse form."""
     recipe = pruning_recipe(method="sparsegpt", sparsity=0.5, format="bitmask", calib=text, samples=4, seq_len=32)
 
@@ -136,7 +136,7 @@ def test_interrupted_runs_go_on(tiny: Path, text: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("storage", ["dense", "bitmask"])
-def test_blocks_go_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: str) -> None:
+def test_blocks_are_pruned_as_a_whole(tiny: Path, text: str, tmp_path: Path, storage: str) -> None:
     options = {"calib": text, "samples": 8, "seq_len": 32}
     recipe = pruning_recipe(pattern="1x4", sparsity=0.3, format=storage, **options)
     planned = pipeline.plan(tiny, recipe)

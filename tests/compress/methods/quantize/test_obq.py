@@ -9,7 +9,7 @@ from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.quantize import obq
 from lmpress.compress.methods.quantize.gptq import GPTQ, prepare, solve
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.solver.damped_hessian import damped
+from lmpress.compress.solver.damped_hessian import damp
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.recipes.scheme import PruneArgs, QuantArgs, Scheme
 
@@ -31,7 +31,7 @@ def problem(rows: int = 12, width: int = 64) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("args", ARGS.values(), ids=ARGS)
 def test_better_than_rounding_on_the_same_grid(order: obq.Order, args: QuantArgs) -> None:
     weight, hessian = problem()
-    found = obq.quantize(weight, damped(hessian, 0.01), args, order)
+    found = obq.quantize(weight, damp(hessian, 0.01), args, order)
     rounded = round_to_nearest(weight, args)
     assert torch.equal(found.scale, rounded.scale)
     losses = [layer_loss(weight - t.dequantize(torch.float64), hessian) for t in (found, rounded)]
@@ -44,7 +44,7 @@ def test_a_fixed_order_is_gptq(order: obq.Order, same: str) -> None:
     args = ARGS["channel"]
     config = GPTQ(order=same)  # type: ignore[arg-type]
     expected = solve(weight, prepare(hessian, args, config), args, config).tensor
-    found = obq.quantize(weight, damped(hessian, 0.01), args, order)
+    found = obq.quantize(weight, damp(hessian, 0.01), args, order)
     assert (found.codes != expected.codes).double().mean() < 0.005  # ties of the symmetric grid
 
 
@@ -52,7 +52,7 @@ def test_a_fixed_order_is_gptq(order: obq.Order, same: str) -> None:
 @pytest.mark.parametrize("args", ARGS.values(), ids=ARGS)
 def test_joint_with_pruning(order: obq.Order, args: QuantArgs) -> None:
     weight, hessian = problem()
-    solved = damped(hessian, 0.01)
+    solved = damp(hessian, 0.01)
     pruned = torch.rand(weight.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     start = weight.masked_fill(pruned, 0)
     found = obq.quantize(start, solved, args, order, pruned).dequantize(torch.float64)

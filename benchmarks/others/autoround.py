@@ -114,10 +114,10 @@ def ours(calib: str, method: str, quality: str, steps: int | None, bits: int, sy
         samples=SAMPLES,
         seq_len=LENGTH,
     )
-    document = yaml.safe_load(schema.dump(recipe))
+    told = yaml.safe_load(schema.dump(recipe))
     if steps is not None:
-        document["passes"][-1]["steps"] = steps
-    return schema.build(document, "autoround")
+        told["passes"][-1]["steps"] = steps
+    return schema.build(told, "autoround")
 
 
 def prepare(model: Path, calib: str, out: Path) -> None:

@@ -1,4 +1,4 @@
-"""What a walk keeps at hand in little memory: activations between two blocks, and a block as it was."""
+"""Storage that needs little memory: activations between two blocks, and copies of a block's original weights."""
 
 from copy import deepcopy
 from pathlib import Path
@@ -14,25 +14,25 @@ IN_MEMORY_BYTES = 256 * 2**20
 
 
 class ActivationStore:
-    """Hidden states per batch, replaced in place as the walk goes on. More samples cost disk, not memory.
+    """Hidden states by batch number. Tensors beyond `in_memory_bytes` are stored in files in the folder `scratch`.
 
-    Reads and writes go through a plain file rather than a memory map: mapped pages would count as the process's memory.
+    A file is read and written as a whole, not mapped: mapped pages would count as memory of the process.
     """
 
     def __init__(self, scratch: Path, in_memory_bytes: int = IN_MEMORY_BYTES) -> None:
         self._scratch = scratch
         self._budget = in_memory_bytes
-        self._held: dict[int, Tensor] = {}
+        self._in_memory: dict[int, Tensor] = {}
         self._files: dict[int, tuple[Path, torch.Size, torch.dtype]] = {}
 
     def __len__(self) -> int:
-        return len(self._held) + len(self._files)
+        return len(self._in_memory) + len(self._files)
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         tensor = tensor.detach().to("cpu").contiguous()
-        others = sum(t.nbytes for i, t in self._held.items() if i != index)
+        others = sum(t.nbytes for i, t in self._in_memory.items() if i != index)
         if index not in self._files and others + tensor.nbytes <= self._budget:
-            self._held[index] = tensor
+            self._in_memory[index] = tensor
             return
         self._scratch.mkdir(exist_ok=True)
         path = self._scratch / f"activations-{index:05d}.bin"
@@ -41,8 +41,8 @@ class ActivationStore:
         self._files[index] = (path, tensor.shape, tensor.dtype)
 
     def __getitem__(self, index: int) -> Tensor:
-        if index in self._held:
-            return self._held[index]
+        if index in self._in_memory:
+            return self._in_memory[index]
         path, shape, dtype = self._files[index]
         buffer = torch.empty(shape, dtype=dtype)
         with path.open("rb") as file:
@@ -51,9 +51,10 @@ class ActivationStore:
 
 
 def snapshot(block: nn.Module) -> nn.Module:
-    """A copy of `block` that stays as it is; weights of linears that half the bits can hold are widened only when called.
+    """A copy of `block` that computes the same as `block` now, whatever happens to `block` later.
 
-    Almost every checkpoint stores 16-bit numbers, so the copy takes half the memory of the block and computes the same.
+    Parameters of linears that a 16-bit dtype holds exactly are stored in it, and converted back while the linear is called.
+    Almost every checkpoint stores 16-bit numbers, so the copy usually takes half the memory of the block.
     """
     narrowed: dict[int, Any] = {}
     for linear in find_linears(block).values():
@@ -61,7 +62,7 @@ def snapshot(block: nn.Module) -> nn.Module:
             narrow = _narrowest(parameter.detach())
             if narrow.dtype != parameter.dtype:
                 narrowed[id(parameter)] = nn.Parameter(narrow, requires_grad=False)
-    copy = deepcopy(block, memo=dict(narrowed))  # deepcopy takes what its memo holds for the copy
+    copy = deepcopy(block, memo=dict(narrowed))  # deepcopy uses the objects of its memo as copies
     for name, linear in find_linears(copy).items():
         if any(id(p) in narrowed for p in block.get_submodule(name).parameters(recurse=False)):
             _widen_when_called(linear, block.get_submodule(name))

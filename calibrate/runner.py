@@ -1,8 +1,9 @@
-"""The calibration runner: walks the blocks of a model in order, one in memory at a time.
+"""The calibration runner: runs a model block by block, with one block in memory at a time.
 
-It records what the model hands to every block (hidden states, masks, rotary tables, ...) on the calibration rows, replays
-each block with exactly those arguments, gathers statistics of the linears' inputs, and feeds a block's output onwards.
-Where a pass asks for the drift, the original model walks along: a second stream through a copy of each block.
+It records the arguments with which the model calls every block (hidden states, masks, rotary tables, ...) on the calibration
+rows, replays each block with exactly those arguments, collects statistics of the linears' inputs, and passes a block's output
+to the next one. If a pass needs the drift, a copy of each original block is run as well, on the hidden states of the original
+model: the reference.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,17 +28,17 @@ from .statistics.collect import SharedInputs, Statistics, StatisticsCollector, o
 from .statistics.drift import residual_targets
 
 TOKENS_PER_BATCH = 4096
-HELD_OUT = 8  # of so many batches the last is held out where a pass chooses by it
-TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # batches that a gradient is taken of: small, and enough to hold some out
+HELD_OUT = 8  # every 8th batch is held out if a pass chooses by held-out tokens
+TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # for training: size of a batch, and the number of batches if the rows allow it
 
 
-class _Reached(Exception):
-    """The forward pass has come to the last block: nothing after it is needed."""
+class _LastBlockReached(Exception):
+    """Ends the forward pass at the last block: nothing after it is needed."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """How the model calls a block: all arguments but the hidden states, verbatim."""
+    """The arguments with which the model calls a block, without the hidden states."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -50,10 +51,14 @@ class Call:
 
 @dataclass(frozen=True)
 class BlockIO:
-    """What one block reads and gives on the calibration rows, batch by batch; all of it is read anew when asked for.
+    """Inputs of one block on the calibration rows, by batch; hidden states are read from the stores on every access.
 
-    `inputs` are the hidden states `[rows, length, width]` that the compressed model hands to the block, `reference` those of
-    the original model, `original` is the block as it was. `masks` mark the real tokens; None where there is no padding.
+    calls      arguments of the block
+    inputs     hidden states `[rows, length, width]` that the compressed model passes to the block
+    reference  hidden states `[rows, length, width]` that the original model passes to the block
+    original   the block before compression
+    masks      bool `[rows, length]`, true at real tokens; None if there is no padding
+    scratch    a folder for the targets of a training
     """
 
     calls: Sequence[Call]
@@ -74,11 +79,11 @@ class BlockIO:
 
 
 class Runner:
-    """Walks `model`, a skeleton of `source`, over the calibration `rows`; without rows it only loads and unloads blocks.
+    """Runs `model`, a skeleton of `source`, on the calibration `rows`; without rows it only loads and unloads blocks.
 
-    Hidden states are float32 and lie in `scratch` when they are many. `blocks` are the decoder blocks, `prefix` their name.
-    With `reference` the original model walks along, so that the drift can be gathered; with `small_batches` there are as many
-    as the steps of a training want.
+    `blocks` are the decoder blocks, `prefix` is their dotted name. Hidden states are float32 and are stored in the folder
+    `scratch` if they are large. With `reference`, the original model's hidden states are computed as well, which drift
+    statistics need. With `small_batches`, batches have the size of a training step.
     """
 
     def __init__(
@@ -100,7 +105,7 @@ class Runner:
         self.scratch = scratch
         self._hidden = ActivationStore(scratch)
         self._reference = ActivationStore(scratch / "reference") if reference else None
-        self._original: nn.Module | None = None  # the loaded block as it was, for the reference stream
+        self._original: nn.Module | None = None  # the loaded block before compression, for the reference
         self._calls: list[list[Call]] = []  # [block][batch]
 
     def block_name(self, index: int) -> str:
@@ -108,7 +113,7 @@ class Runner:
         return f"{self.prefix}.{index}"
 
     def load(self, index: int) -> nn.Module:
-        """Block `index` with its weights in memory."""
+        """Read the weights of block `index`, and return it."""
         block = self.blocks[index]
         materialise(block, self.block_name(index), self.source, self.names, self.device)
         if self._reference is not None:
@@ -116,63 +121,70 @@ class Runner:
         return block
 
     def unload(self, index: int) -> None:
-        """Forget the weights of block `index`."""
+        """Free the weights of block `index`."""
         release(self.blocks[index])
         self._original = None
 
     @torch.no_grad()
     def capture(self) -> None:
-        """Run the model up to its blocks: record the first block's inputs and how every block is called."""
+        """Run the model with its blocks skipped; records the first block's inputs and the arguments of every block.
+
+        Raises `CompressError` if the model does not call its last block.
+        """
         self._calls = [[] for _ in self.blocks]
-        with self._outside_on_demand(), self._blocks_recording():
+        with self._loading_outside_on_demand(), self._blocks_recording():
             for i, ids in enumerate(self._ids):
                 try:
                     self.model(input_ids=ids.to(self.device), attention_mask=self._mask(i), use_cache=False)
-                except _Reached:
+                except _LastBlockReached:
                     continue
-                raise CompressError(f"{type(self.model).__name__} never calls the last of its blocks {self.prefix}")
+                raise CompressError(f"{type(self.model).__name__} does not call the last of its blocks {self.prefix}")
 
     @torch.no_grad()
     def groups(self, index: int, wanted: set[str]) -> list[list[str]]:
-        """The linears `wanted` of the loaded block `index` by common input, in order of use: a few tokens tell."""
-        sharing, linears = SharedInputs(), self._linears(index, wanted)
-        with observing(linears, sharing.note):
+        """The linears `wanted` of the loaded block `index`, grouped by common input, in order of use on the first batch."""
+        shared, linears = SharedInputs(), self._linears(index, wanted)
+        with observing(linears, shared.note):
             self._calls[index][0].replay(self.blocks[index], self._hidden[0].to(self.device))
-        return sharing.groups + [[name] for name in linears if not any(name in group for group in sharing.groups)]
+        return shared.groups + [[name] for name in linears if not any(name in group for group in shared.groups)]
 
     @torch.no_grad()
     def collect(
         self, index: int, wanted: set[str], dtype: torch.dtype = torch.float32, hold_out: bool = False
     ) -> Statistics:
-        """Gather the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
+        """Collect the statistics of the linears `wanted` (names inside the block) of the loaded block `index`.
 
-        With `hold_out` those of the last of every `HELD_OUT` batches are kept apart too, if there is more than one batch.
+        `dtype` is the one they are accumulated in. With `hold_out` and more than one batch, the statistics of every
+        `HELD_OUT`-th batch are also returned on their own. Raises `CompressError` if inputs are not finite.
         """
         linears = self._linears(index, wanted)
         every = min(HELD_OUT, len(self._ids)) if hold_out else 1
-        kept, held = StatisticsCollector(linears, dtype), StatisticsCollector(linears, dtype)
+        main, held_out = StatisticsCollector(linears, dtype), StatisticsCollector(linears, dtype)
         for i, call in enumerate(self._calls[index]):
             mask, rows = self._mask(i), len(self._ids[i])
-            gatherer = held if every > 1 and i % every == every - 1 else kept
-            with gatherer.one_pass(mask, rows), residual_targets(linears if self._original else {}) as landed:
+            collector = held_out if every > 1 and i % every == every - 1 else main
+            with collector.one_pass(mask, rows), residual_targets(linears if self._original else {}) as outputs:
                 call.replay(self.blocks[index], self._hidden[i].to(self.device))
-            intended: dict[str, Tensor] = {}
+            reference: dict[str, Tensor] = {}
             if self._reference is not None and self._original is not None:
-                with residual_targets({name: self._original.get_submodule(name) for name in linears}) as intended:
+                with residual_targets({name: self._original.get_submodule(name) for name in linears}) as reference:
                     call.replay(self._original, self._reference[i].to(self.device))
-            gatherer.drift(landed, intended, mask, rows)
-        found = kept.finish(self.block_name(index), self.device)
+            collector.drift(outputs, reference, mask, rows)
+        statistics = main.finish(self.block_name(index), self.device)
         if every > 1:
-            found.hold(held.finish(self.block_name(index), self.device))
-        return found
+            statistics.add_held_out(held_out.finish(self.block_name(index), self.device))
+        return statistics
 
     def update_reference(self, index: int) -> None:
-        """Take block `index` as it stands for the original from here on: a transform has rewritten it to the same function."""
+        """Use the present weights of block `index` as the original ones: a transform has rewritten them equivalently."""
         if self._original is not None:
             self._original = snapshot(self.blocks[index])
 
     def rotate_hidden_states(self, matrix: Tensor) -> None:
-        """Multiply the stored hidden states by `matrix` from the right: a transform has turned the whole model's."""
+        """Multiply all stored hidden states by `matrix` float64 `[width, width]` from the right, after a rotation of the model.
+
+        Computed in float64.
+        """
         for store in (self._hidden, self._reference):
             for i in range(0 if store is None else len(store)):
                 assert store is not None
@@ -180,7 +192,7 @@ class Runner:
 
     @contextmanager
     def without_blocks(self) -> Iterator[PreTrainedModel]:
-        """The model with its weights outside the blocks in memory, and blocks that hand the hidden states on."""
+        """The model with the weights outside its blocks in memory, and its blocks replaced by the identity."""
         modules = list(outside(self.model, self.blocks))
         for name, module in modules:
             materialise(module, name, self.source, self.names, self.device)
@@ -196,12 +208,12 @@ class Runner:
                 release(module)
 
     def samples(self, index: int) -> Iterator[tuple[Call, Tensor, Tensor | None]]:
-        """Batch by batch: how block `index` is called, its stored hidden states, and the mask of real tokens or None."""
+        """For every batch, the arguments of block `index`, its hidden states, and the mask of real tokens or None."""
         for i, call in enumerate(self._calls[index]):
             yield call, self._hidden[i].to(self.device), self._mask(i)
 
     def io(self, index: int) -> BlockIO:
-        """What the loaded block `index` reads and gives. The runner must have been made with `reference`."""
+        """The inputs of the loaded block `index`. The runner must have been made with `reference`."""
         assert self._reference is not None and self._original is not None
         return BlockIO(
             self._calls[index],
@@ -215,7 +227,7 @@ class Runner:
 
     @torch.no_grad()
     def forward(self, index: int) -> None:
-        """Replace the stored hidden states by the output of the loaded block `index`."""
+        """Replace the stored hidden states by the outputs of the loaded block `index`."""
         for i, call in enumerate(self._calls[index]):
             self._hidden[i] = call.replay(self.blocks[index], self._hidden[i].to(self.device))
             if self._reference is not None and self._original is not None:
@@ -228,8 +240,8 @@ class Runner:
         return {name: module for name, module in find_linears(self.blocks[index]).items() if name in wanted}
 
     @contextmanager
-    def _outside_on_demand(self) -> Iterator[None]:
-        """Load a module outside the blocks when it is first called, so that the head and final norm never are."""
+    def _loading_outside_on_demand(self) -> Iterator[None]:
+        """Load a module outside the blocks when it is first called; the final norm and the head are never called."""
         loaded: list[nn.Module] = []
 
         def load(module: nn.Module, args: object, name: str) -> None:
@@ -252,16 +264,16 @@ class Runner:
                 hook.remove()
             for module in loaded:
                 release(module)
-                module.to(self._dtype)  # a table that was kept as stored is one of the skeleton's again
+                module.to(self._dtype)  # embeddings were loaded in their stored dtype
 
     def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
-        """Load an embedding as it is stored and widen what is looked up: the widened table would be the largest tensor."""
+        """Load an embedding in its stored dtype and convert its outputs: converted, it would be the largest tensor."""
         materialise(table, name, self.source, self.names, self.device, widen=False)
-        return table.register_forward_hook(lambda module, args, found: found.to(self._dtype))
+        return table.register_forward_hook(lambda module, args, output: output.to(self._dtype))
 
     @contextmanager
     def _blocks_recording(self) -> Iterator[None]:
-        """Blocks that note how they are called and pass the hidden states on untouched, in the form that they return."""
+        """While the context is open, blocks record their arguments and return the hidden states unchanged."""
         as_tuple = self._returns_tuple()
         for index, block in enumerate(self.blocks):
             block.forward = self._recorder(index, as_tuple)  # an instance attribute shadows the method
@@ -282,23 +294,23 @@ class Runner:
                 if self._reference is not None:
                     self._reference[len(calls) - 1] = hidden
             if index == len(self.blocks) - 1:
-                raise _Reached
+                raise _LastBlockReached
             return (hidden,) if as_tuple else hidden
 
         return record
 
     def _returns_tuple(self) -> bool:
-        """Whether blocks return a tuple: run the first one once on two tokens."""
+        """Whether blocks return a tuple, found by running the first one on two tokens."""
         answer: list[bool] = []
 
-        def look(module: nn.Module, args: object, output: object) -> None:
+        def inspect(module: nn.Module, args: object, output: object) -> None:
             answer.append(isinstance(output, tuple))
-            raise _Reached
+            raise _LastBlockReached
 
-        hook = self.load(0).register_forward_hook(look)
+        hook = self.load(0).register_forward_hook(inspect)
         try:
             self.model(input_ids=self._ids[0][:1, :2].to(self.device), use_cache=False)
-        except _Reached:
+        except _LastBlockReached:
             pass
         finally:
             hook.remove()
@@ -307,14 +319,14 @@ class Runner:
 
 
 def _batch(ids: Tensor, small: bool) -> int:
-    """How many of the rows `ids` `[rows, length]` make a batch."""
+    """The number of rows per batch, for `ids` `[rows, length]`."""
     rows, length = ids.shape
     most = (TOKENS_PER_STEP if small else TOKENS_PER_BATCH) // length
     return max(1, min(most, rows // FEWEST_STEPS) if small else most)
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether two structures of arguments are equal, tensors by value."""
+    """Whether two nested structures of arguments are equal, tensors compared by value."""
     if isinstance(a, Tensor) and isinstance(b, Tensor):
         return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
     if isinstance(a, dict) and isinstance(b, dict):

@@ -31,7 +31,7 @@ class Linear:
     args: WeightArgs  # resolved for this layer
     hessian: Hessian | None = None
     drift: Drift | None = None
-    held: HeldOut | None = None  # of the tokens that were held out, which `hessian` and `drift` count too
+    held_out: HeldOut | None = None  # of the held-out tokens, which `hessian` and `drift` include
     result: Compressed | None = None
     figures: dict[str, float | int | str] = field(default_factory=dict)
     inputs: QuantArgs | None = None  # of the activations that it reads

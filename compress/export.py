@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..calibrate.model.moe import plain_modules
+from ..calibrate.model.moe import checkpoint_module_names
 from ..errors import UsageError
 from ..kernels.tensor import CompressedTensor
 from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
@@ -89,7 +89,9 @@ def _write_layers(wanted: LayerFormat, checkpoint: Checkpoint, folder: Path) -> 
         others |= {name: name for name in checkpoint.cache_scales}
     elif checkpoint.cache_scales:
         notes.append(f"the cache stays in full precision: {wanted.name} has no place for its scales")
-    called = plain_modules(checkpoint.model, {*checkpoint.layers, *(name.rpartition(".")[0] for name in others)})
+    called = checkpoint_module_names(
+        checkpoint.model, {*checkpoint.layers, *(name.rpartition(".")[0] for name in others)}
+    )
     _write_configs(chosen, checkpoint, called, folder)
     write_tensors(
         folder,

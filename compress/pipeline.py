@@ -340,12 +340,12 @@ def _solve(entry: PassSpec, block: Block, local: dict[str, Linear], statistics: 
     """Apply the pass to the linears `local` (by name inside the block) and put what they become into the module."""
     for name, linear in local.items():
         linear.hessian, linear.drift = statistics.hessians.get(name), statistics.drifts.get(name)
-        linear.held = statistics.held.get(name)
+        linear.held_out = statistics.held_out.get(name)
         if linear.hessian is not None:
             linear.figures["tokens"] = linear.hessian.tokens
     entry.method_entry.apply(entry.config, replace(block, linears=list(local.values())))
     for name, linear in local.items():
-        linear.hessian = linear.drift = linear.held = None
+        linear.hessian = linear.drift = linear.held_out = None
         if linear.result is not None:
             set_weight(block.module.get_submodule(name), linear.result.dequantize())
             tell("solve", linear.name, **linear.figures)

@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..calibrate.model import safetensors_io
 from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
-from ..calibrate.model.moe import plain_modules, renamed, routers
+from ..calibrate.model.moe import checkpoint_module_names, renamed, routers
 from ..calibrate.model.safetensors_io import TensorSpec
 from ..calibrate.model.skeleton import Names, outside
 from ..calibrate.model.source import Source
@@ -163,7 +163,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     pruned = [layer.args for layer in layers if isinstance(layer.args, PruneArgs)]
     plain = bool(pruned) and all(args.storage == "dense" for args in pruned)
     modules = {name.rpartition(".")[0] for name in tensors}
-    called = plain_modules(model, modules) if plain or _read_elsewhere(layers, inputs) else {}
+    called = checkpoint_module_names(model, modules) if plain or _read_elsewhere(layers, inputs) else {}
     return Plan(
         layers=layers,
         heads=_heads(model, blocks, tables),

@@ -126,7 +126,7 @@ def test_inspect_and_recipes_as_json(tiny: Path) -> None:
         (["--keep", "*"], ["leaves every layer dense"]),
         (["--recipe", "gptq-w5"], ["gptq-w5: no such recipe"]),
         (["--calib", "nowhere.txt"], ["nowhere.txt: no such file"]),
-        (["--calib", "nowhere"], ["nowhere: no such data"]),
+        (["--calib", "nowhere"], ["nowhere: neither a file nor a known data set"]),
         (["--device", "gpu0"], ["device 'gpu0' is unknown"]),
         (["--device", "cuda:99"], ["no device 'cuda:99'"]),
     ],

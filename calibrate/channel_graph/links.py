@@ -1,12 +1,13 @@
-"""Who feeds whom in a block, found by experiment: no table of architectures, no names.
+"""Channel links of a block, found by experiment: no table of architectures, no module names.
 
-A source (a norm, a linear layer) feeds consumers when scaling one of its output channels scales the consumers' input
-channels by just that factor. The experiment multiplies a source's output by powers of two, which floating point carries
-through products exactly, and looks who sees them. Nobody else may: undone at the consumers' doors, the factors must leave
-the block's output as it was. That excludes routers, parallel branches and residuals without knowing of any of them.
+A producer (a norm or a linear layer) is linked to its consumers if scaling one of its output channels scales the consumers'
+input channels by exactly that factor. The experiment multiplies a producer's output by powers of two, which floating point
+carries through products exactly, and compares the inputs of all other modules before and after. The link is accepted only if
+no other module reads the output: with the factors undone at the consumers' inputs, the block's output must not change. This
+excludes routers, parallel branches and residual connections without a rule for any of them.
 
-For linear sources, looking at the first token of a row is enough and makes it simple: it attends to itself alone, so
-queries and keys have no say there, and a fused projection shows its value rows however they are laid out.
+For linear producers only the first token of each row is compared. It attends to itself alone, so queries and keys do not
+affect it, and a fused projection shows its value rows in whatever layout they are stored.
 """
 
 import math
@@ -22,16 +23,25 @@ from transformers.pytorch_utils import Conv1D
 
 from ..model.architecture import find_linears
 from ..runner import Call
-from .probing import LEAK, Trial, difference, first_argument, is_norm, same, scaled_input, scaled_output
+from .probing import (
+    TOLERANCE,
+    Trial,
+    difference,
+    is_norm,
+    map_first_argument,
+    outputs_match,
+    scaled_input,
+    scaled_output,
+)
 
-SCREENING = 6  # runs after which a pair that has shown no exact factor is given up
-CHANCE = 8  # bits of evidence beyond those that name a row: agreement by chance is 1 in 2**CHANCE
+SCREENING_RUNS = 6  # after this many runs, pairs that have shown no exact factor are dropped
+EVIDENCE_BITS = 8  # runs beyond those that identify a row: the probability of a chance match is 2**-EVIDENCE_BITS
 Kind = Literal["norm", "offset-norm", "linear"]
 
 
 @dataclass(frozen=True)
 class Consumer:
-    """A parameter that multiplies the fed channels: axis `axis` of `parameter` of `module` runs over them."""
+    """A parameter that multiplies the producer's channels: they run along `axis` of `parameter` of `module`."""
 
     module: str
     parameter: str
@@ -40,15 +50,18 @@ class Consumer:
 
 @dataclass(frozen=True)
 class ChannelLink:
-    """`source` alone scales what `consumers` read, and nobody else reads it. Names are those inside the block.
+    """A module and all modules that read its output channels. Module names are relative to the block.
 
-    kind      `norm`: output `weight * x (+ bias)`; `offset-norm`: `(1 + weight) * x`; `linear`: a linear layer's rows
-    channels  int64 `[width]`: the source's output channel behind each input channel of the consumers. Under grouped
-              queries one channel stands behind several; -1 where the input was always zero, so that nothing is known
-    size      output channels of the source
+    producer   the module that scales these channels
+    kind       `norm`: output `weight * x (+ bias)`; `offset-norm`: `(1 + weight) * x`; `linear`: a linear layer's rows
+    consumers  the parameters that multiply the channels; no other module reads the producer's output
+    channels   int64 `[width]`: for each input channel of the consumers, the producer's output channel. With grouped-query
+               attention one output channel serves several input channels. -1 if the input was always zero, so that the
+               producer's channel is unknown
+    size       number of output channels of the producer
     """
 
-    source: str
+    producer: str
     kind: Kind
     consumers: tuple[Consumer, ...]
     channels: Tensor
@@ -57,25 +70,26 @@ class ChannelLink:
 
 @torch.no_grad()
 def find_channel_links(block: nn.Module, call: Call, hidden: Tensor) -> list[ChannelLink]:
-    """Every feed of the materialised `block`, in the order in which the sources run.
+    """Every link of the materialised `block`, in the order in which the producers run.
 
-    `call` is how the model calls the block on rows like `hidden` `[rows, length, width]`, length at least 2.
+    `call` holds the arguments that the model calls the block with on rows like `hidden` `[rows, length, width]`; the length
+    must be at least 2.
     """
     trial = Trial(block, call, hidden)
-    feeds = []
+    links = []
     for name in trial.order:
         module = block.get_submodule(name)
-        found = _norm_feed(trial, name, module) if is_norm(module) else _linear_feed(trial, name, module)
-        if found is not None and _exclusive(trial, found):
-            feeds.append(found)
-    return feeds
+        found = _norm_link(trial, name, module) if is_norm(module) else _linear_link(trial, name, module)
+        if found is not None and _has_no_other_consumer(trial, found):
+            links.append(found)
+    return links
 
 
 @torch.no_grad()
-def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, feeds: list[ChannelLink]) -> set[str]:
-    """Linears with rows that only decide where attention looks: queries and keys, alone or fused with the values.
+def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, links: list[ChannelLink]) -> set[str]:
+    """Names of the linears that compute queries or keys, alone or fused with the values.
 
-    Such rows do not matter to a row's first token and do matter to later ones.
+    Changing their output changes the block's output at later tokens of a row, but not at the first one.
     """
     trial = Trial(block, call, hidden)
     found = set()
@@ -83,59 +97,61 @@ def query_key_linears(block: nn.Module, call: Call, hidden: Tensor, feeds: list[
         if name not in trial.inputs or not trial.sees_all_tokens(name):
             continue
         factor = torch.randn(trial.outputs[name].shape[-1], generator=torch.Generator().manual_seed(0))
-        for feed in feeds:
-            if feed.source == name:
-                factor[feed.channels[feed.channels >= 0]] = 1.0
+        for link in links:
+            if link.producer == name:
+                factor[link.channels[link.channels >= 0]] = 1.0
         with scaled_output(module, factor.to(hidden)):
             output = trial.run()
         first = difference(output[:, :1], trial.output[:, :1])
-        if first < LEAK < difference(output[:, 1:], trial.output[:, 1:]):
+        if first < TOLERANCE < difference(output[:, 1:], trial.output[:, 1:]):
             found.add(name)
     return found
 
 
-def _norm_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
+def _norm_link(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
     output = trial.outputs[name]
     factor = _powers(output.shape[-1], seed=0).to(output)
     kind = _norm_kind(trial, name, module, factor)
     if kind is None:
         return None
-    readers = _readers(trial, name, factor)
+    modules = _consumer_modules(trial, name, factor)
     consumers: list[Consumer] = []
-    for reader in sorted(readers, key=lambda n: not trial.sees_all_tokens(n)):
-        found = _consumed_by(trial, reader, factor)
+    for consumer in sorted(modules, key=lambda n: not trial.sees_all_tokens(n)):
+        found = _compensating_parameters(trial, consumer, factor)
         if found is None:
             return None
         consumers += found
-    consumers += _idle_twins(trial, consumers)
+    consumers += _idle_experts(trial, consumers)
     return ChannelLink(name, kind, tuple(consumers), torch.arange(len(factor)), len(factor)) if consumers else None
 
 
-def _readers(trial: Trial, name: str, factor: Tensor) -> list[str]:
-    """The modules that read the norm's output: those who see its factors exactly.
+def _consumer_modules(trial: Trial, name: str, factor: Tensor) -> list[str]:
+    """The modules that read the norm's output: their inputs are scaled by exactly `factor`.
 
-    A router that sees them sends tokens elsewhere, so they are undone at the doors of the readers known so far, and the
-    search goes on until nobody new turns up.
+    A router with scaled inputs would send tokens to other experts, so the factors are undone at the inputs of the consumers
+    found so far, and the search is repeated until it finds no new one.
     """
     candidates = {n: x for n, x in trial.inputs.items() if n != name and x.shape[-1] == len(factor)}
-    readers: list[str] = []
+    consumers: list[str] = []
     while True:
         with ExitStack() as stack:
-            stack.enter_context(scaled_output(trial.readers[name], factor))
-            for reader in readers:
-                stack.enter_context(scaled_input(trial.readers[reader], 1 / factor))
-            seen = trial.seen([n for n in candidates if n not in readers])
-        new = [n for n, x in seen.items() if x.shape == candidates[n].shape and torch.equal(x, candidates[n] * factor)]
+            stack.enter_context(scaled_output(trial.modules[name], factor))
+            for consumer in consumers:
+                stack.enter_context(scaled_input(trial.modules[consumer], 1 / factor))
+            inputs = trial.record_inputs([n for n in candidates if n not in consumers])
+        new = [
+            n for n, x in inputs.items() if x.shape == candidates[n].shape and torch.equal(x, candidates[n] * factor)
+        ]
         if not new:
-            return readers
-        readers += new
+            return consumers
+        consumers += new
 
 
-def _idle_twins(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
-    """The same parameters of modules that got no token in the experiment, but stand in a row with a consumer: idle experts."""
+def _idle_experts(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
+    """The same parameters of experts that received no token: modules whose names differ from a consumer's in numbers only."""
     found = []
     shapes = {(re.sub(r"\d+", "#", c.module), c.parameter, c.axis) for c in consumers}
-    for name in trial.readers.keys() - trial.called:
+    for name in trial.modules.keys() - trial.called:
         for pattern, parameter, axis in sorted(shapes):
             if re.sub(r"\d+", "#", name) == pattern:
                 found.append(Consumer(name, parameter, axis))
@@ -143,67 +159,65 @@ def _idle_twins(trial: Trial, consumers: list[Consumer]) -> list[Consumer]:
 
 
 def _norm_kind(trial: Trial, name: str, module: nn.Module, factor: Tensor) -> Kind | None:
-    """Which way of scaling the weight scales the output, told by the module's behaviour."""
+    """The kind of norm, found by which change of its weight scales its output by `factor`; None if neither does."""
     args, kwargs = trial.calls[name]
-    wanted = trial.outputs[name] * factor
+    scaled = trial.outputs[name] * factor
     weight, bias = module.weight, getattr(module, "bias", None)
     assert isinstance(weight, Tensor)
     forms: dict[Kind, Tensor] = {"norm": weight * factor, "offset-norm": (1 + weight) * factor - 1}
     for kind, changed in forms.items():
-        swaps = {"weight": changed} | ({"bias": bias * factor} if isinstance(bias, Tensor) else {})
-        if difference(torch.func.functional_call(module, swaps, args, kwargs), wanted) < LEAK:
+        parameters = {"weight": changed} | ({"bias": bias * factor} if isinstance(bias, Tensor) else {})
+        if difference(torch.func.functional_call(module, parameters, args, kwargs), scaled) < TOLERANCE:
             return kind
     return None
 
 
-def _consumed_by(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | None:
-    """The parameters of a reader that make up for its input's factor; None where none do."""
-    module = trial.readers[name]
+def _compensating_parameters(trial: Trial, name: str, factor: Tensor) -> list[Consumer] | None:
+    """The parameters of a consumer that can compensate a factor at its input; None if there are none."""
+    module = trial.modules[name]
     if isinstance(module, nn.Linear | Conv1D):
         return [Consumer(name, "weight", 0 if isinstance(module, Conv1D) else 1)]
     args, kwargs = trial.calls[name]
-    scaled = first_argument(args, kwargs, lambda x: x * factor)
+    scaled = map_first_argument(args, kwargs, lambda x: x * factor)
     own = dict(module.named_parameters(recurse=False))
-    places = [(n, axis) for n, p in own.items() if p.ndim > 1 for axis in (p.ndim - 1, p.ndim - 2)]
-    places = [(n, axis) for n, axis in places if own[n].shape[axis] == len(factor)]
+    candidates = [(n, axis) for n, p in own.items() if p.ndim > 1 for axis in (p.ndim - 1, p.ndim - 2)]
+    candidates = [(n, axis) for n, axis in candidates if own[n].shape[axis] == len(factor)]
     reference = module(*args, **kwargs)
-    for count in range(1, len(places) + 1):
-        for chosen in combinations(places, count):
+    for count in range(1, len(candidates) + 1):
+        for chosen in combinations(candidates, count):
             undone = {n: own[n] / factor.reshape([-1] + [1] * (own[n].ndim - 1 - axis)) for n, axis in chosen}
-            if same(torch.func.functional_call(module, undone, *scaled), reference):
+            if outputs_match(torch.func.functional_call(module, undone, *scaled), reference):
                 return [Consumer(name, n, axis) for n, axis in chosen]
     return None
 
 
-def _linear_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
-    """Which row of the linear stands behind each input channel of which other linear.
+def _linear_link(trial: Trial, name: str, module: nn.Module) -> ChannelLink | None:
+    """The link from the linear's output rows to the input channels of other linears, or None.
 
-    Every row gets a random codeword; run by run, rows are doubled where their codeword says so. A channel that was doubled
-    exactly when one row was follows that row. Runs in which a channel took another factor (a gate that shares the fused
-    matrix was doubled too) say nothing about it.
+    Every row gets a random codeword of bits; in run i the rows whose i-th bit is set are doubled. A channel that was doubled
+    in exactly the runs of one row reads that row. Runs in which a channel took another factor (a gate in the same fused
+    matrix was doubled as well) are ignored for that channel.
     """
     size = trial.outputs[name].shape[-1]
-    certain = math.ceil(math.log2(size)) + CHANCE
-    codes = torch.rand(4 * certain, size, generator=torch.Generator().manual_seed(1)) < 0.5
-    behind = trial.order[trial.order.index(name) + 1 :]
-    behind = [n for n in behind if not is_norm(trial.readers[n]) and trial.sees_all_tokens(n)]
-    before = {n: trial.first_tokens(trial.inputs[n]) for n in behind}
-    evidence: dict[str, list[Tensor]] = {n: [] for n in before}  # [code] of [width]: 1 or 0 doubled or not, -1 neither
+    enough = math.ceil(math.log2(size)) + EVIDENCE_BITS
+    codes = torch.rand(4 * enough, size, generator=torch.Generator().manual_seed(1)) < 0.5
+    later = trial.order[trial.order.index(name) + 1 :]
+    later = [n for n in later if not is_norm(trial.modules[n]) and trial.sees_all_tokens(n)]
+    before = {n: trial.first_tokens(trial.inputs[n]) for n in later}
+    evidence: dict[str, list[Tensor]] = {n: [] for n in before}  # per run `[width]`: 1 doubled, 0 unchanged, -1 neither
     found: dict[str, Tensor] = {}
     for count, code in enumerate(codes, start=1):
         with scaled_output(module, torch.where(code, 2.0, 1.0).to(trial.output)):
-            seen = trial.seen(evidence)
-        for n, x in seen.items():
+            inputs = trial.record_inputs(evidence)
+        for n, x in inputs.items():
             evidence[n].append(_doubled(trial.first_tokens(x), before[n]))
-        if count == SCREENING:
+        if count == SCREENING_RUNS:
             evidence = {n: runs for n, runs in evidence.items() if (torch.stack(runs) == 1).any()}
         if not evidence:
             return None
-        if count >= certain and (count % 4 == 0 or count == len(codes)):
-            followed = {
-                n: _decode(torch.stack(runs), codes[:count], certain, before[n]) for n, runs in evidence.items()
-            }
-            found = {n: channels for n, channels in followed.items() if channels is not None}
+        if count >= enough and (count % 4 == 0 or count == len(codes)):
+            decoded = {n: _decode(torch.stack(runs), codes[:count], enough, before[n]) for n, runs in evidence.items()}
+            found = {n: channels for n, channels in decoded.items() if channels is not None}
             if len(found) == len(evidence):
                 break
     if not found:
@@ -211,44 +225,45 @@ def _linear_feed(trial: Trial, name: str, module: nn.Module) -> ChannelLink | No
     channels = next(iter(found.values()))
     if not all(torch.equal(channels, other) for other in found.values()):
         return None
-    consumers = [Consumer(n, "weight", 0 if isinstance(trial.readers[n], Conv1D) else 1) for n in found]
+    consumers = [Consumer(n, "weight", 0 if isinstance(trial.modules[n], Conv1D) else 1) for n in found]
     return ChannelLink(name, "linear", tuple(consumers), channels, size)
 
 
 def _doubled(now: Tensor, before: Tensor) -> Tensor:
-    """Per channel of `[samples, width]`: 1 where every sample doubled, 0 where none changed, -1 otherwise."""
+    """Per channel of `[samples, width]`: 1 if every sample doubled, 0 if none changed, -1 otherwise."""
     alive = before != 0
-    double, same = ((now == 2 * before) | ~alive).all(0), ((now == before) | ~alive).all(0)
-    return torch.where(same, 0, torch.where(double, 1, -1)).masked_fill(~alive.any(0), -1).cpu()
+    doubled, unchanged = ((now == 2 * before) | ~alive).all(0), ((now == before) | ~alive).all(0)
+    return torch.where(unchanged, 0, torch.where(doubled, 1, -1)).masked_fill(~alive.any(0), -1).cpu()
 
 
-def _decode(evidence: Tensor, codes: Tensor, certain: int, before: Tensor) -> Tensor | None:
-    """The row that each channel follows: `evidence` `[codes, width]`, `codes` bool `[codes, rows]`, gives int64 `[width]`.
+def _decode(evidence: Tensor, codes: Tensor, enough: int, before: Tensor) -> Tensor | None:
+    """The row that each channel reads, int64 `[width]`, from `evidence` `[runs, width]` and `codes` bool `[runs, rows]`.
 
-    `certain` runs must speak for it. -1 for channels that were always zero; None where a living channel follows no row.
+    At least `enough` runs must agree with the row and none may contradict it. -1 for channels that were always zero; None if
+    any other channel matches no row.
     """
-    says = (evidence >= 0).float()
+    valid = (evidence >= 0).float()
     bits, words = (evidence == 1).float(), codes.float()
-    wrong = (says - bits).T @ words + bits.T @ (1 - words)  # [width, rows]: runs that speak against the row
-    fits = wrong == 0
-    known = (says.sum(0) >= certain) & (fits.sum(1) == 1) & bits.any(0)
+    contradictions = (valid - bits).T @ words + bits.T @ (1 - words)  # [width, rows]: number of runs
+    fits = contradictions == 0
+    known = (valid.sum(0) >= enough) & (fits.sum(1) == 1) & bits.any(0)
     dead = (before == 0).all(0).cpu()
     if not bool((known | dead).all()) or not bool(known.any()):
         return None
     return torch.where(known, fits.float().argmax(1), -1)
 
 
-def _exclusive(trial: Trial, feed: ChannelLink) -> bool:
-    """Whether factors at the source, undone at the consumers' inputs, leave the block's output alone."""
-    factor = torch.ones(feed.size)
-    used = feed.channels[feed.channels >= 0].unique()
+def _has_no_other_consumer(trial: Trial, link: ChannelLink) -> bool:
+    """Whether factors at the producer, undone at the consumers' inputs, leave the block's output unchanged."""
+    factor = torch.ones(link.size)
+    used = link.channels[link.channels >= 0].unique()
     factor[used] = _powers(len(used), seed=2)
-    undo = 1 / torch.where(feed.channels >= 0, factor[feed.channels], 1.0)
+    undo = 1 / torch.where(link.channels >= 0, factor[link.channels], 1.0)
     with ExitStack() as stack:
-        stack.enter_context(scaled_output(trial.readers[feed.source], factor.to(trial.output)))
-        for name in dict.fromkeys(consumer.module for consumer in feed.consumers):
-            stack.enter_context(scaled_input(trial.readers[name], undo.to(trial.output)))
-        return difference(trial.run(), trial.output) < LEAK
+        stack.enter_context(scaled_output(trial.modules[link.producer], factor.to(trial.output)))
+        for name in dict.fromkeys(consumer.module for consumer in link.consumers):
+            stack.enter_context(scaled_input(trial.modules[name], undo.to(trial.output)))
+        return difference(trial.run(), trial.output) < TOLERANCE
 
 
 def _powers(size: int, seed: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Tiny rows of random tokens to experiment on."""
+"""Short rows of random tokens, the input of the experiments on blocks."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +12,12 @@ from ..data.token_rows import TokenRows
 from ..model.source import Source
 from ..runner import Call, Runner
 
-# First tokens are the samples; a few more make attention matter.
+# Experiments compare the first token of each row; the later tokens are there so that attention has an effect.
 ROWS, LENGTH = 16, 4
 
 
 class Probe:
-    """Tiny rows of random tokens, and how the model calls each of its blocks on them."""
+    """Short rows of random tokens, and the arguments with which the model calls each of its blocks on them."""
 
     def __init__(self, model: PreTrainedModel, source: Source, scratch: Path, device: str = "cpu") -> None:
         generator = torch.Generator().manual_seed(0)
@@ -28,12 +28,12 @@ class Probe:
 
     @contextmanager
     def outside(self) -> Iterator[tuple[PreTrainedModel, Tensor]]:
-        """The model around its blocks, which hand the hidden states on, and the tiny rows for it."""
+        """The model with its blocks replaced by the identity, and the probe's token ids int64 `[ROWS, LENGTH]`."""
         with self._runner.without_blocks() as model:
             yield model, self._ids.to(self._runner.device)
 
     def experiment(self, index: int) -> tuple[Call, Tensor]:
-        """The call of block `index` and random hidden states `[ROWS, LENGTH, width]` for it."""
+        """The call arguments of block `index`, and random hidden states `[ROWS, LENGTH, width]` for it."""
         (call, hidden, _), *_ = self._runner.samples(index)
         generator = torch.Generator().manual_seed(index)
         return call, torch.randn(hidden.shape, generator=generator).to(hidden)

@@ -1,11 +1,11 @@
 """The built-in offline corpus `python-stdlib`: the source text of the running Python's own standard library.
 
-Calibration and perplexity need text. This corpus is on every machine that can run lmpress, needs no network and no
-licence question beyond Python's own, so the tests, the sample model and a first try of the tool all work offline. It
-is specific to the Python version that runs: compare figures only between runs under the same version.
+Calibration and perplexity need text. This corpus exists on every machine that can run lmpress, needs no network and no
+licence beyond Python's own, so that the tests, the sample model and first experiments work offline. It depends on the
+Python version: compare figures only between runs under the same version.
 
-Every file belongs to exactly one split, chosen from a hash of its relative path; a split therefore does not change
-when files are added, and no file feeds both training (or calibration) and held-out evaluation.
+Every file belongs to exactly one split, chosen by a hash of its relative path. A split therefore does not change when files
+are added, and no file is used both for training (or calibration) and for held-out evaluation.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _CALIBRATION_PERCENT = 10
 
 
 def split_of(relative_path: str) -> Split:
-    """The split that the file at `relative_path` (posix, relative to the library's root) belongs to."""
+    """The split of the file at `relative_path` (POSIX, relative to the library's root)."""
     bucket = int.from_bytes(hashlib.sha256(relative_path.encode()).digest()[:8], "big") % 100
     if bucket < _HELDOUT_PERCENT:
         return "heldout"
@@ -38,14 +38,17 @@ def split_of(relative_path: str) -> Split:
 
 
 def documents(split: Split) -> list[str]:
-    """The text of every standard library file in `split`, one string a file, in the order of their relative paths."""
+    """The text of every standard library file in `split`, one string per file, sorted by relative path.
+
+    Raises `ValueError` if there is no such split.
+    """
     if split not in get_args(Split):
         raise ValueError(f"unknown split {split!r}: expected one of {', '.join(get_args(Split))}")
     return [text for path, text in _sources(Path(sysconfig.get_path("stdlib"))) if split_of(path) == split]
 
 
 def _sources(root: Path) -> Iterator[tuple[str, str]]:
-    """Relative posix path and text of every file under `root` that belongs to the corpus, sorted by path."""
+    """Relative POSIX path and text of every file of the corpus under `root`, sorted by path."""
     for relative in sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py")):
         if _is_excluded(relative):
             continue
@@ -60,7 +63,7 @@ def _is_excluded(relative_path: str) -> bool:
 
 
 def _read(path: Path) -> str | None:
-    """The file's text with unix line ends, or None where it is too short to be of use or not UTF-8."""
+    """The file's text with Unix line endings, or None if it has less than `MIN_BYTES` or is not UTF-8."""
     raw = path.read_bytes()
     if len(raw) < MIN_BYTES:
         return None

@@ -1,6 +1,6 @@
-"""Texts: from a file, the built-in corpus or the Hugging Face Hub.
+"""Documents: texts from a file, the built-in corpus or the Hugging Face Hub.
 
-`datasets` and `pyarrow` are imported when they are used: they take a second and 90 MB that most runs do not need.
+`datasets` and `pyarrow` are imported only when they are used: importing them takes a second and 90 MB of memory.
 """
 
 import json
@@ -8,20 +8,18 @@ import re
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
 
 from ...errors import CompressError, UsageError
-from .builtin_corpus import documents as built_in
+from .builtin_corpus import NAME as BUILTIN_CORPUS
+from .builtin_corpus import Split
+from .builtin_corpus import documents as builtin_documents
 
-Split = Literal["calibration", "training", "heldout"]
-
-BUILT_IN = "python-stdlib"
-BOS = "bos"  # the value of `Documents.join` that puts one BOS before every document
+BOS = "bos"  # the value of `Documents.join` that puts one BOS token before every document
 
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts and how they become one stream: `join` is `BOS`, or a string that is put between them before tokenising."""
+    """Texts, their `source`, and `join`: `BOS`, or the string that is put between the texts before they are tokenised."""
 
     texts: list[str]
     source: str
@@ -29,24 +27,24 @@ class Documents:
 
 
 def documents(data: str, split: Split) -> Documents:
-    """The texts of `data`: a .txt, .jsonl or .parquet file, `python-stdlib`, or a data set of the hub.
+    """The texts of `data`: a .txt, .jsonl or .parquet file, `python-stdlib`, or a data set of the Hugging Face Hub.
 
-    A file has no splits: the same texts serve for both. Raises UsageError for a name that means nothing and
-    CompressError for content that cannot be used.
+    A file has no splits: every split has all of its texts. Raises `UsageError` if `data` is neither a readable file nor a
+    known name, and `CompressError` if its content cannot be used or cannot be downloaded.
     """
     suffix = Path(data).suffix.lower()
-    if data == BUILT_IN:
-        found = Documents(built_in(split), f"{BUILT_IN}/{split}")
+    if data == BUILTIN_CORPUS:
+        found = Documents(builtin_documents(split), f"{BUILTIN_CORPUS}/{split}")
     elif suffix in READERS:
         if not Path(data).is_file():
             raise UsageError(f"{data}: no such file")
         found = Documents(READERS[suffix](Path(data)), "/".join(Path(data).absolute().parts[-2:]))
     elif Path(data).exists() or re.fullmatch(r"\.[a-z]+", suffix):
-        raise UsageError(f"{data}: cannot read this kind of file", "give a .txt, .jsonl or .parquet file")
+        raise UsageError(f"{data}: unsupported kind of file", "give a .txt, .jsonl or .parquet file")
     else:
         found = _hub_documents(data, split)
     if not any(text.strip() for text in found.texts):
-        raise CompressError(f"{found.source} is empty", "give data with text in it")
+        raise CompressError(f"{found.source} is empty", "give a file or data set that contains text")
     return found
 
 
@@ -100,7 +98,15 @@ READERS = {".txt": _plain, ".jsonl": _json_lines, ".parquet": _parquet}
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set of the hub: where it is, its splits (calibration, heldout), the text column and how its texts join."""
+    """A data set of the Hugging Face Hub.
+
+    path, config, revision  as for `datasets.load_dataset`
+    splits                  names of the splits used for calibration and for held-out evaluation
+    column                  name of the text column
+    join                    how its texts are joined, see `Documents`
+    shards                  if given, the only file that is read, per split
+    limits                  if given, how many records are read, per split
+    """
 
     path: str
     config: str | None = None
@@ -112,7 +118,7 @@ class HubSet:
     limits: tuple[int | None, int | None] = (None, None)
 
 
-# Joins and held-out parts are those of the publications; a BOS per line of these two would ruin every perplexity.
+# Joins and held-out splits are those of the publications; a BOS before every line of the first two would spoil perplexities.
 HUB = {
     "wikitext2": HubSet("Salesforce/wikitext", "wikitext-2-raw-v1", join="\n\n"),
     "ptb": HubSet("ptb-text-only/ptb_text_only", column="sentence", join=" ", revision="refs/convert/parquet"),
@@ -126,37 +132,39 @@ HUB = {
 
 
 def _hub_documents(data: str, split: Split) -> Documents:
-    """Texts of a hub data set: a name in `HUB`, or `org/name[:config]` with splits train and test and a column text."""
+    """Texts of a hub data set: a name in `HUB`, or `org/name[:config]` with splits `train` and `test` and a column `text`."""
     name, _, config = data.partition(":")
     if data not in HUB and "/" not in name:
         raise UsageError(
-            f"{data}: no such data", f"give a file, {BUILT_IN}, {', '.join(HUB)} or org/name of a hub data set"
+            f"{data}: neither a file nor a known data set",
+            f"give a file, {BUILTIN_CORPUS}, {', '.join(HUB)} or org/name of a hub data set",
         )
     from datasets.exceptions import DatasetsError
 
-    wanted = HUB.get(data) or HubSet(name, config or None)
+    hub_set = HUB.get(data) or HubSet(name, config or None)
     which = 1 if split == "heldout" else 0
-    part = wanted.splits[which]
+    part = hub_set.splits[which]
     try:
-        texts = _download(wanted, which)
+        texts = _download(hub_set, which)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise CompressError(
-            f"data set {data} ({part}) cannot be fetched from the hub ({' '.join(str(error).split())[:200]})",
-            f"give a local .txt, .jsonl or .parquet file, or {BUILT_IN}",
+            f"data set {data} (split {part}) could not be downloaded from the Hugging Face Hub: "
+            f"{' '.join(str(error).split())[:200]}",
+            f"give a local .txt, .jsonl or .parquet file, or {BUILTIN_CORPUS}",
         ) from error
-    return Documents(texts, f"{data}/{part}", wanted.join)
+    return Documents(texts, f"{data}/{part}", hub_set.join)
 
 
-def _download(wanted: HubSet, which: int) -> list[str]:
+def _download(hub_set: HubSet, which: int) -> list[str]:
     from datasets import load_dataset
 
-    part = wanted.splits[which]
-    files = {part: wanted.shards[which]} if wanted.shards else None
+    part = hub_set.splits[which]
+    files = {part: hub_set.shards[which]} if hub_set.shards else None
     records = load_dataset(
-        wanted.path, wanted.config, split=part, data_files=files, revision=wanted.revision, streaming=True
+        hub_set.path, hub_set.config, split=part, data_files=files, revision=hub_set.revision, streaming=True
     )
-    texts = [record.get(wanted.column) for record in islice(records, wanted.limits[which])]
+    texts = [record.get(hub_set.column) for record in islice(records, hub_set.limits[which])]
     strings = [text for text in texts if isinstance(text, str)]
     if len(strings) < len(texts):
-        raise CompressError(f"data set {wanted.path} has no string column `{wanted.column}`")
+        raise CompressError(f"data set {hub_set.path} has no string column `{hub_set.column}`")
     return strings

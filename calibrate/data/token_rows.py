@@ -1,4 +1,4 @@
-"""Rows of tokens: documents that are tokenised, packed into one stream and cut."""
+"""Token rows: documents are tokenised, packed into one stream and cut into rows of equal length."""
 
 import hashlib
 from collections.abc import Iterator
@@ -13,14 +13,21 @@ from transformers import PreTrainedTokenizerBase
 from ...errors import CompressError, UsageError
 from .documents import BOS, Documents, Split, documents
 
-RANDOM = "random-tokens"  # no data at all, which is enough for ZeroQuant's distillation
+RANDOM = "random-tokens"  # no data at all, which suffices for ZeroQuant's distillation
 SCARCE = 0.03  # share of the vocabulary below which the rows carry a note
-BATCH = 2**17  # characters tokenised at a time: what a tokenizer notes about them takes fifty times their bytes
+BATCH = 2**17  # characters tokenised at a time: a tokenizer's output takes fifty times the bytes of its input
 
 
 @dataclass(frozen=True)
 class TokenRows:
-    """Token rows `ids` int64 `[rows, length]`; `mask` bool of the same shape, None where no position is padding."""
+    """Token rows.
+
+    ids         int64 `[rows, length]`
+    source      where the text is from, for reports
+    vocabulary  number of the tokenizer's entries
+    mask        bool `[rows, length]`, true at real tokens; None if no position is padding
+    notes       what a report should mention, such as a lack of text
+    """
 
     ids: Tensor
     source: str
@@ -35,6 +42,7 @@ class TokenRows:
 
     @property
     def tokens(self) -> int:
+        """Number of real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
     @cached_property
@@ -52,15 +60,17 @@ def calibration_rows(
     seed: int = 0,
     split: Split = "calibration",
 ) -> TokenRows:
-    """`samples` random rows of `length` tokens from a split of `data`, the same for the same seed.
+    """`samples` random rows of `length` tokens from a split of `data`; the same seed gives the same rows.
 
-    Documents are shuffled and tokenised until they suffice (joined texts are tokenised whole), then rows are drawn
-    without replacement. Fewer rows than asked for, and rows with
-    little of the vocabulary, are used with a note. `random-tokens` are uniform over the vocabulary,
-    after a BOS where there is one. Raises what `documents` and `pack` raise.
+    Documents are shuffled and tokenised until they fill `samples` rows (joined texts are tokenised whole), then rows are
+    drawn without replacement. If the text fills fewer rows, all of them are used and a note is added, as it is for rows that
+    hold little of the vocabulary. The rows of `random-tokens` are uniform over the vocabulary; if the tokenizer has a BOS
+    token, it comes first.
+
+    Raises `UsageError` if `samples` is not positive, and what `documents` and `pack` raise.
     """
     if samples < 1:
-        raise UsageError(f"the number of calibration samples is {samples}", "it must be at least 1")
+        raise UsageError(f"the number of calibration samples must be at least 1, got {samples}")
     generator = torch.Generator().manual_seed(seed)
     if data == RANDOM:
         ids = torch.randint(len(tokenizer), (samples, length), generator=generator)
@@ -77,7 +87,9 @@ def calibration_rows(
     rows = TokenRows(packed[chosen], found.source, len(tokenizer))
     notes = []
     if len(packed) < samples:
-        notes.append(f"{found.source} fills only {len(packed)} rows of {length} tokens, not the {samples} asked for")
+        notes.append(
+            f"{found.source} fills only {len(packed)} rows of {length} tokens, fewer than the requested {samples}"
+        )
     if rows.vocabulary_share < SCARCE:
         notes.append(
             f"the calibration rows contain only {rows.vocabulary_share:.1%} of the {rows.vocabulary:,} tokens of the "
@@ -87,22 +99,25 @@ def calibration_rows(
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, rows: int | None = None) -> Tensor:
-    """The packed stream cut into consecutive rows, int64 `[rows, length]`; the incomplete tail is dropped.
+    """The packed stream cut into consecutive rows, int64 `[rows, length]`; an incomplete last row is dropped.
 
-    With `rows`, documents are tokenised only until that many rows are there; there may be more. Raises CompressError
-    when the text does not fill a single row.
+    With `rows`, tokenising stops once that many rows are filled; the result may have more. Raises `CompressError` if the text
+    does not fill a single row, and `UsageError` if `length` is less than 2.
     """
     tokens = stream(documents, tokenizer, None if rows is None else rows * length)
     return windows(tokens, length, length, documents.source)
 
 
 def windows(tokens: Tensor, length: int, stride: int, source: str) -> Tensor:
-    """Every whole window of the stream `[tokens]`, one each `stride` tokens: `[windows, length]` (a view)."""
+    """Every complete window of the stream `[tokens]`, one every `stride` tokens: `[windows, length]` (a view).
+
+    Raises `UsageError` if `length` is less than 2, and `CompressError` if the stream is shorter than one window.
+    """
     if length < 2:
-        raise UsageError(f"the row length is {length}", "it must be at least 2: a token and its successor")
+        raise UsageError(f"the row length must be at least 2 (a token and its successor), got {length}")
     if len(tokens) < length:
         raise CompressError(
-            f"{source} is too short: {len(tokens)} tokens, and one row needs {length}",
+            f"{source} is too short: it has {len(tokens)} tokens, and one row needs {length}",
             "give more text or a smaller --seq-len",
         )
     return tokens.unfold(0, length, stride)
@@ -111,9 +126,9 @@ def windows(tokens: Tensor, length: int, stride: int, source: str) -> Tensor:
 def stream(documents: Documents, tokenizer: PreTrainedTokenizerBase, enough: int | None = None) -> Tensor:
     """All documents as one stream of ids, int64 `[tokens]`.
 
-    Separate documents are led by exactly one BOS each (by nothing where the tokenizer has none), whatever the tokenizer
-    would add by itself; joined texts are tokenised once, with the tokenizer's own special tokens, as publications do.
-    At least `enough` tokens end the tokenising of separate documents early.
+    Each separate document starts with exactly one BOS token (with none if the tokenizer has none), whatever the tokenizer
+    itself would add. Joined texts are tokenised once, with the tokenizer's own special tokens, as in publications.
+    With `enough`, tokenising of separate documents stops once there are that many tokens.
     """
     if documents.join != BOS:
         joined = documents.join.join(documents.texts)
@@ -132,7 +147,7 @@ def fingerprint(ids: Tensor) -> str:
 
 
 def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator[list[int]]:
-    """The ids of each text, led by the tokenizer's BOS where it has one and the text does not bring it along."""
+    """The ids of each text, preceded by the tokenizer's BOS token if it has one and the text does not start with it."""
     bos = cast(int | None, tokenizer.bos_token_id)
     for batch in _batches(texts):
         encoded = tokenizer(batch, add_special_tokens=False, verbose=False)
@@ -141,7 +156,7 @@ def _tokenised(texts: list[str], tokenizer: PreTrainedTokenizerBase) -> Iterator
 
 
 def _batches(texts: list[str]) -> Iterator[list[str]]:
-    """The texts in order, as many at a time as have `BATCH` characters or one more."""
+    """The texts in order, in batches that end once they have `BATCH` characters or more."""
     batch: list[str] = []
     for text in texts:
         batch.append(text)

@@ -1,4 +1,4 @@
-"""What a model is made of, found by its structure: no table of architectures."""
+"""Decoder blocks and linear layers of a model, found by its structure: no table of architectures."""
 
 import torch
 from torch import Tensor, nn
@@ -9,16 +9,16 @@ from .moe import routers
 
 
 def find_blocks(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """The dotted name and the list of the decoder blocks: the module list that holds most parameters.
+    """The dotted name and the list of the decoder blocks: the module list with the most parameters.
 
-    Raises `UsageError` where the model has no list of modules.
+    Raises `UsageError` if the model has no list of modules.
     """
     lists = [
         (name, module) for name, module in model.named_modules() if isinstance(module, nn.ModuleList) and len(module)
     ]
     if not lists:
         raise UsageError(
-            f"{type(model).__name__} has no list of blocks", "only stacks of decoder blocks are compressed"
+            f"{type(model).__name__} has no list of decoder blocks", "only models made of decoder blocks are supported"
         )
     return max(lists, key=lambda item: (sum(p.numel() for p in item[1].parameters()), -len(item[0])))
 
@@ -28,19 +28,19 @@ def find_linears(block: nn.Module) -> dict[str, nn.Module]:
 
     Routers of a mixture of experts are left out.
     """
-    spared = routers(block)
+    excluded = routers(block)
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
-    return {name: module for name, module in linears.items() if module not in spared}
+    return {name: module for name, module in linears.items() if module not in excluded}
 
 
 def weight_of(linear: nn.Module) -> Tensor:
-    """The weight as `[out, in]`, whatever the module's own layout (`Conv1D` stores `[in, out]`)."""
+    """A view of the weight as `[out, in]`, whatever the module's own layout (`Conv1D` stores `[in, out]`)."""
     weight = linear.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(linear, Conv1D) else weight
 
 
 def set_weight(linear: nn.Module, weight: Tensor) -> None:
-    """Replace the weight by `weight` `[out, in]`, kept in the module's own layout and dtype."""
+    """Overwrite the weight with `weight` `[out, in]`, in the module's own layout and dtype."""
     with torch.no_grad():
         weight_of(linear).copy_(weight)

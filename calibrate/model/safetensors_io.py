@@ -1,8 +1,8 @@
-"""safetensors files: headers, exact sizes, and writing that streams.
+"""safetensors files: headers, exact sizes, and streamed writing.
 
-A file is an 8-byte little-endian header length, a JSON header that names every tensor's dtype, shape and byte range, and
-the bytes. Written here rather than by the library, because sizes must be known before a byte exists, and shards must be
-put together without holding them in memory.
+A file consists of an 8-byte little-endian header length, a JSON header with every tensor's dtype, shape and byte range, and
+the bytes. The files are written here rather than by the library, because sizes must be known before any tensor exists, and
+shards must be assembled without holding them in memory.
 """
 
 import errno
@@ -47,7 +47,7 @@ METADATA = {"format": "pt"}
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """What a tensor will be on disk: the format's dtype name and its shape."""
+    """Dtype (by the format's name) and shape of a tensor on disk."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,14 +70,17 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a tensor lies on disk: `start` is the offset of its first byte in `file`."""
+    """The location of a tensor on disk: `start` is the offset of its first byte in `file`."""
 
     file: Path
     spec: TensorSpec
     start: int
 
     def read(self) -> Tensor:
-        """Its values, in memory of their own (a memory map would count as the process's memory page by page)."""
+        """The tensor, read into new memory (pages of a memory map would count as memory of the process).
+
+        Raises `CompressError` if the file is truncated.
+        """
         buffer = torch.empty(self.spec.nbytes, dtype=torch.uint8)
         with self.file.open("rb") as file:
             file.seek(self.start)
@@ -87,7 +90,7 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name. Raises `CompressError` where it is truncated or no safetensors file."""
+    """The tensors of one file by name. Raises `CompressError` if it is truncated or not a safetensors file."""
     size = file.stat().st_size
     with file.open("rb") as stream:
         prefix = stream.read(8)
@@ -99,7 +102,7 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
             entries = {name: _entry(file, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
             _check_layout(entries)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{file} is not a safetensors file ({error})", "fetch it again") from error
+            raise CompressError(f"{file} is not a safetensors file ({error})", "download it again") from error
     if max((t.start + t.spec.nbytes for t in entries.values()), default=0) > size:
         raise _truncated(file)
     return entries
@@ -111,12 +114,12 @@ def _entry(file: Path, entry: dict[str, object], data: int) -> StoredTensor:
         raise ValueError(f"unknown dtype {entry['dtype']}")
     spec = TensorSpec(str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type]
     if stop - start != spec.nbytes or min((start, *spec.shape)) < 0:
-        raise ValueError(f"{spec} does not fill the bytes {start}..{stop}")
+        raise ValueError(f"{spec} needs {spec.nbytes} bytes, but its byte range is {start}..{stop}")
     return StoredTensor(file, spec, data + start)
 
 
 def _check_layout(entries: Mapping[str, StoredTensor]) -> None:
-    """Raise `ValueError` where two tensors share bytes."""
+    """Raise `ValueError` if two tensors share bytes."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].spec.nbytes))
     for (name, tensor), (following, after) in pairwise(ordered):
         if tensor.start + tensor.spec.nbytes > after.start:
@@ -124,18 +127,18 @@ def _check_layout(entries: Mapping[str, StoredTensor]) -> None:
 
 
 def _truncated(file: Path) -> CompressError:
-    return CompressError(f"{file} is truncated: {file.stat().st_size:,} bytes are not all of it", "fetch it again")
+    return CompressError(f"{file} is truncated: it ends after {file.stat().st_size:,} bytes", "download it again")
 
 
 def read(file: Path) -> dict[str, Tensor]:
-    """All tensors of one file."""
+    """All tensors of one file, by name."""
     return {name: stored.read() for name, stored in read_header(file).items()}
 
 
 def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write one file, complete or not at all. Raises `StorageError` where the disk refuses."""
+    """Write one file, completely or not at all. Raises `StorageError` if the disk is full or not writable."""
     specs = {name: TensorSpec.of(tensor) for name, tensor in tensors.items()}
-    with storage_errors(file), _appearing(file) as stream:
+    with storage_errors(file), _atomic_file(file) as stream:
         stream.write(_header(specs))
         for name in _order(specs):
             stream.write(_bytes(tensors[name]))
@@ -143,39 +146,43 @@ def write(file: Path, tensors: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def streamed(folder: Path, specs: Mapping[str, TensorSpec]) -> Iterator[Callable[[str, Tensor], None]]:
-    """The shards of `folder`, laid out in advance: the function given takes each tensor of `specs` once, in any order.
+    """Write the shards of `folder`, laid out in advance by `specs`: yields `put(name, tensor)`.
 
-    Nothing is held: a tensor's bytes go to their place at once. Raises `StorageError` where the disk refuses.
+    `put` must be called once per tensor, in any order; it writes the bytes immediately and keeps nothing in memory. Raises
+    `StorageError` if the disk is full or not writable, and `CompressError` if a tensor differs from its spec or is missing.
     """
     shards = arrange(specs)
-    places: dict[str, tuple[BinaryIO, int]] = {}
+    pending: dict[str, tuple[BinaryIO, int]] = {}  # file and offset of each tensor that is not written yet
 
     def put(name: str, tensor: Tensor) -> None:
         if TensorSpec.of(tensor) != specs[name]:
-            raise CompressError(f"{name} became {TensorSpec.of(tensor)}, planned was {specs[name]}", "report this")
-        stream, start = places.pop(name)
+            raise CompressError(f"{name} is {TensorSpec.of(tensor)}, planned was {specs[name]}", "report this bug")
+        stream, start = pending.pop(name)
         stream.seek(start)
         stream.write(_bytes(tensor))
 
     with storage_errors(folder), ExitStack() as files:
         for number, shard in enumerate(shards, start=1):
-            stream = files.enter_context(_appearing(folder / _file_name(number, len(shards))))
+            stream = files.enter_context(_atomic_file(folder / _file_name(number, len(shards))))
             position = stream.write(_header(shard))
             for name in _order(shard):
-                places[name] = (stream, position)
+                pending[name] = (stream, position)
                 position += shard[name].nbytes
         yield put
-        if places:
-            raise CompressError(f"{next(iter(places))} was never written to {folder}", "report this")
+        if pending:
+            raise CompressError(f"{next(iter(pending))} was never written to {folder}", "report this bug")
         _write_index(folder, shards)
 
 
 def assemble(parts: Iterable[Path], folder: Path, renamed: Mapping[str, str] = MappingProxyType({})) -> None:
-    """Put the tensors of all `parts` into the shards of `folder`, with an index where there are several."""
+    """Copy the tensors of all `parts` into the shards of `folder`, with an index if there are several shards.
+
+    `renamed` maps names in the parts to names in the shards. Raises `StorageError` if the disk is full or not writable.
+    """
     stored = {renamed.get(name, name): tensor for part in parts for name, tensor in read_header(part).items()}
     shards = arrange({name: tensor.spec for name, tensor in stored.items()})
     for number, specs in enumerate(shards, start=1):
-        with storage_errors(folder), _appearing(folder / _file_name(number, len(shards))) as stream:
+        with storage_errors(folder), _atomic_file(folder / _file_name(number, len(shards))) as stream:
             stream.write(_header(specs))
             for tensor in _order(specs):
                 _copy(stored[tensor], stream)
@@ -203,7 +210,7 @@ def nbytes(specs: Mapping[str, TensorSpec]) -> int:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn what the operating system says about a full or forbidden disk into a `StorageError` that names the place."""
+    """Raise `StorageError` with `path` in place of the `OSError` of a full or unwritable disk."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
     try:
         yield
@@ -211,7 +218,7 @@ def storage_errors(path: Path) -> Iterator[None]:
         if error.errno in full:
             message = f"the disk is full: {path} could not be written ({error.strerror})"
             raise StorageError(
-                message, "free some space and repeat the same command: it goes on where it stopped"
+                message, "free some space and repeat the same command: it continues where it stopped"
             ) from error
         if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
             raise StorageError(f"{path} cannot be written ({error.strerror})", "choose another -o") from error
@@ -219,7 +226,7 @@ def storage_errors(path: Path) -> Iterator[None]:
 
 
 def _write_index(folder: Path, shards: list[dict[str, TensorSpec]]) -> None:
-    """Say which shard holds which tensor, where there are several."""
+    """Write the index of tensors to shards, if there are several shards."""
     if len(shards) == 1:
         return
     weight_map = {name: _file_name(number, len(shards)) for number, specs in enumerate(shards, 1) for name in specs}
@@ -241,12 +248,12 @@ def _header(specs: Mapping[str, TensorSpec]) -> bytes:
         header[name] = {"dtype": spec.dtype, "shape": list(spec.shape), "data_offsets": offsets}
         position += spec.nbytes
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # the data begin aligned
+    text += b" " * (-len(text) % 8)  # so that the data are aligned
     return struct.pack("<Q", len(text)) + text
 
 
 def _order(specs: Mapping[str, TensorSpec]) -> list[str]:
-    """Wide dtypes first, so that every tensor is aligned; then by name."""
+    """The names in file order: wide dtypes first, so that every tensor is aligned; then by name."""
     return sorted(specs, key=lambda name: (-specs[name].torch_dtype.itemsize, _natural(name)))
 
 
@@ -260,8 +267,8 @@ def _file_name(number: int, count: int) -> str:
 
 
 @contextmanager
-def _appearing(file: Path) -> Iterator[BinaryIO]:
-    """A stream whose file gets its name only when everything is written."""
+def _atomic_file(file: Path) -> Iterator[BinaryIO]:
+    """A stream into `file.partial`, which is renamed to `file` once everything is written."""
     partial = file.with_name(f"{file.name}.partial")
     try:
         with partial.open("wb") as stream:

@@ -1,4 +1,4 @@
-"""A model without its weights: structure on the meta device, filled a block at a time from the checkpoint."""
+"""A model without weights: its structure on the meta device, filled from the checkpoint one block at a time."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PretrainedConfig, PreTrainedModel
 
 from ...errors import CompressError, UsageError
-from .moe import stored_names, unfuse
+from .moe import split_fused_experts, stored_names
 from .source import Source
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: bool = True) -> PreTrainedModel:
-    """The causal language model that `source` describes, parameters on the meta device, real buffers, eval mode.
+    """The causal language model that `source` describes, in eval mode; parameters on the meta device, buffers real.
 
-    Fused experts become linear layers of their own (see experts.py), or stay as transformers has them: `split_experts` False.
+    Fused experts are split into linear layers (see moe.py) unless `split_experts` is false.
 
-    Raises `UsageError` where transformers has no such architecture; code from the checkpoint is never run.
+    Raises `UsageError` if transformers does not support the architecture; code from the checkpoint is never run.
     """
     config = config_of(source)
     try:
@@ -28,12 +28,12 @@ def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: 
     except ValueError as error:
         raise _no_model(source.path, error) from error
     if split_experts:
-        unfuse(model)
+        split_fused_experts(model)
     return model.eval()
 
 
 def config_of(source: Source) -> PreTrainedConfig:
-    """The config as transformers knows it. Raises `UsageError` for one that it does not know."""
+    """The config as a transformers object. Raises `UsageError` if transformers does not support the architecture."""
     try:
         if source.path.is_dir():
             config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
@@ -47,25 +47,28 @@ def config_of(source: Source) -> PreTrainedConfig:
 
 def _no_model(path: Path, error: ValueError) -> UsageError:
     reason = str(error).strip().splitlines()[0]
-    return UsageError(f"{path / 'config.json'} describes no language model that transformers can build: {reason}")
+    return UsageError(f"{path / 'config.json'} does not describe a language model that transformers supports: {reason}")
 
 
 def device_of(name: str) -> torch.device:
-    """The device called `name`. Raises `UsageError` where there is none."""
+    """The torch device `name`. Raises `UsageError` if the name is unknown or this machine has no such device."""
     try:
         device = torch.device(name)
     except RuntimeError:
         raise UsageError(f"device {name!r} is unknown", "use cpu, cuda or cuda:0") from None
     accelerator = torch.accelerator.current_accelerator(check_available=True)
-    there = accelerator is not None and accelerator.type == device.type
-    if device.type != "cpu" and not (there and (device.index or 0) < torch.accelerator.device_count()):
+    available = accelerator is not None and accelerator.type == device.type
+    if device.type != "cpu" and not (available and (device.index or 0) < torch.accelerator.device_count()):
         raise UsageError(f"this machine has no device {name!r}", "use cpu, or install the torch build of the device")
     return device
 
 
 class Names:
-    """Which checkpoint tensor holds a parameter of the model: the same name, with or without the base model's prefix, or
-    the one that transformers would rename to it."""
+    """The checkpoint's tensor names for a model's parameters.
+
+    A parameter's tensor has the same name, the name with or without the base model's prefix, or a name that transformers
+    would rename to it.
+    """
 
     def __init__(self, model: PreTrainedModel, source: Source) -> None:
         self._source = source
@@ -76,7 +79,7 @@ class Names:
             self._tied = {str(k): str(v) for k, v in dict(getattr(model, "_tied_weights_keys", None) or {}).items()}
 
     def find(self, name: str) -> str | None:
-        """The checkpoint's name of the parameter or buffer `name`; None where the checkpoint has none."""
+        """The checkpoint's name of the parameter or buffer `name`; None if the checkpoint does not have it."""
         candidates = [self._renamed.get(name, name), name, name.removeprefix(self._prefix), self._prefix + name]
         if name in self._tied:
             candidates.append(self._tied[name])
@@ -84,12 +87,12 @@ class Names:
         return next((c for c in candidates if c in self._source.tensors), None)
 
     def ties(self, name: str) -> bool:
-        """Whether parameter `name` is only another name of a tied one, so that no checkpoint needs to store it."""
+        """Whether parameter `name` is tied to another one, so that a checkpoint need not store it."""
         return name in self._tied
 
 
 def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
-    """Put `tensor` in place of the parameter or buffer at the dotted `name`."""
+    """Replace the parameter or buffer at the dotted `name` by `tensor`."""
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     if leaf in owner._parameters:
@@ -101,10 +104,10 @@ def assign(model: nn.Module, name: str, tensor: Tensor) -> None:
 def materialise(
     module: nn.Module, prefix: str, source: Source, names: Names, device: torch.device | str, widen: bool = True
 ) -> None:
-    """Read the parameters and stored buffers of `module`, which stands at `prefix`, in the dtype of the skeleton (or, without
-    `widen`, in their own).
+    """Read the parameters and stored buffers of `module`, whose dotted name is `prefix`, from the checkpoint.
 
-    Raises `CompressError` naming a parameter that the checkpoint lacks or whose shape differs, or that holds NaN or Inf.
+    They get the dtype of the skeleton, or with `widen` false the one of the checkpoint. Raises `CompressError` with the
+    parameter's name if the checkpoint does not have it, its shape differs, or it holds NaN or infinite values.
     """
     for name, placeholder in module.state_dict(keep_vars=True).items():
         full = f"{prefix}.{name}" if prefix else name
@@ -119,16 +122,19 @@ def materialise(
 
 
 def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tensor:
-    """The checkpoint's tensor `stored`, checked to be finite and of the shape of `like`, in the dtype of `like` or its own."""
+    """The checkpoint's tensor `stored`, in the dtype of `like` or, with `widen` false, its own.
+
+    Raises `CompressError` if its shape is not the one of `like`, or if it holds NaN or infinite values.
+    """
     tensor = source.read(stored, check=True)
     if tensor.shape != like.shape:
         shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} by its config.json"
-        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not belong together")
+        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not match")
     return tensor.to(like.dtype) if widen else tensor
 
 
 def release(module: nn.Module) -> None:
-    """Give the memory of the module's parameters back; only their shapes stay."""
+    """Move the module's parameters to the meta device, which frees their memory and keeps their shapes."""
     for owner in module.modules():
         for leaf, parameter in owner._parameters.items():
             if parameter is not None:
@@ -136,7 +142,7 @@ def release(module: nn.Module) -> None:
 
 
 def outside(model: nn.Module, blocks: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules with parameters or buffers of their own that are not part of `blocks`, with their dotted names."""
+    """Dotted names and modules of everything outside `blocks` that has parameters or buffers of its own."""
     inside = set(blocks.modules())
     for name, module in model.named_modules():
         if module not in inside and (module._parameters or module._buffers):
@@ -144,7 +150,7 @@ def outside(model: nn.Module, blocks: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def context_length(config: PretrainedConfig) -> int | None:
-    """The most tokens that the model can read at once, None where its config sets no limit."""
+    """The maximum number of tokens that the model can read at once; None if its config sets no limit."""
     text = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length"):
         value = getattr(text, name, None)

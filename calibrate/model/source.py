@@ -1,4 +1,4 @@
-"""The original model on disk: its config and the headers of its weight files. Nothing is loaded until it is asked for."""
+"""The original model on disk: its config and the headers of its weight files. Tensors are read one by one, on demand."""
 
 import hashlib
 import json
@@ -16,8 +16,8 @@ from ...errors import CompressError, UsageError
 from .safetensors_io import INDEX, StoredTensor
 
 CONFIG, GGUF = "config.json", ".gguf"
-PIECE = 2**22  # values
-# What a checkpoint holds beside its weights and belongs to the model rather than to its storage.
+PIECE = 2**22  # values that are converted to float32 at a time
+# Files of a checkpoint, apart from config and weights, that belong to the model whatever its weights are stored as.
 COMPANIONS = (
     "generation_config.json",
     "tokenizer*",
@@ -31,13 +31,13 @@ COMPANIONS = (
     "tekken.json",
     "preprocessor_config.json",
     "LICENSE*",
-    "cache_ranges.lmpress",  # of a packed cache (compress/formats/kv_cache.py)
+    "cache_ranges.lmpress",  # of a quantized cache (compress/formats/kv_cache.py)
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """A Hugging Face directory, or a GGUF file: `path`, its parsed `config`, and where each of its `tensors` lies."""
+    """A Hugging Face directory or a GGUF file: its `path`, `name`, parsed `config`, and the location of its `tensors`."""
 
     path: Path
     name: str
@@ -46,7 +46,7 @@ class Source:
 
     @property
     def nbytes(self) -> int:
-        """The size of its weight files."""
+        """The size of its weight files in bytes."""
         return sum(file.stat().st_size for file in self._files)
 
     @property
@@ -63,17 +63,17 @@ class Source:
         return digest.hexdigest()
 
     def read(self, name: str, check: bool = False) -> Tensor:
-        """The stored tensor `name`, in its own dtype; with `check`, `CompressError` names it where it holds NaN or Inf."""
+        """The tensor `name` in its stored dtype. With `check`, raises `CompressError` if it holds NaN or infinite values."""
         tensor = self.tensors[name].read()
         if check and tensor.is_floating_point() and not is_finite(tensor):
             raise CompressError(
                 f"{name} in {self.tensors[name].file} holds NaN or infinite values",
-                "the checkpoint is damaged: fetch it again",
+                "the checkpoint is damaged: download it again",
             )
         return tensor
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy tokenizer, generation config and licence into `folder`."""
+        """Copy tokenizer, generation config, licence and the like (`COMPANIONS`) into `folder`."""
         for pattern in COMPANIONS:
             for file in sorted(self.path.glob(pattern)):
                 if file.is_file():
@@ -81,16 +81,16 @@ class Source:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are: their extremes tell, which take a hundredth of the time and none of the memory of a mask."""
-    if tensor.dtype.itemsize == 1:  # has no extremes
+    """Whether all values are finite. Computed from the minimum and maximum: a mask takes memory and 100 times as long."""
+    if tensor.dtype.itemsize == 1:  # aminmax does not support float8
         return all(is_finite(piece.float()) for piece in tensor.flatten().split(PIECE))
     return not tensor.numel() or all(bool(end.isfinite()) for end in tensor.aminmax())
 
 
 def gguf_file(path: Path) -> Path | None:
-    """The GGUF file that `path` is, or that lies in a folder without config.json; None where there is none.
+    """`path` if it is a GGUF file, or the GGUF file of the folder `path` if that has no config.json; else None.
 
-    Raises `UsageError` where there are several.
+    Raises `UsageError` if the folder holds several.
     """
     if path.is_file() or (path / CONFIG).is_file():
         return path if path.is_file() and path.suffix == GGUF else None
@@ -101,7 +101,10 @@ def gguf_file(path: Path) -> Path | None:
 
 
 def fetch(model: str) -> Path:
-    """Download the hub's `model`, weights in safetensors only. A string that looks like a path is not looked up."""
+    """Download `model` (`org/name`) from the Hugging Face Hub, weights in safetensors only; returns the local folder.
+
+    Raises `UsageError` if `model` looks like a path, which is not looked up there, or if it cannot be downloaded.
+    """
     if model.count("/") != 1 or model.startswith((".", "/", "~")) or model.endswith("/"):
         raise UsageError(f"{model}: no such directory", "give a local model directory, or org/name of a hub model")
     try:
@@ -109,46 +112,55 @@ def fetch(model: str) -> Path:
     except (OSError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RuntimeError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise UsageError(
-            f"{model}: no such directory, and the hub has not given it ({reason})", "check the name and the network"
+            f"{model}: not a local directory, and it could not be downloaded from the Hugging Face Hub: {reason}",
+            "check the name and the network connection",
         ) from error
     return Path(folder)
 
 
 def read_config(path: Path) -> dict[str, Any]:
+    """The parsed config.json of the folder `path`.
+
+    Raises `UsageError` if there is none and `CompressError` if it is not a JSON object.
+    """
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{path} has no {CONFIG}", "give a Hugging Face model directory")
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise CompressError(f"{file} is not valid JSON ({error})", "fetch it again") from error
+        raise CompressError(f"{file} is not valid JSON ({error})", "download it again") from error
     if not isinstance(config, dict):
-        raise CompressError(f"{file} holds no JSON object", "fetch it again")
+        raise CompressError(f"{file} is not a JSON object", "download it again")
     return config
 
 
 def _indexed(index: Path) -> set[str]:
-    """The shards that an index names, which must be files of its own folder."""
+    """The shards listed in an index, which must be files in the same folder."""
     try:
         names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
         outside = next((name for name in names if Path(name).name != name), None)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CompressError(f"{index} is no index of weight files ({error})", "fetch it again") from error
+        raise CompressError(f"{index} is not a valid index of weight files ({error})", "download it again") from error
     if outside is not None:
-        raise CompressError(f"{index} names {outside}, a file outside its folder", "do not trust this checkpoint")
+        raise CompressError(f"{index} lists {outside}, a file outside its folder", "do not trust this checkpoint")
     return names
 
 
 def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of the folder `path`: those of its index, or all if it has no index.
+
+    Raises `UsageError` if there are none, and `CompressError` if one is missing or the index is invalid.
+    """
     index = path / INDEX
     files = [path / name for name in sorted(_indexed(index))] if index.is_file() else sorted(path.glob("*.safetensors"))
     missing = [file.name for file in files if not file.is_file()]
     if missing:
         raise CompressError(
-            f"{path} lacks {', '.join(missing)}, which its index names", "the download is incomplete: fetch it again"
+            f"{path} lacks {', '.join(missing)}, listed in its index", "the download is incomplete: repeat it"
         )
     if not files:
         other = next((f.name for f in sorted(path.glob("*.bin")) + sorted(path.glob("*.pt"))), None)
         found = f"only {other}" if other else "no weights"
-        raise UsageError(f"{path} has {found}", "safetensors files are needed; pickled weights are never opened")
+        raise UsageError(f"{path} has {found}", "safetensors files are required; pickled weights are never opened")
     return files

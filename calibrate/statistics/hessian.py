@@ -1,4 +1,4 @@
-"""The statistic of the second-order methods: `H = 2/N * X^T X` of a linear layer's inputs."""
+"""The statistic of second-order methods: the Hessian `H = 2/N * X^T X` of a linear layer's inputs."""
 
 from abc import ABC, abstractmethod
 from typing import Self
@@ -6,13 +6,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-# Below this width one full product beats the saving of skipping its lower half.
+# Below this width, one full product is faster than products that leave out the lower half.
 TILED_WIDTH, TILES = 1024, 4
 STRIP = 512
 
 
 class Statistic(ABC):
-    """A sum over calibration tokens, in `_sum`: of so many `tokens` from so many calibration rows `sequences`."""
+    """A sum over calibration tokens, in `_sum`; `tokens` and `sequences` count the tokens and calibration rows in it."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str) -> None:
         self.sequences = self.tokens = 0
@@ -20,34 +20,38 @@ class Statistic(ABC):
 
     @abstractmethod
     def matrix(self) -> Tensor:
-        """`2/N` of the sum `[rows, columns]`: the statistic's own memory, to be read only. Nothing can be added to it then."""
+        """The sum times `2/N` `[rows, columns]`, in the statistic's own memory: do not modify it.
+
+        After the first call nothing can be added.
+        """
 
     def merge(self, other: Self) -> None:
-        """Add what `other` was given, which keeps it too."""
+        """Add the tokens of `other`, which is not changed."""
         self._sum += other._sum
         self.sequences += other.sequences
         self.tokens += other.tokens
 
     def without(self, part: Self) -> Tensor:
-        """`matrix()` of all that was not merged from `part`."""
+        """`matrix()` of all tokens except those of `part`, which must have been merged; a new tensor."""
         whole = self.matrix() * (self.sequences / max(self.sequences - part.sequences, 1))
         return whole.sub_(part.matrix(), alpha=part.sequences / max(self.sequences - part.sequences, 1))
 
 
 class Hessian(Statistic):
-    """Streaming Hessian of the layer objective `1/N * ||X (W - Q)^T||^2` (GPTQ, section 3; methods of Frantar et al.).
+    """Streaming Hessian of the layer objective `1/N * ||X (W - Q)^T||^2` (GPTQ, Frantar et al. 2022, section 3), for N
+    calibration rows.
 
-    Linears that read the same tensor share one instance. `dtype` is that of the accumulation, float32 or float64.
+    Linears that read the same tensor share one instance. It is accumulated in `dtype`, float32 or float64.
     """
 
     def __init__(self, width: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> None:
         super().__init__(width, width, dtype, device)
         self.width = width
-        self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place when it is first asked for
+        self._matrix: Tensor | None = None  # the sum, scaled and mirrored in place on first use
 
     @classmethod
     def unseen(cls, width: int, dtype: torch.dtype, device: torch.device) -> "Hessian":
-        """The identity: what is known of a layer that no calibration token reached. Every method then rounds to nearest."""
+        """The identity, for a layer that no calibration token reached. With it every method rounds to nearest."""
         hessian = cls(width, dtype, device)
         hessian._sum.diagonal().fill_(0.5)
         return hessian
@@ -62,9 +66,9 @@ class Hessian(Statistic):
         self.tokens += inputs.shape[0]
 
     def matrix(self) -> Tensor:
-        """`2/N * X^T X` `[width, width]`, symmetric to the last bit: the statistic's own memory, to be read only.
+        """`2/N * X^T X` `[width, width]`, exactly symmetric, in the statistic's own memory: do not modify it.
 
-        From then on nothing more can be added.
+        After the first call nothing can be added.
         """
         if self._matrix is None:
             self._matrix = self._mirrored(self._sum.mul_(2 / max(self.sequences, 1)))
@@ -75,7 +79,7 @@ class Hessian(Statistic):
         return self._sum.diagonal() * (2 / max(self.sequences, 1)) if self._matrix is None else self._matrix.diagonal()
 
     def _mirrored(self, matrix: Tensor) -> Tensor:
-        """Fill the lower tiles of `matrix` in place, strip by strip: a whole transpose would double the memory."""
+        """Fill the lower triangle of `matrix` in place, strip by strip: a full transpose would double the memory."""
         for start in range(0, self.width, STRIP):
             strip = matrix[start : start + STRIP, start:]
             strip[:, : len(strip)].copy_(strip[:, : len(strip)].triu() + strip[:, : len(strip)].triu(1).T)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.model.architecture import find_blocks, weight_of
-from ...calibrate.model.moe import own_names, routers
+from ...calibrate.model.moe import model_names, routers
 from ...calibrate.model.safetensors_io import TensorSpec
 from ...calibrate.model.skeleton import Names, build
 from ...calibrate.model.source import Source
@@ -111,7 +111,7 @@ class Checkpoint:
         linears = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         ]
-        own = own_names(model, source.tensors)
+        own = model_names(model, source.tensors)
         modules = {stored.rpartition(".")[0]: name.rpartition(".")[0] for stored, name in own.items()}
         found = {modules.get(name, name): args for name, args in found.items()}
         source = replace(source, tensors={own.get(name, name): tensor for name, tensor in source.tensors.items()})

@@ -167,7 +167,7 @@ class _HiddenSizePruning:
         block, name = self.runner.blocks[index], self.runner.block_name(index)
         call, hidden = self.probe.experiment(index)
         links = {
-            link.source: link
+            link.producer: link
             for link in find_channel_links(block, call, hidden)
             if link.kind != "linear" and link.size == self.width
         }

@@ -1,4 +1,4 @@
-"""Calibrated ranges: found per channel or for all, stored with the checkpoint, used at any bits; beyond them is cut off."""
+"""Calibrated ranges: per channel or for all, stored in the checkpoint, used at any bits; values outside are clamped."""
 
 import json
 from pathlib import Path
@@ -39,8 +39,8 @@ def random_keys(seed: int = 0) -> Tensor:
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2", "opt", "gpt_neox", "bloom", "falcon", "mixtral", "phi3"])
-def test_ranges_are_those_of_what_the_cache_gets(architecture_free_model: Any, record: Any, name: str) -> None:
-    """Against a real cache of the whole model; a mask leaves out whole rows."""
+def test_ranges_are_those_of_the_cached_states(architecture_free_model: Any, record: Any, name: str) -> None:
+    """Compared with a real cache of the whole model; a mask excludes whole rows."""
     model, ids = architecture_free_model(name)
     cache = DynamicCache(config=model.config)
     shared = CacheScheme.shared()
@@ -78,27 +78,27 @@ def test_ranges_grow_with_every_batch_and_mse_cuts_outliers(make_model: Any, rec
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_states_are_rounded_between_the_ends(bits: int, symmetric: bool) -> None:
-    given = random_keys()
-    channels = given.transpose(2, 3).flatten(1, 2)
+    states = random_keys()
+    channels = states.transpose(2, 3).flatten(1, 2)
     ends = torch.stack([channels.amin((0, 2)), channels.amax((0, 2))], 1)
-    packed = PackedStates.within(given, static(bits, symmetric), ends)
+    packed = PackedStates.within(states, static(bits, symmetric), ends)
     absmax = ends.abs().amax(1)
     step = absmax / (2 ** (bits - 1) - 1) if symmetric else (ends[:, 1] - ends[:, 0]) / (2**bits - 1)
-    off = (packed.states(torch.float32) - given).abs().transpose(2, 3).flatten(1, 2).amax((0, 2))
+    off = (packed.states(torch.float32) - states).abs().transpose(2, 3).flatten(1, 2).amax((0, 2))
     assert (off <= 0.51 * step + 2e-3).all()
-    assert packed.nbytes == given.numel() * bits // 8 + len(ends) * (2 if symmetric else 4)
-    beyond = PackedStates.within(10 * given, static(bits, symmetric), ends).states(torch.float32)
+    assert packed.nbytes == states.numel() * bits // 8 + len(ends) * (2 if symmetric else 4)
+    beyond = PackedStates.within(10 * states, static(bits, symmetric), ends).states(torch.float32)
     if not symmetric:
         assert (beyond.transpose(2, 3).flatten(1, 2).amax((0, 2)) <= ends[:, 1] * 1.01 + 2e-3).all()
 
 
-def test_one_scale_serves_all_tokens_however_they_are_rearranged() -> None:
-    given = random_keys()
-    channels = given.transpose(2, 3).flatten(1, 2)
+def test_one_scale_for_all_tokens_in_any_order() -> None:
+    states = random_keys()
+    channels = states.transpose(2, 3).flatten(1, 2)
     ends = torch.stack([channels.amin((0, 2)), channels.amax((0, 2))], 1)
-    whole = PackedStates.within(given, static(), ends).states(torch.float32)
-    parts = PackedStates.within(given[:, :, :32], static(), ends)
-    parts.append(PackedStates.within(given[:, :, 32:], static(), ends))
+    whole = PackedStates.within(states, static(), ends).states(torch.float32)
+    parts = PackedStates.within(states[:, :, :32], static(), ends)
+    parts.append(PackedStates.within(states[:, :, 32:], static(), ends))
     assert torch.equal(parts.states(torch.float32), whole)
     parts.truncate(40)
     parts.select(torch.tensor([1, 0, 1]))
@@ -107,14 +107,14 @@ def test_one_scale_serves_all_tokens_however_they_are_rearranged() -> None:
 
 @pytest.mark.parametrize("symmetric", [False, True])
 def test_one_scale_for_all_channels(symmetric: bool) -> None:
-    given = random_keys()
+    states = random_keys()
     args = QuantArgs(8, symmetric, "tensor", None, formula="signed" if symmetric else "spqr")
-    packed = PackedStates.within(given, args, torch.stack([given.min(), given.max()]).view(1, 2))
-    step = given.abs().max() / 127 if symmetric else (given.max() - given.min()) / 255
-    assert (packed.states(torch.float32) - given).abs().max() <= 0.51 * step + 1e-3
-    assert packed.nbytes == given.numel() + (2 if symmetric else 4)
+    packed = PackedStates.within(states, args, torch.stack([states.min(), states.max()]).view(1, 2))
+    step = states.abs().max() / 127 if symmetric else (states.max() - states.min()) / 255
+    assert (packed.states(torch.float32) - states).abs().max() <= 0.51 * step + 1e-3
+    assert packed.nbytes == states.numel() + (2 if symmetric else 4)
     with pytest.raises(CompressError, match="expected 1 calibrated cache ranges, got 8"):
-        PackedStates.within(given, args, torch.zeros(8, 2))
+        PackedStates.within(states, args, torch.zeros(8, 2))
 
 
 def test_ranges_of_other_channels_are_refused() -> None:
@@ -122,15 +122,15 @@ def test_ranges_of_other_channels_are_refused() -> None:
         PackedStates.within(random_keys(), static(), torch.zeros(6, 2))
 
 
-def test_a_layer_rounds_what_leaves_the_window() -> None:
+def test_a_layer_rounds_states_that_leave_the_window() -> None:
     ends = torch.tensor([[-4.0, 4.0]] * 8)
     layer = PackedLayer(scheme(8, window=8), KVRanges(ends, None))
-    given = random_keys()
-    keys, _ = layer.update(given, given)
-    assert torch.equal(keys, given)  # a prompt attends to itself
-    keys, _ = layer.update(given[:, :, :1], given[:, :, :1])
-    assert 0 < (keys[:, :, :32] - given[:, :, :32]).abs().max() <= 8 / 255 * 0.51
-    assert torch.equal(keys[:, :, 32:64], given[:, :, 32:])
+    states = random_keys()
+    keys, _ = layer.update(states, states)
+    assert torch.equal(keys, states)  # a prompt attends to its unquantized states
+    keys, _ = layer.update(states[:, :, :1], states[:, :, :1])
+    assert 0 < (keys[:, :, :32] - states[:, :, :32]).abs().max() <= 8 / 255 * 0.51
+    assert torch.equal(keys[:, :, 32:64], states[:, :, 32:])
 
 
 def compressed(tiny: Path, out: Path, observer: str = "minmax") -> Path:
@@ -148,7 +148,7 @@ def compressed(tiny: Path, out: Path, observer: str = "minmax") -> Path:
     return out
 
 
-def test_a_checkpoint_carries_its_ranges(tiny: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_contains_its_ranges(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
     model = lmpress.load(out)
     ranges = attached(model)
@@ -163,7 +163,7 @@ def test_a_checkpoint_carries_its_ranges(tiny: Path, tmp_path: Path) -> None:
     assert type(lmpress.load(out, kv_bits=16)(input_ids=torch.tensor([[2]])).past_key_values) is DynamicCache
 
 
-def test_what_is_evaluated_is_the_static_cache(tiny: Path, tmp_path: Path) -> None:
+def test_evaluation_uses_the_static_cache(tiny: Path, tmp_path: Path) -> None:
     config = json.loads((tiny / "config.json").read_text())
     (tiny / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 96}))
     out = compressed(tiny, tmp_path / "out", observer="mse")
@@ -173,7 +173,7 @@ def test_what_is_evaluated_is_the_static_cache(tiny: Path, tmp_path: Path) -> No
     assert 0 < (kl[0].kl or 0) < (kl[1].kl or 0) < (kl[2].kl or 0)
 
 
-def test_a_checkpoint_without_its_ranges_says_so(tiny: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_without_its_ranges_is_an_error(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
     ranges = out / CACHE_RANGES
     assert len(read_ranges(ranges)) == 2
@@ -183,7 +183,7 @@ def test_a_checkpoint_without_its_ranges_says_so(tiny: Path, tmp_path: Path) -> 
     assert lmpress.load(out, kv_bits=16)
 
 
-def test_a_model_without_ranges_says_so(make_model: Any) -> None:
+def test_a_model_without_ranges_is_an_error(make_model: Any) -> None:
     model = make_model("llama")
     with pytest.raises(UsageError, match="calibrated ranges"):
         PackedCache.of(model, scheme())

@@ -1,4 +1,4 @@
-"""Static ranges of inputs: every observer against its definition in float64, and what no token reaches."""
+"""Static ranges of inputs: every observer against its definition in float64, and layers without tokens."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def test_moving_average() -> None:
 
 @pytest.mark.parametrize("percentile", [99.0, 90.0, 100.0])
 def test_percentile(percentile: float) -> None:
-    """So many hundredths of the 1200 values are not above the upper end, and as many not below the lower."""
+    """That percentage of the 1200 values is at most the upper end, and the same percentage at least the lower end."""
     values = torch.cat(batches()).flatten().sort().values
     rank = round(1200 * percentile / 100)
     assert ends(args("percentile", percentile=percentile)) == (float(values[1200 - rank]), float(values[rank - 1]))
@@ -68,7 +68,7 @@ def test_mse_is_the_best_of_all_shrunk_ranges(symmetric: bool) -> None:
 
 
 def test_a_sample_holds_every_channel(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whole tokens are sampled: a channel that is always large is not missed."""
+    """Whole tokens are sampled, so that a channel that is always large is included."""
     monkeypatch.setattr("lmpress.calibrate.observers.SAMPLE", 100)
     for channel in range(8):
         seen = Range(args("percentile", percentile=100.0))
@@ -111,7 +111,7 @@ def test_one_sided_inputs_gain_a_bit_from_asymmetry() -> None:
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: Scheme(inputs=inputs_per("token", dynamic=False)), "no static scales per token: tokens are not known"),
         (lambda: Scheme(inputs=inputs_per("channel", dynamic=True)), "a product sums over the input channels"),
@@ -127,6 +127,6 @@ def test_one_sided_inputs_gain_a_bit_from_asymmetry() -> None:
         (lambda: QuantArgs(percentile=20), "percentile 20"),
     ],
 )  # fmt: skip
-def test_cells_that_make_no_sense_are_refused_with_the_reason(make: object, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_invalid_combinations_are_refused_with_the_reason(make: object, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make()  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""The walk over the blocks against the whole model run at once: hidden states, calls, Hessians."""
+"""The block-by-block run against the whole model: hidden states, calls, Hessians."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ LAYERS = ["sliding_attention", "full_attention", "sliding_attention"]
 WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 GROUPED = {**WIDTHS, "num_key_value_heads": 2, "head_dim": 8}
 
-# Architecture -> options of its config and where its blocks are.
+# Architecture -> options of its config and the name of its blocks.
 MODELS: dict[str, tuple[dict[str, object], str]] = {
     "llama": (GROUPED, "model.layers"),
     "gpt2": ({"n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}, "transformer.h"),
@@ -69,19 +69,19 @@ def rows(mask: Tensor | None = None, count: int = 6) -> TokenRows:
 
 
 def padding() -> Tensor:
-    """True where a token is real: rows padded on the right by 0, 1, 2, ... positions."""
+    """The mask of real tokens: rows are padded on the right by 0, 1, 2, ... positions."""
     return torch.arange(LENGTH).expand(6, -1) < LENGTH - torch.arange(6).unsqueeze(1)
 
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two rows a batch, so that several batches are replayed."""
+    """Two rows per batch, so that several batches are replayed."""
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 2 * LENGTH)
 
 
-def opened(folder: Path, given: TokenRows, scratch: Path) -> Runner:
+def opened(folder: Path, token_rows: TokenRows, scratch: Path) -> Runner:
     source = open_source(folder)
-    runner = Runner(build(source), source, given, scratch)
+    runner = Runner(build(source), source, token_rows, scratch)
     runner.capture()
     return runner
 
@@ -91,15 +91,15 @@ def hidden(runner: Runner) -> Tensor:
 
 
 @torch.no_grad()
-def inputs_of(model: PreTrainedModel, given: TokenRows) -> dict[str, Tensor]:
-    """What every linear reads when the whole model runs on all rows: `[tokens, width]`, padding left out."""
+def inputs_of(model: PreTrainedModel, token_rows: TokenRows) -> dict[str, Tensor]:
+    """The inputs of every linear `[tokens, width]`, without padding, when the whole model runs on all rows."""
     seen: dict[str, Tensor] = {}
-    keep = torch.ones_like(given.ids, dtype=torch.bool) if given.mask is None else given.mask
+    keep = torch.ones_like(token_rows.ids, dtype=torch.bool) if token_rows.mask is None else token_rows.mask
     hooks = [
         linear.register_forward_pre_hook(lambda m, a, name=name: seen.update({name: a[0].flatten(0, -2)[keep.flatten()]}))
         for name, linear in find_linears(find_blocks(model)[1]).items()
     ]  # fmt: skip
-    model(input_ids=given.ids, attention_mask=given.mask, use_cache=False)
+    model(input_ids=token_rows.ids, attention_mask=token_rows.mask, use_cache=False)
     for hook in hooks:
         hook.remove()
     return seen
@@ -113,11 +113,11 @@ def test_blocks_are_found_by_structure(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_batches")
 def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path: Path) -> None:
-    """Every block gets the mask of its own kind: with the wrong one, windows of 5 would change rows of 24."""
-    model, given = saved(tmp_path, architecture), rows()
+    """Every block gets its own kind of mask: a wrong one would change the result, with windows of 5 in rows of 24."""
+    model, token_rows = saved(tmp_path, architecture), rows()
     with torch.no_grad():
-        states = model(input_ids=given.ids, output_hidden_states=True, use_cache=False).hidden_states
-    runner = opened(tmp_path, given, tmp_path)
+        states = model(input_ids=token_rows.ids, output_hidden_states=True, use_cache=False).hidden_states
+    runner = opened(tmp_path, token_rows, tmp_path)
     assert len(states) == len(runner.blocks) + 1
     for index in range(len(runner.blocks)):
         assert torch.allclose(hidden(runner), states[index], atol=1e-5), f"before block {index}"
@@ -129,12 +129,12 @@ def test_hidden_states_are_those_of_the_whole_model(architecture: str, tmp_path:
 
 
 def test_the_window_matters(tmp_path: Path) -> None:
-    """The guard of the test above: the same weights without windows give other states."""
+    """A check of the test above: the same weights without windows give different hidden states."""
     for architecture in ("qwen2", "mistral", "gemma2", "gemma3_text", "phi3"):
-        model, given = saved(tmp_path / architecture, architecture), rows()
+        model, token_rows = saved(tmp_path / architecture, architecture), rows()
         opened_wide = AutoModelForCausalLM.from_pretrained(tmp_path / architecture, sliding_window=1000).eval()
         with torch.no_grad():
-            narrow, wide = (m.base_model(given.ids, use_cache=False)[0] for m in (model, opened_wide))
+            narrow, wide = (m.base_model(token_rows.ids, use_cache=False)[0] for m in (model, opened_wide))
         assert (narrow - wide).abs().max() > 1e-2, architecture
 
 
@@ -142,9 +142,9 @@ def test_the_window_matters(tmp_path: Path) -> None:
 @pytest.mark.parametrize("padded", [False, True], ids=["full", "padded"])
 @pytest.mark.parametrize("architecture", [name for name in MODELS if name != "mixtral"])  # its experts have no hooks
 def test_hessians_are_those_of_hooks_on_the_whole_model(architecture: str, padded: bool, tmp_path: Path) -> None:
-    given = rows(padding() if padded else None)
-    inputs = inputs_of(saved(tmp_path, architecture), given)
-    runner = opened(tmp_path, given, tmp_path)
+    token_rows = rows(padding() if padded else None)
+    inputs = inputs_of(saved(tmp_path, architecture), token_rows)
+    runner = opened(tmp_path, token_rows, tmp_path)
     for index in range(len(runner.blocks)):
         runner.load(index)
         names = set(find_linears(runner.blocks[index]))
@@ -152,10 +152,10 @@ def test_hessians_are_those_of_hooks_on_the_whole_model(architecture: str, padde
         assert statistics.hessians.keys() == names
         for name in names:
             x = inputs[f"{index}.{name}"].double()
-            expected = 2 / len(given.ids) * x.T @ x
+            expected = 2 / len(token_rows.ids) * x.T @ x
             found = statistics.hessians[name]
             assert (found.matrix() - expected).norm() <= 1e-4 * expected.norm(), f"{index}.{name}"
-            assert found.tokens == given.tokens and found.sequences == len(given.ids)
+            assert found.tokens == token_rows.tokens and found.sequences == len(token_rows.ids)
         runner.forward(index)
         runner.unload(index)
 
@@ -179,40 +179,40 @@ def test_linears_of_one_input_share_one_hessian(architecture: str, groups: list[
     assert len({id(hessian) for hessian in statistics.hessians.values()}) == 4
 
 
-def test_only_what_is_wanted_is_gathered(tmp_path: Path) -> None:
+def test_only_the_requested_linears_are_collected(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     runner = opened(tmp_path, rows(), tmp_path)
     runner.load(0)
     assert runner.collect(0, {"mlp.down_proj"}).hessians.keys() == {"mlp.down_proj"}
 
 
-def test_what_padding_holds_does_not_matter(tmp_path: Path) -> None:
+def test_the_content_of_padding_does_not_matter(tmp_path: Path) -> None:
     saved(tmp_path, "llama")
     found = []
     for filler in (0, 7):
-        given = rows(padding())
-        given.ids[~padding()] = filler
-        runner = opened(tmp_path, given, tmp_path)
+        token_rows = rows(padding())
+        token_rows.ids[~padding()] = filler
+        runner = opened(tmp_path, token_rows, tmp_path)
         runner.load(0)
         found.append(runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix())
     assert torch.allclose(*found, rtol=1e-5)
 
 
-def test_changed_weights_are_seen_by_the_next_collect_and_forward(tmp_path: Path) -> None:
-    """What true-sequential and the compressed re-forward rest on."""
-    model, given = saved(tmp_path, "llama"), rows()
-    runner = opened(tmp_path, given, tmp_path)
+def test_collect_and_forward_use_changed_weights(tmp_path: Path) -> None:
+    """The basis of true-sequential quantization and of passing on compressed outputs."""
+    model, token_rows = saved(tmp_path, "llama"), rows()
+    runner = opened(tmp_path, token_rows, tmp_path)
     block = runner.load(0)
     before = runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix()
     block.get_parameter("self_attn.q_proj.weight").data.zero_()
     after = runner.collect(0, {"mlp.down_proj"}).hessians["mlp.down_proj"].matrix()
     find_blocks(model)[1][0].get_parameter("self_attn.q_proj.weight").data.zero_()
-    x = inputs_of(model, given)["0.mlp.down_proj"].double()
-    assert torch.allclose(after.double(), 2 / len(given.ids) * x.T @ x, rtol=1e-4, atol=1e-4)
+    x = inputs_of(model, token_rows)["0.mlp.down_proj"].double()
+    assert torch.allclose(after.double(), 2 / len(token_rows.ids) * x.T @ x, rtol=1e-4, atol=1e-4)
     assert not torch.allclose(before, after, rtol=1e-3)
     runner.forward(0)
     with torch.no_grad():
-        states = model(input_ids=given.ids, output_hidden_states=True, use_cache=False).hidden_states
+        states = model(input_ids=token_rows.ids, output_hidden_states=True, use_cache=False).hidden_states
     assert torch.allclose(hidden(runner), states[1], atol=1e-5)
 
 
@@ -256,16 +256,16 @@ def test_inputs_that_are_not_finite_are_named(tmp_path: Path) -> None:
         runner.collect(0, {"mlp.down_proj"})
 
 
-def test_a_padding_mask_cannot_follow_tokens_to_experts(tmp_path: Path) -> None:
+def test_a_padding_mask_does_not_apply_to_routed_tokens(tmp_path: Path) -> None:
     saved(tmp_path, "mixtral")
     runner = opened(tmp_path, rows(padding()), tmp_path)
     runner.load(0)
-    with pytest.raises(CompressError, match="routed tokens, which a padding mask cannot follow"):
+    with pytest.raises(CompressError, match=r"routed tokens, to which a padding mask of .* does not apply"):
         runner.collect(0, set(find_linears(runner.blocks[0])))
 
 
-def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The statistics are those of all rows, beside them those of the last of every few batches."""
+def test_held_out_batches_are_also_in_the_main_statistics(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The main statistics include all rows; those of the held-out batches are also returned on their own."""
     saved(tmp_path / "model", "llama")
     monkeypatch.setattr(module, "TOKENS_PER_BATCH", 1)
     monkeypatch.setattr(module, "HELD_OUT", 3)
@@ -273,21 +273,21 @@ def test_held_out_batches_are_counted_twice_over(tmp_path: Path, monkeypatch: py
     names = set(find_linears(runner.load(0)))
     plain = runner.collect(0, names)
     both = runner.collect(0, names, hold_out=True)
-    assert both.held.keys() == names
-    assert not plain.held
+    assert both.held_out.keys() == names
+    assert not plain.held_out
     for name in names:
         assert torch.allclose(both.hessians[name].matrix(), plain.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
-        assert both.held[name].hessian.sequences == 2
+        assert both.held_out[name].hessian.sequences == 2
     ids = rows().ids
     runner = opened(tmp_path / "model", TokenRows(ids[[2, 5]], "test", 10), tmp_path / "two")
     runner.load(0)
     alone = runner.collect(0, names)
     for name in names:
-        assert torch.allclose(both.held[name].hessian.matrix(), alone.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(both.held_out[name].hessian.matrix(), alone.hessians[name].matrix(), rtol=1e-4, atol=1e-5)
 
 
 def test_one_batch_cannot_be_held_out(tmp_path: Path) -> None:
     saved(tmp_path / "model", "llama")
     runner = opened(tmp_path / "model", rows(), tmp_path)
     names = set(find_linears(runner.load(0)))
-    assert not runner.collect(0, names, hold_out=True).held
+    assert not runner.collect(0, names, hold_out=True).held_out

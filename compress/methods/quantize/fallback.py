@@ -1,4 +1,4 @@
-"""The invariant of every calibrated quantizer: never worse than rounding to nearest on the layer's own objective."""
+"""The invariant of every calibrated quantizer: its loss on the layer's objective never exceeds that of rounding to nearest."""
 
 from torch import Tensor
 
@@ -15,11 +15,11 @@ def keep_better(
     target: AsymmetricTarget | None = None,
     rounded: CompressedTensor | BlockTensor | SpQRTensor | None = None,
 ) -> None:
-    """Compare `linear.result` with round-to-nearest on the same grid by `1/2 tr((W-Q) H (W-Q)^T)`; keep the better.
+    """Compare `linear.result` with rounding to nearest by `1/2 tr((W-Q) H (W-Q)^T)`, and keep the better one.
 
-    `hessian` `[in, in]` is undamped; `W` is the weight that the solver aimed at, where it had a `target`. `rounded` is the
-    rounding to compare with where it is not the plain one, on a grid that is weighted where it is searched. Records
-    `loss`, `rtn_loss`, `relative_error` and, where rounding won, `fallback`.
+    `hessian` `[in, in]` is undamped. With a `target`, `W` is the target's weight instead of the layer's. `rounded` is the
+    rounded weight to compare with; by default `linear.weight` on its own grid, searched with the diagonal of `hessian` as
+    weights if its observer is `mse`. Records `loss`, `rtn_loss`, `relative_error` and, if rounding was better, `fallback`.
     """
     assert linear.result is not None
     dtype = hessian.dtype

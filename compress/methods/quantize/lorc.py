@@ -1,11 +1,12 @@
-"""LoRC (ZeroQuant-V2, Yao et al. 2023): a product of two narrow matrices makes up for what a quantizer has lost.
+"""LoRC (ZeroQuant-V2, Yao et al. 2023): a low-rank term added to a quantized weight compensates the quantization error.
 
-The published method takes the singular vectors of `E = W - Q`. What counts is `|| X (E - A B)^T ||`, and its minimum needs no
-root of the Hessian and no inverse: with H = 2/N X^T X,
+The published method uses the singular vectors of `E = W - Q`. The layer's loss is `|| X (E - A B)^T ||^2`; with
+`H = 2/N X^T X`, its minimum needs neither a root nor an inverse of the Hessian:
 
     A  the leading eigenvectors of  E H E^T  [out, rank],      B = A^T E
 
-as `tr((E - A B) H (E - A B)^T)` is smallest in B where `A A^T` projects E, and is then what A leaves of `tr(E H E^T)`.
+For orthonormal A, `tr((E - A B) H (E - A B)^T)` is smallest at `B = A^T E`, and is then the part of `tr(E H E^T)` outside the
+span of A.
 """
 
 from dataclasses import replace
@@ -22,16 +23,16 @@ from ....recipes.scheme import QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
 
-EXACT = 1024  # rows up to which all eigenvectors are computed
-EXTRA, ITERATIONS = 8, 16  # of the subspace iteration above
+EXACT_ROWS = 1024  # up to this number of rows, all eigenvectors are computed
+OVERSAMPLING, ITERATIONS = 8, 16  # of the subspace iteration for more rows
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LoRC:
     """Options of LoRC, for use after any quantizer.
 
-    rank      of the product: `16 * rank * (out + in)` bits a layer
-    weighted  weigh errors by the layer's inputs; else plain singular vectors, as published
+    rank      of the low-rank term, which takes `16 * rank * (out + in)` bits per layer
+    weighted  weight errors by the layer's inputs; else use the singular vectors of the error, as published
     """
 
     rank: int = 8
@@ -42,21 +43,27 @@ class LoRC:
 
     def __post_init__(self) -> None:
         if self.rank < 1:
-            raise UsageError(f"rank {self.rank} compensates nothing", "use for example rank=8")
+            raise UsageError(f"rank must be at least 1, got {self.rank}", "use for example rank=8")
 
 
 def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int]) -> QuantArgs:
-    """The arguments of a layer `(out, in)` with the rank that its term will have."""
+    """The arguments of a layer of shape `(out, in)` with the rank of its low-rank term."""
     return replace(args, rank=min(config.rank, *shape))
 
 
 @torch.no_grad()
 def apply(config: LoRC, block: Block) -> None:
-    """Put a low-rank term beside every quantized linear of the block."""
+    """Add a low-rank term to every quantized linear of the block.
+
+    Raises `UsageError` if a linear is pruned or has a low-rank term already.
+    """
     for linear in block.linears:
         assert linear.hessian is not None and linear.result is not None
         if isinstance(linear.result, PrunedTensor | LowRankTensor):
-            raise UsageError(f"{linear.name} has nothing for lorc to add to", "put it once, after a quantizer")
+            raise UsageError(
+                f"lorc needs a quantized weight without a low-rank term, and {linear.name} is not one",
+                "use lorc once, after a quantizer",
+            )
         hessian = linear.hessian.matrix()
         error = linear.weight - linear.result.dequantize(linear.weight.dtype)
         left, right = low_rank(
@@ -69,26 +76,28 @@ def apply(config: LoRC, block: Block) -> None:
 
 
 def low_rank(error: Tensor, hessian: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The factors `A` `[out, rank]` and `B` `[rank, in]`, float16, whose product is nearest to `error` under `hessian`.
+    """The factors `A` `[out, rank]` and `B` `[rank, in]`, float16, whose product is nearest to `error` `[out, in]` in the norm
+    of `hessian` `[in, in]`.
 
-    The sizes of both are balanced, and B is fitted anew to the A that is stored.
+    The norms of both factors are balanced, and B is fitted to A as rounded to float16.
     """
-    basis = leading(error, hessian, rank).double()
+    basis = leading_eigenvectors(error, hessian, rank).double()
     size = (basis.T @ error.double()).norm(dim=1).sqrt()
     left = (basis * size).half()
     right = torch.linalg.pinv(left.double()) @ error.double()
     return left, right.half()
 
 
-def leading(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
+def leading_eigenvectors(error: Tensor, hessian: Tensor, rank: int) -> Tensor:
     """The `rank` leading eigenvectors of `error hessian error^T`, orthonormal columns `[out, rank]`.
 
-    Exact for few rows; for many by subspace iteration, which finds a subspace as good where it does not find the same.
+    Exact for up to `EXACT_ROWS` rows; above by subspace iteration, whose subspace may differ if eigenvalues are close, but
+    then has nearly the same loss.
     """
-    if len(error) <= EXACT:
+    if len(error) <= EXACT_ROWS:
         wide = error.double()
         return torch.linalg.eigh(wide @ hessian.double() @ wide.T).eigenvectors.flip(1)[:, :rank]
-    start = torch.randn(len(error), 2 * rank + EXTRA, generator=torch.Generator().manual_seed(0)).to(error)
+    start = torch.randn(len(error), 2 * rank + OVERSAMPLING, generator=torch.Generator().manual_seed(0)).to(error)
     basis = torch.linalg.qr(start).Q
     for _ in range(ITERATIONS):
         basis = torch.linalg.qr(error @ (hessian @ (error.T @ basis))).Q

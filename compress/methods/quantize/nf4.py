@@ -1,7 +1,7 @@
 """NF4 (QLoRA, Dettmers et al. 2023): 4 bits from the quantiles of a normal distribution, in the format of bitsandbytes.
 
-No calibration: a weight goes to the nearest of 16 values of its block of 64. The 64 share a float32 scale, by default itself
-quantized to 8 bits (double quantization): 4.127 bits a weight instead of 4.5.
+No calibration: each weight is rounded to the nearest of 16 values times the scale of its block of 64 weights. The scale is
+float32, by default quantized to 8 bits (double quantization): 4.127 bits per weight instead of 4.5.
 """
 
 from typing import ClassVar
@@ -19,7 +19,7 @@ SCHEME = Scheme(QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_d
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class NF4:
-    """Options of NF4: those of its scheme. `scale_dtype` `float32` leaves the scales as they are."""
+    """Options of NF4: those of its scheme. `scale_dtype=float32` turns double quantization off."""
 
     scheme: Scheme = SCHEME
     needs: ClassVar[frozenset[str]] = frozenset()

@@ -1,7 +1,8 @@
-"""OBQ (Frantar et al. 2022): quantize every row weight by weight, cheapest first, the rest of the row making up for each.
+"""OBQ (Frantar et al. 2022): quantize every row weight by weight, the one with the least loss first; the rest of the row
+compensates each error.
 
-The grid is fixed before. Joint with pruning, ExactOBS prunes first; the rows then have Hessians of their own, in which the
-pruned columns do not exist, so that zeros stay zero. Costs `O(in^3)` per row.
+The grid is fitted beforehand. With pruning, ExactOBS prunes first; each row then has its own Hessian without its pruned
+columns, so that zeros stay zero. Costs `O(in^3)` per row.
 """
 
 from typing import ClassVar, Literal
@@ -29,10 +30,10 @@ Order = Literal["greedy", "act", "fixed"]
 class OBQ:
     """Options of OBQ.
 
-    damping  added to the Hessian's diagonal, relative to its mean; raised tenfold while it cannot be inverted
-    order    cheapest first, each row its own (`greedy`, as published), by falling Hessian diagonal (`act`: the sensitive
-             columns are not left to the end, where nothing can make up for them), or as they stand (`fixed`)
-    pruning  prune that much by ExactOBS first; the zeros are codes of the grid like all others
+    damping  added to the Hessian's diagonal, relative to its mean; raised tenfold until it can be inverted
+    order    least loss first, separately for each row (`greedy`, as published); by falling Hessian diagonal (`act`: sensitive
+             columns come first, while other columns can still compensate their errors); or as stored (`fixed`)
+    pruning  prune by ExactOBS first, to this sparsity; zeros are codes of the grid like all other values
     """
 
     scheme: Scheme = Scheme()
@@ -44,7 +45,10 @@ class OBQ:
 
     def __post_init__(self) -> None:
         if self.pruning is not None and self.scheme.weights.formula in ("awq", "spqr", "ggml"):
-            raise UsageError(f"the {self.scheme.weights.formula!r} grid may have no zero", "use formula=gptq")
+            raise UsageError(
+                f"pruning needs a grid that contains zero, which formula={self.scheme.weights.formula} does not guarantee",
+                "use formula=gptq",
+            )
 
 
 def apply(config: OBQ, block: Block) -> None:
@@ -73,7 +77,7 @@ def apply(config: OBQ, block: Block) -> None:
 def quantize(
     weight: Tensor, hessian: DampedHessian, args: QuantArgs, order: Order = "greedy", pruned: Tensor | None = None
 ) -> CompressedTensor | BlockTensor:
-    """The codes of `weight` `[out, in]` float64; where `pruned` (bool `[out, in]`), weights are zero and stay so."""
+    """Quantize `weight` `[out, in]` float64 with `hessian`; weights that are `pruned` (bool `[out, in]`) stay zero."""
     grid = Grid.fit(weight, args)
     energy = hessian.energy
     rank = {
@@ -83,14 +87,14 @@ def quantize(
     }[order]
     projection = GridProjection(grid, rank)
     if pruned is None:
-        settled = eliminate(weight, hessian.inverse, projection).settled
+        quantized = eliminate(weight, hessian.inverse, projection).settled
     else:
-        settled = _eliminate_kept(weight, hessian.matrix, grid, rank, ~pruned)
-    return of_grid(grid.quantize(settled), grid)
+        quantized = _eliminate_unpruned(weight, hessian.matrix, grid, rank, ~pruned)
+    return of_grid(grid.quantize(quantized), grid)
 
 
-def _eliminate_kept(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | None, kept: Tensor) -> Tensor:
-    """The settled weights when every row has its own inverse: of the Hessian without its pruned columns."""
+def _eliminate_unpruned(weight: Tensor, matrix: Tensor, grid: Grid, rank: Tensor | None, kept: Tensor) -> Tensor:
+    """The quantized weights `[out, in]`; every row has its own inverse, that of the Hessian without its pruned columns."""
     step = max(1, BATCH_BYTES // (matrix.numel() * matrix.element_size()))
     parts = []
     for start in range(0, len(weight), step):

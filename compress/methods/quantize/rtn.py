@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest point of its grid. No calibration, the yardstick of all other methods."""
+"""RTN: round every weight to the nearest point of its grid. Needs no calibration; the baseline of all other methods."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -15,7 +15,7 @@ from ...block import Block
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class RTN:
-    """Round to nearest."""
+    """Options of rounding to nearest: those of its scheme."""
 
     scheme: Scheme = Scheme()
     needs: ClassVar[frozenset[str]] = frozenset()
@@ -31,13 +31,13 @@ def apply(config: RTN, block: Block) -> None:
 def round_to_nearest(
     weight: Tensor, args: QuantArgs, importance: Tensor | None = None
 ) -> CompressedTensor | BlockTensor:
-    """The nearest codes of `weight` `[out, in]` on the grid that `args` and the `importance` `[in]` fit to it."""
+    """`weight` `[out, in]` rounded to nearest. `importance` `[in]` weights the errors of grids with observer `mse`."""
     grid = Grid.fit(weight, args, importance)
     return of_grid(grid.quantize(weight), grid)
 
 
 def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
-    """What `weight` `[out, in]` becomes by rounding alone, of whatever kind it is to be; 16-bit columns are rounded too."""
+    """`weight` `[out, in]` after rounding to nearest, for any kind of `args`; 16-bit outlier columns are rounded too."""
     args = replace(args, rank=0)
     if args.kind == "nf4":
         return NF4Tensor.of(weight, args).dequantize(weight.dtype)

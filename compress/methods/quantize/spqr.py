@@ -1,8 +1,9 @@
-"""SpQR (Dettmers et al. 2023): small groups with quantized scales and zeros, and a few weights kept in 16 bits beside them.
+"""SpQR (Dettmers et al. 2023): small groups with quantized scales and zeros, and a few outlier weights kept in 16 bits.
 
-Which weights: those whose removal from their group helps the rest most (leave-one-out), by the sensitivity `((w - q) / d)^2`
-of the column sweep. As many are taken as the bit budget pays for, which is the published threshold solved for a size.
-Only the group's smallest and largest weight shape its grid, so leaving one out means three fits per group, not one per weight.
+Outliers are the weights whose removal from their group lowers the error of the rest most (leave-one-out), measured by the
+sensitivity `((w - q) / d)^2` of the column sweep. Their number is fixed by the bit budget, in place of the published
+threshold. Only the smallest and the largest weight of a group determine its grid, so leave-one-out needs three fits per group
+rather than one per weight.
 """
 
 import math
@@ -26,9 +27,7 @@ from ...solver.target import AsymmetricTarget
 from .fallback import keep_better
 from .gptq import GPTQ, Prepared, prepare
 
-ROUNDS = (
-    4  # outliers are chosen in so many helpings: the second largest weight of a group shows when the largest is out
-)
+ROUNDS = 4  # outliers are chosen in rounds: a group's second largest weight is one only after the largest was removed
 GRID = QuantArgs(symmetric=False, group_size=32, formula="spqr", scale_dtype="bilevel", outliers=0.004)
 
 
@@ -36,10 +35,11 @@ GRID = QuantArgs(symmetric=False, group_size=32, formula="spqr", scale_dtype="bi
 class SpQR:
     """Options of SpQR. The share of outliers, the bits and the group size are those of the scheme's weights.
 
-    damping          added to the Hessian's diagonal, relative to its mean (the published 1.0 is far too strong)
-    true_sequential  gather the statistics of each linear after the linears before it in the block were quantized
-    drift            how much of what the layers before it broke a layer makes up for, 0 to 1 (calibrate/statistics/drift.py)
-    refine           sweeps of descent over the codes after the column sweep (see solver/refine.py)
+    damping          added to the Hessian's diagonal, relative to its mean (the published 1.0 is far too large)
+    true_sequential  collect the statistics of each linear after the linears before it in the block were quantized
+    drift            asymmetric calibration (GPTAQ): the share, 0 to 1, of the errors of earlier layers that a layer compensates
+                     (calibrate/statistics/drift.py)
+    refine           sweeps of coordinate descent over the codes after the column sweep (see solver/refine.py)
     """
 
     scheme: Scheme = Scheme(GRID)
@@ -50,23 +50,28 @@ class SpQR:
 
     def __post_init__(self) -> None:
         if self.scheme.weights.scale_dtype != "bilevel":
-            raise UsageError("SpQR stores two-level scales", "use scale_dtype=bilevel and formula=spqr")
+            raise UsageError(
+                f"spqr requires scale_dtype bilevel, got {self.scheme.weights.scale_dtype}",
+                "use scale_dtype=bilevel and formula=spqr",
+            )
         if not 0 <= self.drift <= 1:
-            raise UsageError(f"drift {self.drift} is no share", "use 0 (as published) to 1, for example 0.5")
+            raise UsageError(
+                f"drift must be between 0 and 1, got {self.drift}", "use 0 (as published) or for example 0.5"
+            )
 
     @property
     def needs(self) -> frozenset[str]:
-        """The statistics to gather."""
+        """The statistics to collect."""
         return frozenset({"hessian", "drift"}) if self.drift else frozenset({"hessian"})
 
 
-# `--quality`: options by preset; the first line of each is SpQR's grid.
+# Options per `--quality`; each starts with SpQR's grid.
 _GRID = {"symmetric": False, "group_size": 32, "formula": "spqr", "scale_dtype": "bilevel", "outliers": 0.004}
-_BEYOND = {"observer": "mse", "true_sequential": True, "drift": 0.5}
+_EXTENSIONS = {"observer": "mse", "true_sequential": True, "drift": 0.5}
 PRESETS: dict[str, dict[str, Any]] = {
     "fast": _GRID,
-    "balanced": {**_GRID, **_BEYOND, "refine": 1},
-    "best": {**_GRID, **_BEYOND, "refine": 4},
+    "balanced": {**_GRID, **_EXTENSIONS, "refine": 1},
+    "best": {**_GRID, **_EXTENSIONS, "refine": 4},
 }
 
 
@@ -84,11 +89,11 @@ def apply(config: SpQR, block: Block) -> None:
 def solve(
     weight: Tensor, prepared: Prepared, args: QuantArgs, sweeps: int, target: AsymmetricTarget | None = None
 ) -> tuple[SpQRTensor, SpQRTensor]:
-    """Quantize `weight` `[out, in]`: the solution, and rounding to nearest on the same grid with the same outliers."""
+    """Quantize `weight` `[out, in]`; also returns it rounded to nearest on the same grid with the same outliers."""
     alive = weight.masked_fill(prepared.dead, 0.0)
     sensitivity = torch.empty_like(prepared.hessian.diagonal())
     sensitivity[prepared.order] = prepared.factor.upper.diagonal() ** -2
-    groups = _Groups(prepared.fitted_to(alive, args, target), sensitivity, args)
+    groups = _Groups(prepared.grid_target(alive, args, target), sensitivity, args)
     outlier = choose_outliers(groups, entries(args, *weight.shape))
     scale, zero = groups.fit(outlier)
     levels = Bilevel.fit(scale), Bilevel.fit(zero)
@@ -96,11 +101,11 @@ def solve(
         levels = search_levels(groups, levels, outlier)
     grid = Grid(levels[0].values(weight.dtype), levels[1].values(weight.dtype), args)
     projection = _Projection(grid, outlier, prepared.order)
-    settled = alive.T.contiguous()[prepared.order]
-    errors = sweep(settled, prepared.factor.upper, projection, target=target.errors if target else None)
-    codes, values = projection.codes_in_order(), settled.T[:, prepared.order.argsort()]
+    columns = alive.T.contiguous()[prepared.order]  # overwritten by the sweep with the compensated values
+    errors = sweep(columns, prepared.factor.upper, projection, target=target.errors if target else None)
+    codes, values = projection.codes_in_order(), columns.T[:, prepared.order.argsort()]
     tensor = _assemble(codes, levels, values, outlier, args)
-    if sweeps:  # the residual of the outliers stays as it is: the dense part descends beside it
+    if sweeps:  # refines the dense part; the residuals of the outliers do not change
         slope = prepared.slope_(errors)
         codes, _, _ = refine(slope, prepared.hessian, prepared.shift, codes, grid, sweeps)
         tensor = replace(tensor, codes=codes)
@@ -111,7 +116,7 @@ def solve(
 
 
 class _Groups:
-    """A weight in groups `[out, groups, size]`; the last group is filled up with repeats that count for nothing."""
+    """A weight in groups `[out, groups, size]`; the last group is padded with copies of its last column, of sensitivity 0."""
 
     def __init__(self, weight: Tensor, sensitivity: Tensor, args: QuantArgs) -> None:
         self.width, size = weight.shape[1], args.columns_per_scale(weight.shape[1])
@@ -121,16 +126,16 @@ class _Groups:
         self.sensitivity = torch.nn.functional.pad(sensitivity, (0, missing)).unflatten(0, (-1, size))
 
     def split(self, mask: Tensor) -> Tensor:
-        """A mask `[out, in]` by groups; the filling is never an outlier."""
+        """A mask `[out, in]` as `[out, groups, size]`; padding is never an outlier."""
         size = self.values.shape[2]
         return torch.nn.functional.pad(mask, (0, -self.width % size)).unflatten(1, (-1, size))
 
     def join(self, values: Tensor) -> Tensor:
-        """Values by groups as `[out, in]`."""
+        """Values `[out, groups, size]` as `[out, in]`."""
         return values.flatten(1)[:, : self.width]
 
     def fit(self, outlier: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and real zero `[out, groups]` of what is left without the outliers."""
+        """Scale and real zero `[out, groups]` of the weights that are not outliers."""
         out = self.split(outlier)
         kept = (~out).sum(-1, keepdim=True).clamp(min=1)
         mean = self.values.masked_fill(out, 0).sum(-1, keepdim=True) / kept
@@ -139,20 +144,20 @@ class _Groups:
 
 
 def search_levels(groups: _Groups, levels: tuple[Bilevel, Bilevel], outlier: Tensor) -> tuple[Bilevel, Bilevel]:
-    """Give every group the codes of scale and zero that leave the smallest weighted error, not those that are nearest.
+    """The codes of scale and zero with the smallest weighted error of every group, instead of the nearest codes.
 
-    All codes are tried for the scale and, with the best of them, for the zero, twice over.
+    All codes are tried for the scale, then for the zero with the best scale, and both once more.
     """
     values, sensitivity = groups.values, groups.sensitivity * ~groups.split(outlier)
     found = list(levels)
 
     def error() -> Tensor:
         scale, zero = (level.values(values.dtype).unsqueeze(-1) for level in found)
-        settled = encode(values, scale, zero, groups.args).sub_(zero).mul_(scale)
-        return settled.sub_(values).square_().mul_(sensitivity).sum(-1)
+        rounded = encode(values, scale, zero, groups.args).sub_(zero).mul_(scale)
+        return rounded.sub_(values).square_().mul_(sensitivity).sum(-1)
 
     best = error()
-    for which in (0, 1, 0, 1):
+    for which in (0, 1, 0, 1):  # scale, zero, scale, zero
         codes = found[which].codes
         for code in range(LEVEL.maxq + 1):
             found[which] = replace(found[which], codes=torch.full_like(codes, code))
@@ -174,30 +179,30 @@ def choose_outliers(groups: _Groups, count: int) -> Tensor:
 
 
 def _reductions(groups: _Groups, out: Tensor) -> Tensor:
-    """By how much the weighted error of its group falls when a weight is left out: `[out, groups, size]`."""
+    """The decrease of the group's weighted error when a weight is left out: `[out, groups, size]`; `out` are outliers."""
     values, sensitivity = groups.values, groups.sensitivity * ~out
     low, high = values.masked_fill(out, torch.inf), values.masked_fill(out, -torch.inf)
     smallest, largest = low.argmin(-1, keepdim=True), high.argmax(-1, keepdim=True)
     ends = low.amin(-1), high.amax(-1)
 
     def errors(low: Tensor, high: Tensor) -> Tensor:
-        bottom = torch.where(low <= high, low, 0)  # nothing may be left of a group
+        bottom = torch.where(low <= high, low, 0)  # a group may have only outliers
         scale, zero = (t.unsqueeze(-1) for t in parameters(bottom, torch.maximum(high, bottom), groups.args))
-        settled = encode(values, scale, zero, groups.args).sub_(zero).mul_(scale)
-        return (values - settled).square_().mul_(sensitivity)
+        rounded = encode(values, scale, zero, groups.args).sub_(zero).mul_(scale)
+        return (values - rounded).square_().mul_(sensitivity)
 
     full = errors(*ends)
     total, reduction = full.sum(-1, keepdim=True), full.clone()  # leaving out an inner weight saves its own error
     without_smallest = errors(low.scatter(-1, smallest, torch.inf).amin(-1), ends[1])
     without_largest = errors(ends[0], high.scatter(-1, largest, -torch.inf).amax(-1))
-    for place, error in ((smallest, without_smallest), (largest, without_largest)):
-        rest = error.sum(-1, keepdim=True) - error.gather(-1, place)
-        reduction.scatter_(-1, place, total - rest)
+    for index, error in ((smallest, without_smallest), (largest, without_largest)):
+        rest = error.sum(-1, keepdim=True) - error.gather(-1, index)
+        reduction.scatter_(-1, index, total - rest)
     return reduction
 
 
 class _Projection:
-    """Columns become points of the two-level grid, outliers stay what they are to the precision of their residual."""
+    """Rounds columns to the bilevel grid; outliers keep their value, up to the precision of their float16 residual."""
 
     def __init__(self, grid: Grid, outlier: Tensor, order: Tensor) -> None:
         self.span: int | None = None
@@ -207,10 +212,13 @@ class _Projection:
         self._codes = torch.empty(len(order), len(outlier), dtype=torch.uint8, device=order.device)
 
     def fit(self, start: int, columns: Tensor) -> None:
-        """Everything was decided before the sweep."""
+        """Does nothing: grids and outliers are chosen before the sweep."""
 
     def column(self, index: int, column: Tensor) -> Tensor:
-        """Round column `index`, keep its codes; outliers add a float16 residual to their dense code."""
+        """The rounded `column` `[out]` at position `index` of the order; its codes are kept.
+
+        Outliers get a float16 residual in addition to their code.
+        """
         scale, zero = self._scale[self._group[index]], self._zero[self._group[index]]
         codes = encode(column, scale, zero, self._args)
         self._codes[index] = codes
@@ -218,17 +226,17 @@ class _Projection:
         return torch.where(self._outlier[index], dense + (column - dense).half().to(dense.dtype), dense)
 
     def codes_in_order(self) -> Tensor:
-        """uint8 `[out, in]` in natural order."""
+        """The codes uint8 `[out, in]` in natural order."""
         codes = torch.empty_like(self._codes)
         codes[self._order] = self._codes
         return codes.T.contiguous()
 
 
 def _assemble(
-    codes: Tensor, levels: tuple[Bilevel, Bilevel], settled: Tensor, outlier: Tensor, args: QuantArgs
+    codes: Tensor, levels: tuple[Bilevel, Bilevel], values: Tensor, outlier: Tensor, args: QuantArgs
 ) -> SpQRTensor:
-    """Join the dense part and the residual of the outliers, which `settled` `[out, in]` holds the values of."""
+    """The packed tensor of the dense part and the outliers' residuals, for the outliers' `values` `[out, in]`."""
     counts, columns = outlier.sum(1), outlier.nonzero()[:, 1]
-    empty = SpQRTensor(codes, *levels, counts, columns, settled.new_zeros(len(columns)).half(), args)
-    lacking = settled - empty.dense(settled.dtype)
-    return replace(empty, values=lacking[outlier].half())
+    empty = SpQRTensor(codes, *levels, counts, columns, values.new_zeros(len(columns)).half(), args)
+    residual = values - empty.dense(values.dtype)
+    return replace(empty, values=residual[outlier].half())

@@ -1,7 +1,7 @@
-"""ZeroQuant (Yao et al. 2022): group-wise weights, rounded to nearest; the accuracy comes from small groups and from LKD.
+"""ZeroQuant (Yao et al. 2022): group-wise rounding to nearest; its accuracy comes from small groups and from LKD.
 
-The published groups are runs of the flattened matrix, several output rows long: `runs` divides it into so many. What is
-stored then is one scale per row, the same for the rows of a run. Mixed precision (W4/8) is a recipe's `overrides`.
+The published groups are runs of the flattened matrix that span several output rows; `runs` is their number. The checkpoint
+then stores one scale per row, equal within a run. Mixed precision (W4/8) is written as a recipe's `overrides`.
 """
 
 from typing import ClassVar
@@ -22,10 +22,10 @@ from ...block import Block
 class ZeroQuant:
     """Options of ZeroQuant.
 
-    The published grids are those of formula `ds`, which clips the largest weight by a step; `signed` does not.
+    The published grids are those of formula `ds`, which clips the largest weight by one step; `signed` does not.
 
-    runs  how many groups the flattened matrix of a layer is divided into, for a scheme with strategy `channel`: the published
-          BERT models use 48, the GPT models 64. 0: the groups that the scheme says
+    runs  number of groups that the flattened matrix of a layer is divided into, for a scheme with strategy `channel`: the
+          published BERT models use 48, the GPT models 64. 0: the groups of the scheme
     """
 
     scheme: Scheme = Scheme(QuantArgs(bits=8, formula="signed"))
@@ -35,9 +35,11 @@ class ZeroQuant:
 
     def __post_init__(self) -> None:
         if self.runs < 0:
-            raise UsageError(f"runs {self.runs} is negative", "use for example 64, or 0")
+            raise UsageError(f"runs must be at least 0, got {self.runs}", "use for example 64, or 0")
         if self.runs and self.scheme.weights.strategy != "channel":
-            raise UsageError("runs of several rows cannot have groups of columns", "use --group-size -1 with runs")
+            raise UsageError(
+                f"runs requires strategy channel, got {self.scheme.weights.strategy}", "use --group-size -1 with runs"
+            )
 
 
 def apply(config: ZeroQuant, block: Block) -> None:
@@ -47,9 +49,9 @@ def apply(config: ZeroQuant, block: Block) -> None:
 
 
 def quantize(weight: Tensor, args: QuantArgs, runs: int = 0, name: str = "the layer") -> CompressedTensor:
-    """The nearest codes of `weight` `[out, in]`; raises `UsageError` where `runs` does not divide its rows."""
+    """`weight` `[out, in]` rounded to nearest. Raises `UsageError` if `runs` does not divide its rows."""
     grid = _fit_runs(weight, args, runs, name) if runs else Grid.fit(weight, args)
-    # A range on one side of zero has a zero beyond the codes, which no format stores: it moves to the nearest that one does.
+    # If all values have one sign, zero lies outside the codes, which no format can store: clamp it to the nearest code.
     grid = Grid(grid.scale, grid.zero.clamp(0, args.maxq), args)
     return CompressedTensor.from_grid(grid.quantize(weight), grid)
 
@@ -57,7 +59,7 @@ def quantize(weight: Tensor, args: QuantArgs, runs: int = 0, name: str = "the la
 def _fit_runs(weight: Tensor, args: QuantArgs, runs: int, name: str) -> Grid:
     rows = len(weight)
     if rows % runs:
-        raise UsageError(f"{runs} runs do not divide the {rows} rows of {name}", "use a divisor, or runs=0")
+        raise UsageError(f"runs={runs} does not divide the {rows} rows of {name}", "use a divisor, or runs=0")
     scale, zero = fit_groups(weight.reshape(runs, -1), args)
-    spread = torch.arange(runs, device=weight.device).repeat_interleave(rows // runs)
-    return Grid(scale[spread].unsqueeze(1), zero[spread].unsqueeze(1), args)
+    run = torch.arange(runs, device=weight.device).repeat_interleave(rows // runs)
+    return Grid(scale[run].unsqueeze(1), zero[run].unsqueeze(1), args)

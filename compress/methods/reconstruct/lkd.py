@@ -1,8 +1,8 @@
-"""Layer-by-layer knowledge distillation (ZeroQuant, Yao et al. 2022): each block alone learns to imitate the original one.
+"""Layer-by-layer knowledge distillation (LKD; ZeroQuant, Yao et al. 2022): each block is trained on its own to reproduce the
+output of the original block.
 
-The student reads the original model's hidden states, not those of the compressed blocks before it, so blocks are
-independent and one optimiser state at a time is in memory. The weights behind the codes are trained by AdamW through the
-rounding; the grid stays as the quantizer fitted it, and so do norms and biases, which are stored as in the original.
+The block reads the original model's hidden states, not those of the compressed blocks before it. So blocks are independent,
+and only one optimiser state is in memory. AdamW trains the weights before rounding; the grid, norms and biases do not change.
 """
 
 from typing import ClassVar
@@ -13,16 +13,17 @@ from torch.optim import AdamW
 
 from ....errors import UsageError
 from ...block import Block
-from .loop import Target, check_softness, learnable_quantizers, reconstruct, record, targets
+from .loop import Target, check_softness, learnable_quantizers, original_outputs, reconstruct, record_figures
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class LKD:
     """Options of LKD, for use after any quantizer.
 
-    steps       batches of about 1024 tokens that every block is trained on
-    rate        AdamW's at the start, in units of the weights; it falls to zero. ZeroQuant uses 5e-6, too little here
-    soft, hard  how softly codes are rounded at the start and at the end (see quantizer.py); `soft` 0 rounds straight through,
+    steps       number of training steps per block; a batch has about 1024 tokens
+    rate        initial learning rate of AdamW, in units of the weights; it decreases to zero. ZeroQuant uses 5e-6, which is
+                too low here
+    soft, hard  softness of the rounding at the start and at the end (see learnable.py); `soft` 0: straight-through gradients,
                 as published
     """
 
@@ -36,7 +37,10 @@ class LKD:
 
     def __post_init__(self) -> None:
         if self.steps < 1 or self.rate <= 0:
-            raise UsageError("lkd needs steps and a rate above 0", "use steps=200 and rate=5e-4")
+            raise UsageError(
+                f"lkd requires steps and rate above 0, got steps={self.steps} and rate={self.rate}",
+                "use steps=200 and rate=5e-4",
+            )
         check_softness(self.soft, self.hard)
 
 
@@ -46,7 +50,7 @@ def apply(config: LKD, block: Block) -> None:
     quantizers = learnable_quantizers(block, in_weights=True)
     if not quantizers:  # every layer of the block is kept dense
         return
-    # Weight decay would draw the trained change, not the weight, towards zero; at this rate it is nothing either way.
+    # Weight decay would act on the change of the weight, not on the weight; at this rate it has no effect either way.
     optimiser = AdamW([quantizer.offset for quantizer in quantizers.values()], lr=config.rate, weight_decay=0.0)
-    target = Target(block.io.reference, targets(block.io, block.io.reference), (config.soft, config.hard))
-    record(block, reconstruct(block, quantizers, target, optimiser, config.steps))
+    target = Target(block.io.reference, original_outputs(block.io, block.io.reference), (config.soft, config.hard))
+    record_figures(block, reconstruct(block, quantizers, target, optimiser, config.steps))

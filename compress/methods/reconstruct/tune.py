@@ -1,11 +1,11 @@
-"""Learned block tuning: rounding, scales and zeros move until the block gives what the original model's block gives.
+"""Learned block tuning: codes, scales and zeros are trained until the block reproduces the output of the original block.
 
-A quantizer solves layer by layer; attention and the activation function between the layers are no part of its objective.
-Here they are: a block with quantized weights, fed what the compressed model feeds it, is trained towards the full-precision
-output. AutoRound (Cheng et al. 2023) does so from round-to-nearest, by the signs of gradients that pass straight through the
-rounding. This starts from the solution of the pass before it, rounds softly and ever harder (as AdaRound, Nagel et al. 2020,
-though codes may go further than to a neighbour), moves scales and zeros as well, and aims at the original model's stream. The
-format of the checkpoint does not change.
+A quantizer solves layer by layer; attention and the activation function between the layers are not part of its objective.
+Here they are: the block with quantized weights and the compressed model's hidden states as input is trained towards the
+full-precision output. AutoRound (Cheng et al. 2023) does this from round-to-nearest, with signs of straight-through
+gradients. This method starts from the result of the pass before it, uses soft rounding that hardens (as AdaRound, Nagel et
+al. 2020, but codes may move further than to a neighbour), trains scales and zeros too, and has the original model's hidden
+states as target. The format of the checkpoint does not change.
 """
 
 from typing import ClassVar, Literal
@@ -16,20 +16,20 @@ from torch.optim import Adam
 
 from ....errors import UsageError
 from ...block import Block
-from .loop import Target, check_softness, learnable_quantizers, reconstruct, record, targets
+from .loop import Target, check_softness, learnable_quantizers, original_outputs, reconstruct, record_figures
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
 class Tune:
-    """Options of block tuning. Rates are those of Adam at the start; they fall to zero.
+    """Options of block tuning. Rates are Adam's initial learning rates; they decrease to zero.
 
-    steps       batches of about 1024 tokens that every block is trained on
+    steps       number of training steps per block; a batch has about 1024 tokens
     rate        of the rounding offsets, in steps of the grid
-    scale_rate  of the scales, relative; 0 leaves them
-    zero_rate   of the zeros, in steps of the grid; 0 leaves them
-    soft, hard  how softly codes are rounded at the start and at the end; 0 rounds straight through
-    target      what the block aims at: the output of the original model (`stream`), errors made before it repaired as far as
-                it can, or that of the original block on the same inputs (`block`)
+    scale_rate  of the scales, relative; 0: scales are not trained
+    zero_rate   of the zeros, in steps of the grid; 0: zeros are not trained
+    soft, hard  softness of the rounding at the start and at the end (see learnable.py); `soft` 0: straight-through gradients
+    target      target of the block's output: the original model's hidden states (`stream`), so that errors of earlier blocks
+                are compensated as far as possible, or the original block's output for the same inputs (`block`)
     """
 
     steps: int = 300
@@ -45,9 +45,13 @@ class Tune:
 
     def __post_init__(self) -> None:
         if self.steps < 1:
-            raise UsageError(f"steps {self.steps} is not positive", "use a number such as 300")
+            raise UsageError(f"steps must be at least 1, got {self.steps}", "use a number such as 300")
         if min(self.rate, self.scale_rate, self.zero_rate) < 0 or not self.rate:
-            raise UsageError("a learning rate is negative, or that of the offsets is 0", "use rate=0.02")
+            raise UsageError(
+                "tune requires rate above 0 and scale_rate and zero_rate of at least 0, "
+                f"got {self.rate}, {self.scale_rate} and {self.zero_rate}",
+                "use rate=0.02",
+            )
         check_softness(self.soft, self.hard)
 
 
@@ -69,6 +73,6 @@ def apply(config: Tune, block: Block) -> None:
     optimiser = Adam(
         [{"params": parameters, "lr": rate} for parameters, rate in groups if parameters and rate], betas=(0.9, 0.99)
     )
-    source = block.io.reference if config.target == "stream" else block.io.inputs
-    target = Target(block.io.inputs, targets(block.io, source), (config.soft, config.hard))
-    record(block, reconstruct(block, quantizers, target, optimiser, config.steps))
+    inputs = block.io.reference if config.target == "stream" else block.io.inputs
+    target = Target(block.io.inputs, original_outputs(block.io, inputs), (config.soft, config.hard))
+    record_figures(block, reconstruct(block, quantizers, target, optimiser, config.steps))

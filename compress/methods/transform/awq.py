@@ -1,9 +1,10 @@
-"""AWQ (Lin et al. 2023): scale up the weights of channels with large activations, so that rounding spares them.
+"""AWQ (Lin et al. 2023): scale up the weights of channels with large activations, so that rounding affects them less.
 
     s = mean|x|^a / v^b   (v: the column's mean share of its group's largest weight),   s /= sqrt(max(s) min(s))
 
-`a` runs over a lattice from 0 to 1, `b` is 0 or 1 - a; what moves the output of the inspected module least is folded.
-Afterwards weights are clipped, per row and group, to the share of their largest value that moves the output least.
+`a` takes evenly spaced values from 0 to 1, `b` is 0 or 1 - a; the factors that change the output of the inspected module least
+are folded into the weights. Then weights are clipped, per row and group, at the share of their largest magnitude that changes
+the output least.
 """
 
 from collections.abc import Iterator
@@ -25,11 +26,11 @@ from ....kernels.tensor.grid import encode, fit_groups
 from ....recipes.scheme import QuantArgs, Scheme
 from ...block import Block, Linear
 from ..quantize.rtn import rounded
-from .recording import Recording, inspected, record
-from .rescale import TOLERANCE, Rescale, fold_checked, gather, spread
+from .recording import Recording, module_to_inspect, record
+from .rescale import TOLERANCE, Rescale, expand_channels, fold_or_revert, reduce_channels
 
-CLIP_STEPS, CLIP_POINTS = 20, 10  # largest weights of 1, 19/20, ... 11/20 of the original are tried
-SMALLEST = 1e-4  # of a factor before it is normalised, as published
+CLIP_STEPS, CLIP_POINTS = 20, 10  # clipping at 1, 19/20, ... 11/20 of the largest magnitude is tried
+SMALLEST = 1e-4  # lower bound of a factor before it is normalised, as published
 ROWS_AT_ONCE = 512
 SCHEME = Scheme(QuantArgs(symmetric=False))
 
@@ -38,10 +39,10 @@ SCHEME = Scheme(QuantArgs(symmetric=False))
 class AWQ:
     """Options of AWQ.
 
-    ratios         steps of the exponent's lattice 0, 1/ratios, ... 1
-    weight_term    also try, for every exponent, to divide by the weights' own term
-    clip           search for clipped weights afterwards (leave it off before a quantizer that compensates errors)
-    search_tokens  calibration tokens that choices are judged on
+    ratios         number of steps of the exponent: 0, 1/ratios, ... 1 are tried
+    weight_term    for every exponent, also try `b = 1 - a` (division by the weights' term `v`)
+    clip           search for clipping thresholds afterwards (turn it off before a quantizer that compensates errors)
+    search_tokens  number of calibration tokens used by the searches
     """
 
     ratios: int = 20
@@ -53,14 +54,14 @@ class AWQ:
 
     def __post_init__(self) -> None:
         if self.ratios < 1:
-            raise UsageError(f"{self.ratios} steps make no lattice", "use ratios=20")
+            raise UsageError(f"ratios must be at least 1, got {self.ratios}", "use ratios=20")
         if self.search_tokens < 1:
-            raise UsageError(f"search_tokens {self.search_tokens} is not positive", "use 8192")
+            raise UsageError(f"search_tokens must be at least 1, got {self.search_tokens}", "use search_tokens=8192")
 
 
 @plain_dataclass(frozen=True)
-class Choice:
-    """One point of the search: exponents of activations and weights, factors per source channel, and the loss."""
+class Candidate:
+    """One point of the search: the exponents `a` and `b`, the factors `[producer channels]`, and the loss."""
 
     ratio: float
     weight_power: float
@@ -70,51 +71,51 @@ class Choice:
 
 @torch.no_grad()
 def apply(config: AWQ, block: Block) -> None:
-    """Scale, and perhaps clip, the weights of the block's linears; norms and linears that feed them take up the factors."""
+    """Scale and optionally clip the weights of the block's linears; the inverse factors go into their producers."""
     assert block.context is not None
-    feeds = find_channel_links(block.module, *block.context.trial)
-    for feed in feeds:
-        linears = consuming(block, feed)
+    links = find_channel_links(block.module, *block.context.trial)
+    for link in links:
+        linears = consumer_linears(block, link)
         if not linears:
             continue
-        recording = record(block, inspected(block.module, feed), feed.consumers[0].module, config.search_tokens)
-        choices = search(recording, block.module, linears, feed, config)
-        best = min(choices, key=lambda choice: choice.loss)  # the first of equals
-        figures = {"awq_ratio": best.ratio, "awq_loss": best.loss, "awq_rtn_loss": choices[0].loss}
-        dtype = block.context.dtypes.get(f"{feed.source}.weight", torch.float32)
-        moved = fold_checked(block.module, Rescale(feed, best.scale), *block.context.trial, dtype)
+        recording = record(block, module_to_inspect(block.module, link), link.consumers[0].module, config.search_tokens)
+        candidates = search_scales(recording, block.module, linears, link, config)
+        best = min(candidates, key=lambda candidate: candidate.loss)  # the first one, if several are equal
+        figures = {"awq_ratio": best.ratio, "awq_loss": best.loss, "awq_rtn_loss": candidates[0].loss}
+        dtype = block.context.dtypes.get(f"{link.producer}.weight", torch.float32)
+        moved = fold_or_revert(block.module, Rescale(link, best.scale), *block.context.trial, dtype)
         if not moved <= TOLERANCE:
             figures = {"awq_unfolded": moved}
         for linear in linears.values():
             linear.figures |= figures
     if config.clip:
-        _clip_block(block, query_key_linears(block.module, *block.context.trial, feeds), config.search_tokens)
+        _clip_block(block, query_key_linears(block.module, *block.context.trial, links), config.search_tokens)
 
 
-def consuming(block: Block, feed: ChannelLink) -> dict[str, Linear]:
-    """The linears of this stage among the feed's consumers, by their names inside the block."""
-    names = {consumer.module for consumer in feed.consumers}
+def consumer_linears(block: Block, link: ChannelLink) -> dict[str, Linear]:
+    """The link's consumers that are linears of this stage, by their names inside the block."""
+    names = {consumer.module for consumer in link.consumers}
     return {name: linear for name, linear in block.local().items() if name in names}
 
 
-def search(
-    recording: Recording, block: nn.Module, linears: dict[str, Linear], feed: ChannelLink, config: AWQ
-) -> list[Choice]:
-    """Judge every point of the lattice by rounding the linears' scaled weights. The first point is plain rounding."""
-    activations = gather(recording.inputs.abs().mean(0), feed, "mean")
-    share = gather(_weight_share(block, linears), feed, "mean")
-    choices = []
+def search_scales(
+    recording: Recording, block: nn.Module, linears: dict[str, Linear], link: ChannelLink, config: AWQ
+) -> list[Candidate]:
+    """The loss of every pair of exponents, with the linears' scaled weights rounded. The first candidate has no scaling."""
+    activations = reduce_channels(recording.inputs.abs().mean(0), link, "mean")
+    share = reduce_channels(_weight_share(block, linears), link, "mean")
+    candidates = []
     for step in range(config.ratios + 1):
         ratio = step / config.ratios
         for power in (0.0, 1 - ratio) if config.weight_term and ratio < 1 else (0.0,):
             scale = factors(activations, share, ratio, power)
-            with _rounded(block, linears, spread(scale, feed.channels)):
-                choices.append(Choice(ratio, power, scale, recording.loss()))
-    return choices
+            with _rounded(block, linears, expand_channels(scale, link.channels)):
+                candidates.append(Candidate(ratio, power, scale, recording.loss()))
+    return candidates
 
 
 def factors(activations: Tensor, share: Tensor, ratio: float, power: float) -> Tensor:
-    """`activations^ratio / share^power`, normalised to `max * min = 1`; channels that never fire are left alone."""
+    """`activations^ratio / share^power` per channel, normalised to `max * min = 1`; 1 for channels that are always zero."""
     alive = activations > 0
     scale = activations.pow(ratio).div(share.pow(power).clamp(min=SMALLEST)).clamp(min=SMALLEST)[alive]
     out = torch.ones_like(activations)
@@ -124,7 +125,7 @@ def factors(activations: Tensor, share: Tensor, ratio: float, power: float) -> T
 
 
 def _weight_share(block: nn.Module, linears: dict[str, Linear]) -> Tensor:
-    """Per column, the mean over all rows of |w| over the largest |w| of its group."""
+    """Per column, the mean over all rows of |w| divided by the largest |w| of its group."""
     total, rows = 0.0, 0
     for name, linear in linears.items():
         weight = weight_of(block.get_submodule(name)).abs()
@@ -137,11 +138,11 @@ def _weight_share(block: nn.Module, linears: dict[str, Linear]) -> Tensor:
 
 @contextmanager
 def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Iterator[None]:
-    """The linears' weights are `Q(W * s) / s` inside the `with`."""
+    """While the context is open, the linears' weights are `Q(W * s) / s`."""
     modules = {block.get_submodule(name): linear.grid_args for name, linear in linears.items()}
     saved = {module: weight_of(module).clone() for module in modules}
     for module, args in modules.items():
-        set_weight(module, rounded(saved[module] * scale, quick(args)) / scale)
+        set_weight(module, rounded(saved[module] * scale, minmax_args(args)) / scale)
     try:
         yield
     finally:
@@ -149,17 +150,17 @@ def _rounded(block: nn.Module, linears: dict[str, Linear], scale: Tensor) -> Ite
             set_weight(module, weight)
 
 
-def quick(args: QuantArgs) -> QuantArgs:
-    """The same grid on the plain range: a search inside a search would take eighty times as long."""
+def minmax_args(args: QuantArgs) -> QuantArgs:
+    """The same grid with observer minmax: the search of observer mse would make this search 80 times as slow."""
     return replace(args, observer="minmax")
 
 
-def _clip_block(block: Block, untouched: set[str], limit: int) -> None:
-    """Clip every linear but those whose output only steers attention; a scale of a whole tensor cannot be clipped by rows."""
+def _clip_block(block: Block, query_keys: set[str], limit: int) -> None:
+    """Clip every linear except queries and keys (as published) and those with one scale for the whole tensor."""
     linears = {
         name: linear
         for name, linear in block.local().items()
-        if name not in untouched and linear.grid_args.strategy != "tensor"
+        if name not in query_keys and linear.grid_args.strategy != "tensor"
     }
     for name, products in _group_products(block, linears, limit).items():
         module = block.module.get_submodule(name)
@@ -172,7 +173,7 @@ def _clip_block(block: Block, untouched: set[str], limit: int) -> None:
 
 
 def _group_products(block: Block, linears: dict[str, Linear], limit: int) -> dict[str, Tensor]:
-    """Per linear, `X_g^T X_g` of every group's columns `[groups, n, n]`, summed over the tokens."""
+    """Per linear, `X_g^T X_g` `[groups, n, n]` of the n columns of every group, summed over the tokens."""
     assert block.context is not None
     products: dict[str, Tensor] = {}
     for batch in inputs_seen(block.module, block.context.samples(), list(linears), limit):
@@ -184,12 +185,12 @@ def _group_products(block: Block, linears: dict[str, Linear], limit: int) -> dic
 
 
 def clip_limits(weight: Tensor, products: Tensor, args: QuantArgs) -> Tensor:
-    """The largest magnitude `[out, groups]` left to every group of `weight` `[out, in]`: `absmax * (1 - i/20)`.
+    """The clipping threshold `[out, groups]` of every group of `weight` `[out, in]`: `absmax * (1 - i/20)`.
 
-    It minimises the squared error of the group's part of the dot product, `d X_g^T X_g d` with `d = Q(clip(w)) - w`;
-    `products` `[groups, n, n]` are the `X_g^T X_g`. The widest of equals wins.
+    It minimises the squared error of the group's part of the dot product, `d X_g^T X_g d^T` with `d = Q(clip(w)) - w`;
+    `products` `[groups, n, n]` are the `X_g^T X_g`. Of equally good thresholds the largest is taken.
     """
-    return torch.cat([_limits(rows, products, quick(args)) for rows in _chunks(weight, len(products))])
+    return torch.cat([_limits(rows, products, minmax_args(args)) for rows in _chunks(weight, len(products))])
 
 
 def _chunks(weight: Tensor, groups: int) -> Iterator[Tensor]:

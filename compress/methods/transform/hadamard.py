@@ -1,4 +1,4 @@
-"""Hadamard matrices and rotations made of them: orthogonal, every entry of the same size, so that no channel stands out.
+"""Hadamard matrices and rotations made of them: orthogonal, with entries of equal magnitude, so that outliers are spread.
 
 Orders: 2**k (Sylvester), q + 1 for q = 3 mod 4 and 2 (q + 1) for q = 1 mod 4 (Paley; q a prime or its square), and the
 products of these with powers of two: among others 12, 20, 28, 36, 40, 52, 60, 108 and 140.
@@ -13,8 +13,9 @@ from torch import Tensor
 def random_rotation(size: int, seed: int, keep_mean: bool = False) -> Tensor:
     """An orthogonal float64 matrix `[size, size]`: random signs times a normalised Hadamard matrix.
 
-    A size without one gets a block-diagonal of the largest order that divides it. With `keep_mean` the matrix maps the
-    vector of ones to itself, so that a LayerNorm, which subtracts the mean, commutes with it: one reflection sees to that.
+    If there is no Hadamard matrix of that size, the rotation is block-diagonal with blocks of the largest order that divides
+    it. With `keep_mean`, a reflection makes the matrix map the vector of ones to itself, so that the subtraction of the mean
+    in a LayerNorm commutes with it. `seed` is that of the signs.
     """
     order = largest_order(size)
     block = hadamard(order) / math.sqrt(order)
@@ -29,12 +30,12 @@ def random_rotation(size: int, seed: int, keep_mean: bool = False) -> Tensor:
 
 
 def largest_order(size: int) -> int:
-    """The largest divisor of `size` for which `hadamard` has a matrix."""
+    """The largest divisor of `size` for which `hadamard` can construct a matrix."""
     return max(d for d in range(1, size + 1) if size % d == 0 and _root(d) is not None)
 
 
 def hadamard(order: int) -> Tensor:
-    """A float64 matrix of 1 and -1 with `H H^T = order * I`. Raises `ValueError` for orders that it cannot build."""
+    """A float64 matrix of 1 and -1 with `H H^T = order * I`. Raises `ValueError` if there is no construction for `order`."""
     root = _root(order)
     if root is None:
         raise ValueError(f"no construction of a Hadamard matrix of order {order}")
@@ -45,7 +46,7 @@ def hadamard(order: int) -> Tensor:
 
 
 def _root(order: int) -> int | None:
-    """The order to start doubling from: 1, or the smallest one of Paley's that leads to `order`."""
+    """The order that doubling starts from: 1, or the smallest order of a Paley matrix that leads to `order`; else None."""
     odd = order // (order & -order)
     if odd == 1:
         return 1
@@ -54,7 +55,7 @@ def _root(order: int) -> int | None:
 
 
 def _field_of(order: int) -> tuple[int, bool] | None:
-    """The size of the finite field behind a Paley matrix of this order, and whether it is of the second kind."""
+    """The size of the finite field of a Paley matrix of this order, and whether it is construction II; None if neither."""
     if (order - 1) % 4 == 3 and _is_field(order - 1):
         return order - 1, False
     if order % 4 == 0 and (order // 2 - 1) % 4 == 1 and _is_field(order // 2 - 1):
@@ -68,7 +69,7 @@ def _is_field(q: int) -> bool:
 
 
 def _is_prime(n: int) -> bool:
-    return n > 2 and all(n % d for d in range(2, math.isqrt(n) + 1))  # two itself leads to no matrix
+    return n > 2 and all(n % d for d in range(2, math.isqrt(n) + 1))  # there is no Paley matrix for q = 2
 
 
 def _paley(order: int) -> Tensor:
@@ -89,7 +90,8 @@ def _paley(order: int) -> Tensor:
 def _quadratic_characters(q: int) -> Tensor:
     """`chi(a - b)` `[q, q]` over the field of q elements: 1 for squares, -1 for others, 0 for zero.
 
-    Over p**2 elements `a + b sqrt(r)`, with r no square mod p, an element is a square when its norm a^2 - r b^2 is one mod p.
+    If q = p**2, the elements are `a + b sqrt(r)` with r not a square mod p. An element is a square if and only if its norm
+    a^2 - r b^2 is a square mod p.
     """
     p = q if _is_prime(q) else math.isqrt(q)
     legendre = torch.full((p,), -1.0, dtype=torch.float64)
@@ -102,5 +104,4 @@ def _quadratic_characters(q: int) -> Tensor:
     a, b = torch.meshgrid(numbers, numbers, indexing="ij")
     a, b = a.flatten(), b.flatten()
     first, second = a.unsqueeze(1) - a, b.unsqueeze(1) - b
-    # Squares of the whole field: every element of the prime field is one, so the norm's character tells.
     return legendre[(first**2 - r * second**2) % p]

@@ -1,4 +1,4 @@
-"""A module of a block on its own: what it was called with on calibration rows, and how far its output has moved since."""
+"""Recording the calls of one module of a block on calibration rows, to measure how its output changes afterwards."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +13,12 @@ from ...block import Block
 
 @dataclass(frozen=True)
 class Recording:
-    """`calls` of `module` with their masks of real tokens, `inputs` of one of its linears `[tokens, width]` (real tokens),
-    and the `outputs` at the time of the recording."""
+    """Recorded calls of a module.
+
+    calls    positional and keyword arguments, and the mask of real tokens or None
+    inputs   of one of the module's linears, `[real tokens, width]`
+    outputs  of the module at the time of the recording, by call
+    """
 
     module: nn.Module
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]]
@@ -22,7 +26,7 @@ class Recording:
     outputs: list[Tensor]
 
     def loss(self) -> float:
-        """Mean squared difference of the module's output now from the recorded one, over real tokens."""
+        """Mean squared difference between the module's present and recorded outputs, over real tokens."""
         total, count = 0.0, 0
         for (args, kwargs, mask), recorded in zip(self.calls, self.outputs, strict=True):
             difference = tokens(_tensor(self.module(*args, **kwargs)) - recorded, mask)
@@ -32,47 +36,53 @@ class Recording:
 
 
 @torch.no_grad()
-def record(block: Block, name: str, reader: str, limit: int) -> Recording:
-    """Run the block on calibration batches until `limit` tokens were seen: note the calls of the module `name` (the block
-    itself where it is empty) and the inputs of its linear `reader`."""
+def record(block: Block, name: str, linear_name: str, limit: int) -> Recording:
+    """Record the calls of the module `name` of the block (the block itself if empty) and the inputs of a linear in it.
+
+    The block is run on calibration batches until there were `limit` tokens.
+    """
     assert block.context is not None
-    module, linear = block.module.get_submodule(name), block.module.get_submodule(reader)
+    module, linear = block.module.get_submodule(name), block.module.get_submodule(linear_name)
     calls: list[tuple[tuple[Any, ...], dict[str, Any], Tensor | None]] = []
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
-    seen = 0
+    count = 0
     for call, hidden, mask in block.context.samples():
 
-        def note(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, mask: Tensor | None = mask) -> None:
+        def add_call(
+            module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any, mask: Tensor | None = mask
+        ) -> None:
             calls.append((args, kwargs, mask))
             outputs.append(_tensor(output).clone())
 
-        def read(module: nn.Module, args: tuple[Tensor, ...], mask: Tensor | None = mask) -> None:
+        def add_input(module: nn.Module, args: tuple[Tensor, ...], mask: Tensor | None = mask) -> None:
             inputs.append(tokens(args[0], mask))
 
-        handles = [module.register_forward_hook(note, with_kwargs=True), linear.register_forward_pre_hook(read)]
+        handles = [
+            module.register_forward_hook(add_call, with_kwargs=True),
+            linear.register_forward_pre_hook(add_input),
+        ]
         call.replay(block.module, hidden)
         for handle in handles:
             handle.remove()
-        seen += hidden.shape[0] * hidden.shape[1]
-        if seen >= limit:
+        count += hidden.shape[0] * hidden.shape[1]
+        if count >= limit:
             break
     return Recording(module, calls, torch.cat(inputs), outputs)
 
 
-def inspected(block: nn.Module, feed: ChannelLink, with_source: bool = False) -> str:
-    """The module whose output judges a choice for `feed`: the smallest one that holds all consumers.
+def module_to_inspect(block: nn.Module, link: ChannelLink, with_producer: bool = False) -> str:
+    """The name of the module whose output change is the loss of a search for `link`: the smallest one with all consumers.
 
-    A single linear behind another linear is judged by itself; behind a norm by its parent (attention for a fused
-    projection), unless that is the whole block.
-    `with_source` asks for a module that holds the source as well.
+    For a single consumer after a linear it is the consumer itself; after a norm it is the consumer's parent (attention for a
+    fused projection), unless that is the whole block. `with_producer` requires the module to contain the producer as well.
     """
-    names = [consumer.module for consumer in feed.consumers] + [feed.source] * with_source
+    names = [consumer.module for consumer in link.consumers] + [link.producer] * with_producer
     paths = [name.split(".") for name in names]
     if len({tuple(path) for path in paths}) == 1:
-        name = feed.consumers[0].module
+        name = link.consumers[0].module
         parent = name.rpartition(".")[0]
-        return parent if feed.kind != "linear" and parent and isinstance(block.get_submodule(name), LINEAR) else name
+        return parent if link.kind != "linear" and parent and isinstance(block.get_submodule(name), LINEAR) else name
     common: list[str] = []
     for parts in zip(*paths, strict=False):
         if len(set(parts)) > 1:

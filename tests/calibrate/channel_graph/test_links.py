@@ -1,4 +1,4 @@
-"""Who feeds whom, against the wiring that each architecture is known to have."""
+"""Channel links of each architecture, against the known ones."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ GEMMA = {
     "up_proj": "down_proj",
 }
 FUSED = {"input_layernorm": "query_key_value", "query_key_value": "dense", "post_attention_layernorm": "dense_h_to_4h"}
-WIRING = {
+LINKS = {
     "llama": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
@@ -47,7 +47,7 @@ WIRING = {
         "post_attention_layernorm": "gate experts",  # the router reads the norm too
     },
 }
-SCORES = {
+QUERY_KEY = {
     "phi3": "qkv_proj",
     "gpt2": "c_attn",
     "gpt_neox": "query_key_value",
@@ -60,54 +60,54 @@ def leaf(name: str) -> str:
     return name.rpartition(".")[2]
 
 
-def test_every_feed_is_found_and_no_other(architecture, record):
+def test_exactly_the_known_links_are_found(architecture, record):
     name, model = architecture
     block, call, hidden = record(model, 1)
     found = {
-        leaf(f.source): " ".join(leaf(c.module) for c in f.consumers) for f in find_channel_links(block, call, hidden)
+        leaf(f.producer): " ".join(leaf(c.module) for c in f.consumers) for f in find_channel_links(block, call, hidden)
     }
-    assert found == WIRING[name]
+    assert found == LINKS[name]
 
 
-def test_norms_that_add_one_to_their_weight_are_told_by_behaviour(architecture, record):
+def test_norms_that_add_one_to_their_weight_are_recognised(architecture, record):
     name, model = architecture
     kinds = {f.kind for f in find_channel_links(*record(model, 0))} - {"linear"}
     assert kinds == ({"offset-norm"} if name.startswith("gemma") else {"norm"})
 
 
-def test_queries_and_keys_are_told_by_the_first_token(architecture, record):
+def test_queries_and_keys_are_found(architecture, record):
     name, model = architecture
     block, call, hidden = record(model, 1)
     found = query_key_linears(block, call, hidden, find_channel_links(block, call, hidden))
-    assert {leaf(n) for n in found} == set(SCORES.get(name, "q_proj k_proj").split())
+    assert {leaf(n) for n in found} == set(QUERY_KEY.get(name, "q_proj k_proj").split())
 
 
-def test_grouped_queries_repeat_a_value_row_for_every_query_head(make_model, record):
-    feeds = find_channel_links(*record(make_model("llama"), 0))
-    values = next(f for f in feeds if leaf(f.source) == "v_proj")
+def test_grouped_queries_map_a_value_row_to_every_query_head(make_model, record):
+    links = find_channel_links(*record(make_model("llama"), 0))
+    values = next(f for f in links if leaf(f.producer) == "v_proj")
     heads = torch.arange(16).view(2, 8)  # two value heads of eight rows, each read by two query heads
     assert values.size == 16
     assert values.channels.tolist() == torch.cat([heads[0], heads[0], heads[1], heads[1]]).tolist()
 
 
 def test_value_rows_of_a_matrix_fused_per_head_are_found(make_model, record):
-    feeds = find_channel_links(*record(make_model("gpt_neox"), 0))
-    fused = next(f for f in feeds if f.kind == "linear")
+    links = find_channel_links(*record(make_model("gpt_neox"), 0))
+    fused = next(f for f in links if f.kind == "linear")
     rows = torch.arange(96).view(4, 3, 8)[:, 2].flatten()  # heads of (query, key, value)
     assert fused.channels.tolist() == rows.tolist()
 
 
 def test_the_up_half_of_a_fused_gate_is_found(make_model, record):
-    feeds = find_channel_links(*record(make_model("phi3"), 0))
-    fused = next(f for f in feeds if leaf(f.source) == "gate_up_proj")
+    links = find_channel_links(*record(make_model("phi3"), 0))
+    fused = next(f for f in links if leaf(f.producer) == "gate_up_proj")
     assert fused.channels.tolist() == list(range(48, 96))
 
 
-def test_a_second_reader_forbids_the_feed(make_model, record):
+def test_another_consumer_prevents_the_link(make_model, record):
     block, call, hidden = record(make_model("llama"), 0)
 
-    class Listened(nn.Module):
-        """An MLP whose input is also added to its output, past its linears."""
+    class WithBypass(nn.Module):
+        """An MLP whose input is also added to its output, bypassing its linears."""
 
         def __init__(self, mlp: nn.Module) -> None:
             super().__init__()
@@ -116,9 +116,9 @@ def test_a_second_reader_forbids_the_feed(make_model, record):
         def forward(self, x):
             return self.mlp(x) + x
 
-    block.mlp = Listened(block.mlp)
-    sources = {leaf(f.source) for f in find_channel_links(block, call, hidden)}
-    assert sources == {"input_layernorm", "v_proj", "up_proj"}
+    block.mlp = WithBypass(block.mlp)
+    producers = {leaf(f.producer) for f in find_channel_links(block, call, hidden)}
+    assert producers == {"input_layernorm", "v_proj", "up_proj"}
 
 
 @pytest.mark.parametrize("activation", ["silu", "relu"])
@@ -127,8 +127,8 @@ def test_a_channel_that_is_always_zero_is_marked_unknown(make_model, record, act
     block.mlp.act_fn = nn.SiLU() if activation == "silu" else nn.ReLU()
     with torch.no_grad():
         block.mlp.up_proj.weight[5] = 0
-    feed = next(f for f in find_channel_links(block, call, hidden) if leaf(f.source) == "up_proj")
-    assert feed.channels.tolist() == [-1 if i == 5 else i for i in range(48)]
+    link = next(f for f in find_channel_links(block, call, hidden) if leaf(f.producer) == "up_proj")
+    assert link.channels.tolist() == [-1 if i == 5 else i for i in range(48)]
 
 
 def test_the_block_is_left_as_it_was(make_model, record):

@@ -1,4 +1,4 @@
-"""The built-in corpus: splits are disjoint, stable and made of the files they claim to be made of."""
+"""The built-in corpus: splits are disjoint, stable, and contain the right files."""
 
 import sysconfig
 from pathlib import Path
@@ -17,7 +17,7 @@ def write(root: Path, relative: str, content: bytes) -> None:
 
 @pytest.fixture
 def library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small tree that stands in for the standard library."""
+    """A small folder in place of the standard library."""
     monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
     return tmp_path
 
@@ -33,7 +33,7 @@ def test_every_file_is_in_exactly_one_split(library: Path) -> None:
     assert sorted(everything()) == sorted(written)
 
 
-def test_splits_have_the_shares_they_should() -> None:
+def test_splits_have_their_shares() -> None:
     splits = [builtin_corpus.split_of(f"package/module{i}.py") for i in range(20_000)]
     assert splits.count("heldout") / len(splits) == pytest.approx(0.05, abs=0.01)
     assert splits.count("calibration") / len(splits) == pytest.approx(0.10, abs=0.01)

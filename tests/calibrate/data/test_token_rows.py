@@ -1,4 +1,4 @@
-"""Where rows come from, how they are packed, and what is said about data that cannot be used."""
+"""Token rows: their sources, their packing, and errors for unusable data."""
 
 import hashlib
 import json
@@ -31,29 +31,29 @@ def json_lines(path: Path, texts: list[str]) -> str:
     return written(path, "\n".join(json.dumps({"text": text}) for text in texts))
 
 
-def test_every_document_is_led_by_one_bos_and_the_tail_is_dropped(letters: PreTrainedTokenizerFast) -> None:
+def test_every_document_starts_with_one_bos_and_an_incomplete_row_is_dropped(letters: PreTrainedTokenizerFast) -> None:
     found = pack(Documents(["ab", "c", "dd"], "test"), letters, 3)
     assert found.tolist() == [[BOS, A, B], [BOS, C, BOS]]
     assert found.dtype == torch.long
 
 
-def test_a_tokenizer_that_adds_bos_by_itself_adds_no_second_one(letters: PreTrainedTokenizerFast) -> None:
+def test_a_tokenizer_that_adds_bos_does_not_add_a_second_one(letters: PreTrainedTokenizerFast) -> None:
     letters.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", BOS)])
     assert letters("a")["input_ids"] == [BOS, A]
     assert stream(Documents(["a", "b"], "test"), letters).tolist() == [BOS, A, BOS, B]
     assert stream(Documents(["a", "b"], "test", join="c"), letters).tolist() == [BOS, A, C, B]
 
 
-def test_a_document_that_brings_its_bos_gets_no_second_one(letters: PreTrainedTokenizerFast) -> None:
+def test_a_document_that_starts_with_bos_gets_no_second_one(letters: PreTrainedTokenizerFast) -> None:
     assert stream(Documents(["<s>a", "b"], "test"), letters).tolist() == [BOS, A, BOS, B]
 
 
-def test_no_bos_where_the_tokenizer_has_none(letters: PreTrainedTokenizerFast) -> None:
+def test_no_bos_if_the_tokenizer_has_none(letters: PreTrainedTokenizerFast) -> None:
     letters.bos_token = None
     assert stream(Documents(["ab", "c"], "test"), letters).tolist() == [A, B, C]
 
 
-def test_tokenising_ends_when_the_rows_are_there(letters: PreTrainedTokenizerFast) -> None:
+def test_tokenising_stops_when_there_are_enough_rows(letters: PreTrainedTokenizerFast) -> None:
     many = Documents(["abc"] * 100, "test")
     assert pack(many, letters, 4, rows=5).tolist() == [[BOS, A, B, C]] * 5
     assert len(pack(many, letters, 4)) == 100
@@ -63,10 +63,10 @@ def test_windows_overlap_by_the_stride() -> None:
     assert windows(torch.arange(8), 4, 2, "test").tolist() == [[0, 1, 2, 3], [2, 3, 4, 5], [4, 5, 6, 7]]
 
 
-def test_too_little_text_says_how_much_is_needed(letters: PreTrainedTokenizerFast) -> None:
-    with pytest.raises(CompressError, match=r"short\.txt is too short: 3 tokens, and one row needs 8"):
+def test_the_error_for_too_little_text_says_how_much_is_needed(letters: PreTrainedTokenizerFast) -> None:
+    with pytest.raises(CompressError, match=r"short\.txt is too short: it has 3 tokens, and one row needs 8"):
         pack(Documents(["ab"], "short.txt"), letters, 8)
-    with pytest.raises(UsageError, match="row length is 1"):
+    with pytest.raises(UsageError, match=r"row length must be at least 2 .*, got 1"):
         pack(Documents(["ab"], "short.txt"), letters, 1)
 
 
@@ -90,13 +90,17 @@ def test_one_long_document_gives_random_rows_too(letters: PreTrainedTokenizerFas
     assert 5 < (rows.ids[:, 3] == B).sum() < 35
 
 
-def test_fewer_rows_than_asked_for_are_all_used_and_noted(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_fewer_rows_than_requested_are_all_used_with_a_note(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     rows = calibration_rows(written(tmp_path / "few.txt", "abcdefg"), letters, 10, 4)
     assert sorted(rows.ids.tolist()) == [[1, 2, 3, 4], [5, 6, 7, 8]]
-    assert len(rows.notes) == 1 and "only 2 rows of 4 tokens" in rows.notes[0] and "not the 10" in rows.notes[0]
+    assert (
+        len(rows.notes) == 1
+        and "only 2 rows of 4 tokens" in rows.notes[0]
+        and "fewer than the requested 10" in rows.notes[0]
+    )
 
 
-def test_the_audit_figures_of_rows() -> None:
+def test_fingerprint_and_token_counts_of_rows() -> None:
     ids = torch.tensor([[1, 2, 3], [3, 300, 0]])
     expected = hashlib.sha256(struct.pack("<6q", 1, 2, 3, 3, 300, 0)).hexdigest()
     rows = TokenRows(ids, "test", vocabulary=500)
@@ -127,8 +131,8 @@ def test_files_are_read(tmp_path: Path) -> None:
     assert documents(str(folder / "x.parquet"), "calibration") == Documents(texts, "set/x.parquet")
 
 
-def test_the_built_in_corpus_is_asked_for_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lmpress.calibrate.data.documents.built_in", lambda split: [f"texts of {split}"])
+def test_the_built_in_corpus_gets_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lmpress.calibrate.data.documents.builtin_documents", lambda split: [f"texts of {split}"])
     assert documents("python-stdlib", "heldout") == Documents(["texts of heldout"], "python-stdlib/heldout")
 
 
@@ -167,14 +171,14 @@ def test_unusable_tables_are_explained(tmp_path: Path, columns: dict[str, list[o
 
 @pytest.mark.parametrize(
     ("name", "message"),
-    [("absent.txt", "no such file"), ("dir/absent.csv", "cannot read this kind"), ("wikitex", "wikitext2, ptb, c4")],
+    [("absent.txt", "no such file"), ("dir/absent.csv", "unsupported kind"), ("wikitex", "wikitext2, ptb, c4")],
 )
-def test_names_that_mean_nothing_are_wrong_usage(name: str, message: str) -> None:
+def test_unknown_names_are_usage_errors(name: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         documents(name, "heldout")
 
 
-def test_hub_sets_keep_their_conventions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_hub_sets_follow_the_publications(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[str, str | None, str]] = []
 
     def load_dataset(path: str, config: str | None, *, split: str, **_: object) -> list[dict[str, str]]:
@@ -194,23 +198,23 @@ def test_hub_sets_keep_their_conventions(monkeypatch: pytest.MonkeyPatch) -> Non
     ]
 
 
-def test_an_unreachable_hub_ends_in_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unreachable_hub_has_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def load_dataset(*_: object, **__: object) -> None:
         raise ConnectionError("Couldn't reach it")
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    with pytest.raises(CompressError, match=r"wikitext2 .test. cannot be fetched.*Couldn't reach it.*python-stdlib"):
+    with pytest.raises(CompressError, match=r"wikitext2 .split test. could not be downloaded.*reach it.*python-stdlib"):
         documents("wikitext2", "heldout")
 
 
-def test_a_folder_without_tokenizer_says_so(tmp_path: Path, tiny: Path) -> None:
+def test_a_folder_without_tokenizer_is_an_error(tmp_path: Path, tiny: Path) -> None:
     written(tmp_path / "config.json", '{"model_type": "llama"}')
     with pytest.raises(CompressError, match="has no tokenizer; copy the original"):
         load_tokenizer(tmp_path)
     assert load_tokenizer(tiny)("abc", add_special_tokens=False)["input_ids"] == [A, B, C]
 
 
-def test_a_broken_tokenizer_says_so(tmp_path: Path) -> None:
+def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
     written(tmp_path / "tokenizer.json", "{")
     with pytest.raises(CompressError, match="cannot be read"):
         load_tokenizer(tmp_path)

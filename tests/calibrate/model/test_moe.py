@@ -1,4 +1,4 @@
-"""Mixtures of experts as linear layers of their own: the same function, found in the checkpoint by its own names."""
+"""Mixtures of experts split into linear layers: the same function, with the tensor names of the checkpoint."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from transformers import (
 
 import lmpress
 from lmpress.calibrate.model.architecture import find_linears
-from lmpress.calibrate.model.moe import Experts
+from lmpress.calibrate.model.moe import SplitExperts
 from lmpress.calibrate.model.skeleton import Names, build, materialise
 from lmpress.compress.formats.source import open_source
 
@@ -52,20 +52,20 @@ def saved(config: PreTrainedConfig, folder: Path, letters: PreTrainedTokenizerFa
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.model_type)
-def test_experts_of_their_own_compute_the_same(
+def test_split_experts_compute_the_same(
     config: PreTrainedConfig, tmp_path: Path, letters: PreTrainedTokenizerFast
 ) -> None:
     model = saved(config, tmp_path, letters)
     source = open_source(tmp_path)
     ours = build(source)
     materialise(ours, "", source, Names(ours, source), "cpu")
-    assert sum(isinstance(module, Experts) for module in ours.modules()) == 2
+    assert sum(isinstance(module, SplitExperts) for module in ours.modules()) == 2
     ids = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         assert torch.allclose(ours(ids).logits, model(ids).logits, atol=1e-5)
 
 
-def test_routers_are_no_linear_layers_to_compress(tmp_path: Path, letters: PreTrainedTokenizerFast) -> None:
+def test_routers_are_not_compressed(tmp_path: Path, letters: PreTrainedTokenizerFast) -> None:
     saved(CONFIGS[1], tmp_path, letters)
     names = find_linears(build(open_source(tmp_path)).model.layers[0])
     assert "mlp.experts.5.down_proj" in names

@@ -1,4 +1,4 @@
-"""Our safetensors files against the library's, exact sizes, and files that are not what they should be."""
+"""Written safetensors files against the library's, exact sizes, and invalid files."""
 
 import errno
 import json
@@ -18,7 +18,7 @@ from lmpress.errors import CompressError, StorageError
 
 
 def tensors() -> dict[str, Tensor]:
-    """Every dtype of the format, odd sizes, a scalar, an empty one, a transposed one."""
+    """Tensors of every dtype of the format, with odd sizes, a scalar, an empty and a transposed one."""
     generator = torch.Generator().manual_seed(0)
     found = {f"dtype.{name}": (4 * torch.randn(3, 5, generator=generator)).to(dtype) for name, dtype in DTYPES.items()}
     return found | {
@@ -48,14 +48,14 @@ def entry(start: int, stop: int, shape: list[int] | None = None, dtype: str = "U
     return {"dtype": dtype, "shape": [stop - start] if shape is None else shape, "data_offsets": [start, stop]}
 
 
-def test_the_library_reads_our_files(tmp_path: Path) -> None:
+def test_the_library_reads_written_files(tmp_path: Path) -> None:
     safetensors_io.write(tmp_path / "ours.safetensors", tensors())
     assert same(load_file(tmp_path / "ours.safetensors"), tensors())
     with safe_open(tmp_path / "ours.safetensors", "pt") as file:
         assert file.metadata() == {"format": "pt"}  # transformers refuses files without it
 
 
-def test_we_read_the_librarys_files(tmp_path: Path) -> None:
+def test_files_of_the_library_are_read(tmp_path: Path) -> None:
     contiguous = {name: tensor.contiguous() for name, tensor in tensors().items()}
     save_file(contiguous, tmp_path / "theirs.safetensors")
     assert same(safetensors_io.read(tmp_path / "theirs.safetensors"), contiguous)
@@ -103,15 +103,15 @@ def test_shards_are_filled_in_natural_order(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.parametrize("left", [0, 1, 7, 8, 20, -8, -1])
-def test_truncated_files_are_called_so(tmp_path: Path, left: int) -> None:
+def test_truncated_files_are_reported_as_truncated(tmp_path: Path, left: int) -> None:
     file = tmp_path / "x.safetensors"
     safetensors_io.write(file, {"w": torch.arange(100)})
     file.write_bytes(file.read_bytes()[:left])
-    with pytest.raises(CompressError, match=r"x\.safetensors is truncated.*fetch it again"):
+    with pytest.raises(CompressError, match=r"x\.safetensors is truncated.*download it again"):
         safetensors_io.read_header(file)
 
 
-def test_a_file_cut_after_its_header_was_read_is_called_truncated(tmp_path: Path) -> None:
+def test_a_file_cut_after_its_header_was_read_is_reported_as_truncated(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     safetensors_io.write(file, {"w": torch.arange(100)})
     stored = safetensors_io.read_header(file)["w"]
@@ -139,7 +139,7 @@ def test_a_file_cut_after_its_header_was_read_is_called_truncated(tmp_path: Path
         ({"v": entry(0, 4), "w": entry(0, 4)}, b"abcd"),
     ],
 )
-def test_headers_that_lie_are_refused(tmp_path: Path, header: object, data: bytes) -> None:
+def test_inconsistent_headers_are_refused(tmp_path: Path, header: object, data: bytes) -> None:
     file = safetensors_file(tmp_path / "x.safetensors", header, data)
     with pytest.raises(CompressError, match=r"x\.safetensors is not a safetensors file"):
         safetensors_io.read_header(file)
@@ -153,7 +153,7 @@ def test_a_header_larger_than_the_file_is_never_read(tmp_path: Path) -> None:
 
 
 class FullDisk:
-    """A stream that takes `room` bytes."""
+    """A stream that accepts `room` bytes."""
 
     def __init__(self, stream: Any, room: int) -> None:
         self.stream, self.room = stream, room
@@ -173,7 +173,7 @@ class FullDisk:
 
 
 @pytest.mark.parametrize("room", [0, 5, 500, 900])
-def test_nothing_half_written_stays(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int) -> None:
+def test_no_incomplete_file_remains(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, room: int) -> None:
     good, file = {"w": torch.arange(100)}, tmp_path / "x.safetensors"
     safetensors_io.write(tmp_path / "part.safetensors", good)
     plain = Path.open

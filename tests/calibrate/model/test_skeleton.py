@@ -20,7 +20,7 @@ def change_config(folder: Path, **changes: object) -> None:
 
 
 def change_tensors(folder: Path, rename: dict[str, str | None]) -> None:
-    """Rename tensors of the checkpoint; None drops one."""
+    """Rename tensors of the checkpoint; None removes one."""
     tensors = safetensors_io.read(folder / "model.safetensors")
     renamed = {rename.get(name, name): tensor for name, tensor in tensors.items()}
     safetensors_io.write(folder / "model.safetensors", {name: tensor for name, tensor in renamed.items() if name})
@@ -34,7 +34,7 @@ def test_a_skeleton_holds_no_weights_but_real_buffers(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_filled_it_is_the_model(tiny: Path, dtype: torch.dtype) -> None:
+def test_a_filled_skeleton_equals_the_model(tiny: Path, dtype: torch.dtype) -> None:
     source = open_source(tiny)
     model = build(source, dtype)
     materialise(model, "", source, Names(model, source), "cpu")
@@ -55,7 +55,7 @@ def test_a_block_is_filled_and_released_alone(tiny: Path) -> None:
 
 
 def test_names_with_or_without_the_base_models_prefix(tmp_path: Path) -> None:
-    """GPT-2's published checkpoints lack `transformer.`, our tests' have it."""
+    """GPT-2's published checkpoints lack the prefix `transformer.`; those of the tests have it."""
     config = GPT2Config(vocab_size=10, n_embd=8, n_layer=1, n_head=2, n_positions=8)
     expected = GPT2LMHeadModel(config).eval()
     expected.save_pretrained(tmp_path)
@@ -95,7 +95,7 @@ def test_a_wrong_shape_is_named(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-def test_weights_that_are_no_numbers_are_named(tiny: Path, value: float) -> None:
+def test_weights_with_nan_or_infinity_are_named(tiny: Path, value: float) -> None:
     tensors = safetensors_io.read(tiny / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"][3, 4] = value
     safetensors_io.write(tiny / "model.safetensors", tensors)
@@ -105,7 +105,7 @@ def test_weights_that_are_no_numbers_are_named(tiny: Path, value: float) -> None
         materialise(model, "", source, Names(model, source), "cpu")
 
 
-def test_what_lies_outside_the_blocks(tiny: Path) -> None:
+def test_modules_outside_the_blocks(tiny: Path) -> None:
     model = build(open_source(tiny))
     names = {name for name, _ in outside(model, find_blocks(model)[1])}
     assert names == {"model.embed_tokens", "model.norm", "model.rotary_emb", "lm_head"}
@@ -116,5 +116,5 @@ def test_what_lies_outside_the_blocks(tiny: Path) -> None:
 )
 def test_unknown_architectures_are_refused(tiny: Path, changes: dict[str, object]) -> None:
     change_config(tiny, **changes)
-    with pytest.raises(UsageError, match=r"config\.json describes no language model that transformers can build"):
+    with pytest.raises(UsageError, match=r"config\.json does not describe a language model that transformers supports"):
         build(open_source(tiny))

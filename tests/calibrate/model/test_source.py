@@ -1,4 +1,4 @@
-"""Opening a model directory: what is read, and what is said when it is not one."""
+"""Opening a model directory: the files that are read, and errors for folders that are not one."""
 
 import json
 import struct
@@ -71,11 +71,11 @@ def test_no_such_directory(model: str) -> None:
         open_source(model)
 
 
-def test_what_is_no_model_directory(tiny: Path) -> None:
+def test_folders_that_are_not_model_directories(tiny: Path) -> None:
     with pytest.raises(UsageError, match="is a file; give the directory"):
         open_source(tiny / WEIGHTS)
     (tiny / WEIGHTS).rename(tiny / "pytorch_model.bin")
-    with pytest.raises(UsageError, match=r"has only pytorch_model\.bin; safetensors files are needed"):
+    with pytest.raises(UsageError, match=r"has only pytorch_model\.bin; safetensors files are required"):
         open_source(tiny)
     (tiny / "pytorch_model.bin").unlink()
     with pytest.raises(UsageError, match="has no weights"):
@@ -87,7 +87,7 @@ def test_what_is_no_model_directory(tiny: Path) -> None:
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [(b"{", "is not valid JSON"), (b"[]", "holds no JSON object"), (b"\xff\xff", "is not valid JSON"), (b"", "JSON")],
+    [(b"{", "is not valid JSON"), (b"[]", "is not a JSON object"), (b"\xff\xff", "is not valid JSON"), (b"", "JSON")],
 )
 def test_damaged_configs(tiny: Path, content: bytes, message: str) -> None:
     (tiny / "config.json").write_bytes(content)
@@ -98,12 +98,12 @@ def test_damaged_configs(tiny: Path, content: bytes, message: str) -> None:
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"weight_map": 5}', '{"weight_map": {"a": 5}}'])
 def test_damaged_indexes(tiny: Path, content: str) -> None:
     (tiny / safetensors_io.INDEX).write_text(content)
-    with pytest.raises(CompressError, match="is no index of weight files"):
+    with pytest.raises(CompressError, match="is not a valid index of weight files"):
         open_source(tiny)
 
 
 @pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors"])
-def test_an_index_never_leads_out_of_its_folder(tiny: Path, name: str) -> None:
+def test_an_index_cannot_list_files_outside_its_folder(tiny: Path, name: str) -> None:
     (tiny / safetensors_io.INDEX).write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(CompressError, match="a file outside its folder; do not trust"):
         open_source(tiny)
@@ -116,7 +116,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(tiny: Path) -> None:
     with pytest.raises(CompressError, match=f"{second.name} is truncated"):
         open_source(tiny)
     second.unlink()
-    with pytest.raises(CompressError, match=f"lacks {second.name}, which its index names"):
+    with pytest.raises(CompressError, match=f"lacks {second.name}, listed in its index"):
         open_source(tiny)
 
 

@@ -1,4 +1,4 @@
-"""The drift of a layer's output: where outputs land, the statistic itself, and what GPTQ makes of it."""
+"""The drift of a layer's output: residual targets, the statistic itself, and its use in GPTQ."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from lmpress.calibrate.model.skeleton import build
 from lmpress.calibrate.runner import Runner
 from lmpress.calibrate.statistics.drift import Drift, residual_targets
 from lmpress.compress.formats.source import open_source
-from lmpress.compress.methods.quantize.gptq import GPTQ, Order, Prepared, prepare, solve, swept
+from lmpress.compress.methods.quantize.gptq import GPTQ, Order, Prepared, prepare, solve, sweep_columns
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
@@ -22,7 +22,7 @@ from lmpress.recipes.scheme import QuantArgs
 
 
 class Residual(nn.Module):
-    """Two linears in a row, the second added to the stream and that sum used again."""
+    """Two linears in a row; the output of the second is added to the stream, and the sum is used again."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class Residual(nn.Module):
         return self.stream + x.tanh()
 
 
-def test_an_output_lands_in_the_sum_it_is_first_added_into() -> None:
+def test_the_residual_target_is_the_first_sum_of_an_output() -> None:
     block = Residual()
     with residual_targets(find_linears(block)) as found:
         result = block(torch.randn(2, 3, 4))
@@ -46,19 +46,19 @@ def test_an_output_lands_in_the_sum_it_is_first_added_into() -> None:
 
 def test_streaming_equals_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
-    lacking, inputs = (torch.randn(30, n, generator=generator, dtype=torch.float64) for n in (5, 7))
+    difference, inputs = (torch.randn(30, n, generator=generator, dtype=torch.float64) for n in (5, 7))
     drift = Drift(5, 7, torch.float64)
     for start in range(0, 30, 10):
-        drift.update(lacking[start : start + 10], inputs[start : start + 10], sequences=2)
-    assert torch.allclose(drift.matrix(), 2 / 6 * lacking.T @ inputs)
+        drift.update(difference[start : start + 10], inputs[start : start + 10], sequences=2)
+    assert torch.allclose(drift.matrix(), 2 / 6 * difference.T @ inputs)
 
 
 ARGS = QuantArgs(bits=3, group_size=4)
 
 
 @dataclass
-class Broken:
-    """A layer whose inputs have changed from `before` to `inputs`; `best` is the least squares answer to that."""
+class DriftedLayer:
+    """A layer whose inputs have changed from `before` to `inputs`; `best` is the least squares solution for the new inputs."""
 
     before: Tensor
     inputs: Tensor
@@ -67,7 +67,7 @@ class Broken:
     best: Tensor
 
     @classmethod
-    def make(cls) -> "Broken":
+    def make(cls) -> "DriftedLayer":
         generator = torch.Generator().manual_seed(1)
         inputs = torch.randn(200, 12, generator=generator, dtype=torch.float64)
         before = inputs + 0.1 * torch.randn(200, 12, generator=generator, dtype=torch.float64)
@@ -80,14 +80,14 @@ class Broken:
         return prepare(2 * self.inputs.T @ self.inputs, ARGS, config)
 
     def loss(self, weight: Tensor) -> float:
-        """What the layer's output lacks of what it should be."""
+        """The squared error of the layer's output."""
         return float((self.before @ self.weight.T - self.inputs @ weight.T).square().sum())
 
 
 @pytest.mark.parametrize("share", [1.0, 0.5])
-def test_the_aim_is_the_least_squares_answer(share: float) -> None:
-    """Without damping `W + G H^-1` is the weight whose output on `X` is nearest to what the layer should give."""
-    layer = Broken.make()
+def test_the_target_is_the_least_squares_solution(share: float) -> None:
+    """Without damping, `W + G H^-1` is the weight whose output for `X` is nearest to the original output."""
+    layer = DriftedLayer.make()
     prepared = layer.prepared(GPTQ(damping=0.0))
     target = prepared.drift_target(layer.drift, share)
     assert target is not None
@@ -97,8 +97,8 @@ def test_the_aim_is_the_least_squares_answer(share: float) -> None:
     assert torch.allclose(target, layer.weight + share * (layer.best - layer.weight), atol=1e-9)
 
 
-def test_no_share_and_no_drift_have_no_aim() -> None:
-    layer = Broken.make()
+def test_without_share_or_drift_there_is_no_target() -> None:
+    layer = DriftedLayer.make()
     prepared = layer.prepared(GPTQ())
     assert prepared.drift_target(layer.drift, 0.0) is None
     assert prepared.drift_target(None, 1.0) is None
@@ -108,54 +108,54 @@ def test_no_share_and_no_drift_have_no_aim() -> None:
     ("order", "groups"),
     [("natural", "static"), ("natural", "dynamic"), ("act", "static"), ("group", "static"), ("group", "dynamic")],
 )
-def test_the_sweep_goes_for_the_aim(order: Order, groups: Literal["static", "dynamic"]) -> None:
-    """Its errors are those of the least squares answer, and what is served comes nearer to the original's output."""
-    layer, config = Broken.make(), GPTQ(order=order, groups=groups, damping=0.0)
+def test_the_sweep_approximates_the_target(order: Order, groups: Literal["static", "dynamic"]) -> None:
+    """Its errors are those against the least squares solution, and the quantized output is nearer to the original one."""
+    layer, config = DriftedLayer.make(), GPTQ(order=order, groups=groups, damping=0.0)
     prepared = layer.prepared(config)
     target = prepared.drift_target(layer.drift, 1.0)
     assert target is not None
-    codes, grid, errors = swept(layer.weight, prepared, ARGS, config, target)
-    settled = grid.dequantize(codes)
+    codes, grid, errors = sweep_columns(layer.weight, prepared, ARGS, config, target)
+    quantized = grid.dequantize(codes)
     product = (errors.T @ prepared.factor.upper)[:, prepared.order.argsort()]
-    assert torch.allclose(layer.best - settled, product, atol=1e-9)
+    assert torch.allclose(layer.best - quantized, product, atol=1e-9)
     plain = solve(layer.weight, prepared, ARGS, config).tensor.dequantize(torch.float64)
-    assert layer.loss(settled) < layer.loss(plain)
+    assert layer.loss(quantized) < layer.loss(plain)
 
 
-def test_what_a_solution_lacks_of_the_aim() -> None:
-    """`excess` beside the layer's own loss is the loss against the least squares answer."""
-    layer = Broken.make()
+def test_the_loss_against_the_target() -> None:
+    """The layer's own loss plus `excess` is the loss against the least squares solution."""
+    layer = DriftedLayer.make()
     prepared = layer.prepared(GPTQ(damping=0.0))
     target = prepared.drift_target(layer.drift, 1.0)
     assert target is not None
-    settled = Grid.fit(layer.weight, ARGS).dequantize(Grid.fit(layer.weight, ARGS).quantize(layer.weight))
-    delta = layer.weight - settled
-    expected = layer_loss(layer.best - settled, prepared.hessian)
+    quantized = Grid.fit(layer.weight, ARGS).dequantize(Grid.fit(layer.weight, ARGS).quantize(layer.weight))
+    delta = layer.weight - quantized
+    expected = layer_loss(layer.best - quantized, prepared.hessian)
     assert layer_loss(delta, prepared.hessian) + target.excess(delta) == pytest.approx(expected, rel=1e-9)
-    gap = layer.loss(settled) - layer.loss(layer.best)
+    gap = layer.loss(quantized) - layer.loss(layer.best)
     assert expected == pytest.approx(gap, rel=1e-9)
 
 
-def test_an_untouched_input_changes_nothing() -> None:
-    layer, config = Broken.make(), GPTQ(refine=1, drift=0.5)
+def test_zero_drift_changes_nothing() -> None:
+    layer, config = DriftedLayer.make(), GPTQ(refine=1, drift=0.5)
     prepared, still = layer.prepared(config), Drift(5, 12, torch.float64)
     target = prepared.drift_target(still, config.drift)
-    with_aim, without = (solve(layer.weight, prepared, ARGS, config, a).tensor for a in (target, None))
-    assert torch.equal(with_aim.codes, without.codes)
-    assert torch.equal(with_aim.scale, without.scale)
+    with_target, without = (solve(layer.weight, prepared, ARGS, config, a).tensor for a in (target, None))
+    assert torch.equal(with_target.codes, without.codes)
+    assert torch.equal(with_target.scale, without.scale)
 
 
-def walked(tiny: Path, scratch: Path, ids: Tensor) -> Runner:
+def captured(tiny: Path, scratch: Path, ids: Tensor) -> Runner:
     source = open_source(tiny)
     runner = Runner(build(source), source, TokenRows(ids, "test", 10), scratch, reference=True)
     runner.capture()
     return runner
 
 
-def test_an_untouched_model_does_not_drift_and_a_broken_one_does(tiny: Path, tmp_path: Path) -> None:
+def test_the_drift_is_zero_until_an_earlier_block_changes(tiny: Path, tmp_path: Path) -> None:
     """The statistic of the second block against outputs computed by hand, after the first block was changed."""
     ids = torch.randint(2, 10, (6, 16), generator=torch.Generator().manual_seed(0))
-    runner = walked(tiny, tmp_path, ids)
+    runner = captured(tiny, tmp_path, ids)
     first = runner.load(0)
     names = set(find_linears(first))
     untouched = runner.collect(0, names)
@@ -170,11 +170,11 @@ def test_an_untouched_model_does_not_drift_and_a_broken_one_does(tiny: Path, tmp
     seen: dict[str, list[Tensor]] = {"in": [], "out": []}
     linear = second.get_submodule("self_attn.q_proj")
 
-    def look(module: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
+    def record(module: nn.Module, args: tuple[Tensor], result: Tensor) -> None:
         seen["in"].append(args[0])
         seen["out"].append(result)
 
-    hook = linear.register_forward_hook(look)
+    hook = linear.register_forward_hook(record)
     call = runner._calls[1][0]
     with torch.no_grad():
         for stream in (runner._hidden[0], runner._reference[0]):
@@ -182,10 +182,10 @@ def test_an_untouched_model_does_not_drift_and_a_broken_one_does(tiny: Path, tmp
             seen.setdefault("block", []).append(result)
     hook.remove()
     inputs = seen["in"][0].flatten(0, 1)
-    lacking = (seen["out"][1] - seen["out"][0]).flatten(0, 1)
-    assert torch.allclose(found.drifts["self_attn.q_proj"].matrix(), 2 / 6 * lacking.T @ inputs, atol=1e-5)
+    difference = (seen["out"][1] - seen["out"][0]).flatten(0, 1)
+    assert torch.allclose(found.drifts["self_attn.q_proj"].matrix(), 2 / 6 * difference.T @ inputs, atol=1e-5)
     assert found.drifts["self_attn.q_proj"].matrix().norm() > 0
-    # the last linear of the block lands in the block's own output
+    # the residual target of the block's last linear is the block's output
     gap = (seen["block"][1] - seen["block"][0]).flatten(0, 1)
     held: list[Tensor] = []
     hook = second.get_submodule("mlp.down_proj").register_forward_pre_hook(lambda module, args: held.append(args[0]))
@@ -197,7 +197,7 @@ def test_an_untouched_model_does_not_drift_and_a_broken_one_does(tiny: Path, tmp
 
 
 def test_groups_by_common_input(tiny: Path, tmp_path: Path) -> None:
-    runner = walked(tiny, tmp_path, torch.randint(2, 10, (2, 8), generator=torch.Generator().manual_seed(0)))
+    runner = captured(tiny, tmp_path, torch.randint(2, 10, (2, 8), generator=torch.Generator().manual_seed(0)))
     names = set(find_linears(runner.load(0)))
     groups = [sorted(name.rpartition(".")[2] for name in group) for group in runner.groups(0, names)]
     assert groups == [["k_proj", "q_proj", "v_proj"], ["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -211,14 +211,14 @@ def test_shares_outside_zero_to_one_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    ("bits", "aimed", "expected"), [(3, None, True), (4, None, False), (4, True, True), (3, False, False)]
+    ("bits", "use_target", "expected"), [(3, None, True), (4, None, False), (4, True, True), (3, False, False)]
 )
-def test_grids_are_fitted_to_the_aim_where_they_are_coarse_or_asked_to(
-    bits: int, aimed: bool | None, expected: bool
+def test_grids_are_fitted_to_the_target_if_coarse_or_requested(
+    bits: int, use_target: bool | None, expected: bool
 ) -> None:
-    layer, config = Broken.make(), GPTQ(damping=0.0, aimed_grid=aimed)
+    layer, config = DriftedLayer.make(), GPTQ(damping=0.0, aimed_grid=use_target)
     prepared, args = layer.prepared(config), QuantArgs(bits=bits, group_size=4)
     target = prepared.drift_target(layer.drift, 1.0)
-    grid = swept(layer.weight, prepared, args, config, target)[1]
+    grid = sweep_columns(layer.weight, prepared, args, config, target)[1]
     wanted = Grid.fit(layer.best if expected else layer.weight, args)
     assert torch.allclose(grid.scale, wanted.scale, atol=1e-9)

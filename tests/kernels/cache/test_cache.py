@@ -202,7 +202,7 @@ def test_models_with_other_caches_are_refused(kind: str, shape: dict[str, Any]) 
 
 
 @pytest.mark.parametrize(
-    ("make", "says"),
+    ("make", "message"),
     [
         (lambda: CacheScheme.of(1), "bits 1 is outside"),
         (lambda: CacheScheme.of(9), "bits 9 is outside"),
@@ -215,8 +215,8 @@ def test_models_with_other_caches_are_refused(kind: str, shape: dict[str, Any]) 
         (lambda: CacheScheme(keys=cache_args(8, "group", 12)), "groups of 12 tokens do not fill bytes"),
     ],
 )
-def test_schemes_that_cannot_be(make: Any, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_schemes_that_cannot_be(make: Any, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         make()
 
 

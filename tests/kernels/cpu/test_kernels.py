@@ -143,7 +143,7 @@ def test_extreme_codes_never_saturate(kernel, bits: int, batch: int) -> None:
 
 @each_kernel
 def test_int8_sums_are_exact_integers(kernel) -> None:
-    """A wide W8A8 layer: sums beyond 2**24, where a float would round, against Python's integers."""
+    """A wide W8A8 layer: sums beyond 2**24, which a float would round, compared with Python's integers."""
     columns = 40_000
     weight = random_weight(3, columns, 8, columns, True, 3)
     weight = Weight(weight.codes, torch.ones(3, 1), None, 8, columns)

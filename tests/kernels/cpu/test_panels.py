@@ -1,4 +1,4 @@
-"""The panel layout: what lies where, and that nothing is lost."""
+"""The panel layout: the position of every code and scale, and exact unpacking."""
 
 from dataclasses import replace
 

@@ -49,12 +49,12 @@ def textbook(weight: Tensor, inputs: Tensor, args: QuantArgs, damping: float) ->
     hessian = 2 * inputs.T @ inputs
     hessian += damping * hessian.diagonal().mean() * torch.eye(len(hessian), dtype=hessian.dtype)
     upper = torch.linalg.cholesky(torch.linalg.inv(hessian), upper=True)
-    grid, current, settled = Grid.fit(weight, args), weight.clone(), torch.zeros_like(weight)
+    grid, current, quantized = Grid.fit(weight, args), weight.clone(), torch.zeros_like(weight)
     for j in range(weight.shape[1]):
-        settled[:, j] = grid.dequantize(grid.quantize(current))[:, j]
-        error = (current[:, j] - settled[:, j]) / upper[j, j]
+        quantized[:, j] = grid.dequantize(grid.quantize(current))[:, j]
+        error = (current[:, j] - quantized[:, j]) / upper[j, j]
         current[:, j:] -= error.unsqueeze(1) * upper[j, j:]
-    return settled
+    return quantized
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
@@ -83,7 +83,7 @@ def test_bookkeeping_identity(
     prepared = prepare(statistic(correlated(500, width, dtype)).matrix(), args, config)
     solution = solve(weight, prepared, args, config)
     delta = weight - solution.tensor.dequantize(dtype)
-    product = gptq.swept(weight, prepared, args, config)[2].T @ prepared.factor.upper
+    product = gptq.sweep_columns(weight, prepared, args, config)[2].T @ prepared.factor.upper
     assert (delta[:, prepared.order] - product).norm() <= tolerance * delta.norm()
     damped = prepared.hessian + config.damping * prepared.hessian.diagonal().mean() * torch.eye(width, dtype=dtype)
     assert solution.damped_loss == pytest.approx(layer_loss(delta, damped), rel=tolerance)
@@ -127,9 +127,9 @@ def test_dead_columns_become_zero_and_few_tokens_suffice() -> None:
     args = QuantArgs(symmetric=False, group_size=32)
     prepared = prepare(statistic(inputs).matrix(), args, GPTQ())
     assert prepared.dead.nonzero().flatten().tolist() == [3, 40]
-    settled = solve(weights(16, 64), prepared, args, GPTQ()).tensor.dequantize()
-    assert settled.isfinite().all()
-    assert (settled[:, [3, 40]] == 0).all()
+    quantized = solve(weights(16, 64), prepared, args, GPTQ()).tensor.dequantize()
+    assert quantized.isfinite().all()
+    assert (quantized[:, [3, 40]] == 0).all()
 
 
 @pytest.mark.parametrize("shape", [(1, 64), (8, 1), (1, 1), (5, 7)])
@@ -152,7 +152,7 @@ def test_column_orders() -> None:
     assert column_order(diagonal, 2, "group").tolist() == [4, 5, 1, 0, 2, 3]
 
 
-def test_apply_records_the_figures_and_never_loses_to_rounding() -> None:
+def test_apply_records_the_figures_and_is_never_worse_than_rounding() -> None:
     args, inputs, weight = QuantArgs(bits=3, group_size=32), correlated(300, 64).float(), weights(8, 64).float()
     linear = Linear("layer", weight, args, statistic(inputs))
     gptq.apply(GPTQ(), Block("block", nn.Identity(), [linear]))
@@ -165,7 +165,7 @@ def test_apply_records_the_figures_and_never_loses_to_rounding() -> None:
 
 
 def test_a_worse_solution_is_replaced_by_rounding() -> None:
-    """A calibration that says nothing about the layer must not make it worse: here the solved codes are all wrong."""
+    """A solution that is worse than rounding is replaced by it: here all solved codes are wrong."""
     args, inputs, weight = QuantArgs(group_size=32), correlated(300, 64).float(), weights(8, 64).float()
     linear = Linear("layer", weight, args, statistic(inputs))
     rounded = round_to_nearest(weight, args)
@@ -176,5 +176,5 @@ def test_a_worse_solution_is_replaced_by_rounding() -> None:
 
 
 def test_scattered_groups_are_refused() -> None:
-    with pytest.raises(UsageError, match="dynamic groups"):
+    with pytest.raises(UsageError, match="groups=dynamic"):
         GPTQ(order="act", groups="dynamic")

@@ -1,4 +1,4 @@
-"""What GPTQ chooses on held-out tokens, against trying everything on those tokens themselves, in float64."""
+"""The choices of GPTQ on held-out tokens, against brute force on these tokens in float64."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from lmpress.calibrate.statistics.drift import Drift
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
 from lmpress.compress.methods.quantize import gptq
-from lmpress.compress.methods.quantize.gptq import DAMPINGS, GPTQ, prepare, solve
+from lmpress.compress.methods.quantize.gptq import DAMPING_FACTORS, GPTQ, prepare, solve
 from lmpress.recipes.scheme import QuantArgs
 
 ARGS = QuantArgs(bits=3, group_size=8)
@@ -17,7 +17,7 @@ WIDTH, ROWS = 24, 6
 
 
 class Layer:
-    """A layer with inputs to choose from and inputs held out, and what its output lacks on both."""
+    """A layer with main and held-out inputs, and the drift of its output on both."""
 
     def __init__(self, tokens: int, signal: float, seed: int = 0) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -27,13 +27,13 @@ class Layer:
 
         mixing, repair = draw(WIDTH, WIDTH), signal * draw(ROWS, WIDTH)
         self.inputs = [draw(n, WIDTH) @ mixing for n in (tokens, 40)]
-        self.lacking = [x @ repair.T + draw(len(x), ROWS) for x in self.inputs]
+        self.difference = [x @ repair.T + draw(len(x), ROWS) for x in self.inputs]
         self.weight = draw(ROWS, WIDTH)
         parts = []
-        for x, lacking in zip(self.inputs, self.lacking, strict=True):
+        for x, difference in zip(self.inputs, self.difference, strict=True):
             hessian, drift = Hessian(WIDTH, torch.float64), Drift(ROWS, WIDTH, torch.float64)
             hessian.update(x, sequences=len(x))
-            drift.update(lacking, x, sequences=len(x))
+            drift.update(difference, x, sequences=len(x))
             parts.append((hessian, drift))
         (hessian, drift), held = parts
         hessian.merge(held[0])
@@ -51,41 +51,41 @@ def test_the_damping_is_the_best_on_the_held_out_tokens(tokens: int) -> None:
     layer, config = Layer(tokens, 0.0), GPTQ(damping=0.03, refine=1)
     hessian = 2 / tokens * layer.inputs[0].T @ layer.inputs[0]
     losses = {}
-    for factor in DAMPINGS:
+    for factor in DAMPING_FACTORS:
         options = GPTQ(damping=0.03 * factor)
-        settled = solve(layer.weight, prepare(hessian, ARGS, options), ARGS, options).tensor.dequantize(torch.float64)
-        losses[0.03 * factor] = float(((layer.weight - settled) @ layer.inputs[1].T).square().sum())
+        quantized = solve(layer.weight, prepare(hessian, ARGS, options), ARGS, options).tensor.dequantize(torch.float64)
+        losses[0.03 * factor] = float(((layer.weight - quantized) @ layer.inputs[1].T).square().sum())
     assert gptq.best_damping(config, [layer.linear]) == min(losses, key=losses.__getitem__)
 
 
 @pytest.mark.parametrize(("tokens", "signal"), [(30, 0.0), (30, 0.1), (60, 0.3), (4000, 1.0)])
 def test_the_share_of_the_drift_is_the_best_on_the_held_out_tokens(tokens: int, signal: float) -> None:
     layer = Layer(tokens, signal)
-    drift = 2 / tokens * layer.lacking[0].T @ layer.inputs[0]
+    drift = 2 / tokens * layer.difference[0].T @ layer.inputs[0]
     correction = drift @ torch.linalg.inv(layer.damped(0.01))
     shares = torch.linspace(0, 1, 10001, dtype=torch.float64)
-    left = torch.stack([(layer.lacking[1] - s * layer.inputs[1] @ correction.T).square().sum() for s in shares])
-    assert gptq.drift_that_lasts(layer.linear, 0.01) == pytest.approx(float(shares[left.argmin()]), abs=1e-4)
+    left = torch.stack([(layer.difference[1] - s * layer.inputs[1] @ correction.T).square().sum() for s in shares])
+    assert gptq.held_out_drift_share(layer.linear, 0.01) == pytest.approx(float(shares[left.argmin()]), abs=1e-4)
 
 
-def test_noise_is_not_followed_and_a_true_drift_is() -> None:
-    assert gptq.drift_that_lasts(Layer(30, 0.0).linear, 0.01) < 0.2
-    assert gptq.drift_that_lasts(Layer(4000, 1.0).linear, 0.01) > 0.95
+def test_noise_gets_a_small_share_and_true_drift_a_large_one() -> None:
+    assert gptq.held_out_drift_share(Layer(30, 0.0).linear, 0.01) < 0.2
+    assert gptq.held_out_drift_share(Layer(4000, 1.0).linear, 0.01) > 0.95
 
 
-def test_what_was_chosen_is_reported_and_solved_with() -> None:
+def test_the_chosen_options_are_reported_and_used() -> None:
     layer, config = Layer(30, 0.3), GPTQ(damping=0.03, drift=0.8, held_out=True)
     gptq.apply(config, Block("block", nn.Identity(), [layer.linear]))
     damping, drift = (layer.linear.figures[name] for name in ("damping", "drift"))
     assert damping == gptq.best_damping(config, [Layer(30, 0.3).linear])
-    assert drift == 0.8 * gptq.drift_that_lasts(Layer(30, 0.3).linear, float(damping))
+    assert drift == 0.8 * gptq.held_out_drift_share(Layer(30, 0.3).linear, float(damping))
     by_hand = Layer(30, 0.3).linear
-    by_hand.held = None
+    by_hand.held_out = None
     gptq.apply(GPTQ(damping=float(damping), drift=float(drift)), Block("block", nn.Identity(), [by_hand]))
     assert by_hand.result is not None and layer.linear.result is not None
     assert torch.equal(by_hand.result.dequantize(), layer.linear.result.dequantize())
 
 
-def test_it_is_asked_for_only_where_it_is_used() -> None:
+def test_held_out_statistics_are_collected_only_if_used() -> None:
     assert GPTQ().needs == {"hessian"}
     assert GPTQ(drift=0.5, held_out=True).needs == {"hessian", "drift", "held"}

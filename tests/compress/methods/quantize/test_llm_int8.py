@@ -1,4 +1,4 @@
-"""LLM.int8 against its formula in float64: order of errors, choice of columns, repair, module, checkpoint."""
+"""LLM.int8 against its formula in float64: order of errors, choice of columns, compensation, module, checkpoint."""
 
 import json
 from dataclasses import replace
@@ -14,7 +14,7 @@ from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Linear
 from lmpress.compress.formats.llm_int8 import LLMInt8 as Format
 from lmpress.compress.formats.llm_int8 import kept_columns
-from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose, mix
+from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose_columns, quantize_with_outliers
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.activations import decompose
@@ -30,7 +30,7 @@ WIDTH, OUTLIER = 96, [7, 50]
 
 
 def layer() -> tuple[Tensor, Tensor]:
-    """A weight `[48, 96]`, and inputs of 40 tokens with two channels that are forty times as loud as the rest."""
+    """A weight `[48, 96]`, and inputs of 40 tokens with two channels that are forty times as large as the rest."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(48, WIDTH, generator=generator) / 10, torch.randn(40, WIDTH, generator=generator)
     x[:, OUTLIER] *= 40
@@ -40,7 +40,9 @@ def layer() -> tuple[Tensor, Tensor]:
 def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None) -> MixedTensor:
     args = replace(SCHEME.weights, outliers=max(len(columns), 1) / WIDTH)
     linear = Linear("layer", weight, args, hessian)
-    return mix(linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold))
+    return quantize_with_outliers(
+        linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold)
+    )
 
 
 def module(tensor: MixedTensor) -> nn.Module:
@@ -50,17 +52,17 @@ def module(tensor: MixedTensor) -> nn.Module:
 
 
 def formula(x: Tensor, weight: Tensor, kept: list[int], threshold: float) -> Tensor:
-    """The published product, entry by entry of the split, in float64; `kept` columns have their own weights."""
+    """The published product in float64, split into outliers and the rest; `kept` columns have 16-bit weights."""
     x, weight = x.double(), weight.double()
     scale = weight.abs().amax(1, keepdim=True) / 127
     codes = (weight / scale).round()
-    loud = [j for j in range(x.shape[1]) if j in kept or (threshold and bool((x[:, j].abs() >= threshold).any()))]
-    quiet = x.clone()
-    quiet[:, loud] = 0
-    per_token = quiet.abs().amax(1, keepdim=True) / 127
+    outliers = [j for j in range(x.shape[1]) if j in kept or (threshold and bool((x[:, j].abs() >= threshold).any()))]
+    inliers = x.clone()
+    inliers[:, outliers] = 0
+    per_token = inliers.abs().amax(1, keepdim=True) / 127
     per_token[per_token == 0] = 1
-    y = (quiet / per_token).round() @ codes.T * per_token * scale.T
-    for j in loud:
+    y = (inliers / per_token).round() @ codes.T * per_token * scale.T
+    for j in outliers:
         column = weight[:, j].half().double() if j in kept else codes[:, j] * scale[:, 0]
         y += x[:, j : j + 1] * column
     return y
@@ -82,7 +84,7 @@ def test_the_module_computes_the_formula(kept: list[int], threshold: float, rows
     assert torch.allclose(found.double(), formula(x, weight, kept, threshold), rtol=1e-3, atol=2e-3)
 
 
-def test_errors_fall_in_the_published_order_and_16_bits_pay() -> None:
+def test_errors_have_the_published_order_and_16_bits_lower_them() -> None:
     weight, x = layer()
 
     def per_tensor(t: Tensor) -> Tensor:
@@ -101,24 +103,24 @@ def test_errors_fall_in_the_published_order_and_16_bits_pay() -> None:
     assert kept <= 0.4 * dequantized
 
 
-def test_without_loud_columns_the_threshold_changes_nothing() -> None:
+def test_without_outliers_the_threshold_changes_nothing() -> None:
     weight, x = layer()
     x = x.clamp(-5.9, 5.9)
     on, off = (module(mixed(weight, [], threshold))(x) for threshold in (6.0, 0.0))
     assert torch.equal(on, off)
 
 
-@pytest.mark.parametrize("case", ["zero rows", "all loud", "one token", "zeros"])
+@pytest.mark.parametrize("case", ["zero rows", "all outliers", "one token", "zeros"])
 def test_edge_cases_are_finite_and_right(case: str) -> None:
     weight, x = layer()
-    cases = {"zero rows": x.index_fill(0, torch.tensor([0, 3]), 0), "all loud": x.sign() * 50, "one token": x[:1]}
+    cases = {"zero rows": x.index_fill(0, torch.tensor([0, 3]), 0), "all outliers": x.sign() * 50, "one token": x[:1]}
     x = cases.get(case, torch.zeros_like(x))
     found = module(mixed(weight, OUTLIER))(x)
     assert torch.allclose(found.double(), formula(x, weight, OUTLIER, 6.0), rtol=1e-3, atol=2e-3)
     assert not found[x.abs().sum(1) == 0].any()
 
 
-def test_what_calibration_sees_is_what_is_served() -> None:
+def test_the_module_equals_the_decomposition_of_calibration() -> None:
     weight, x = layer()
     for kept in (OUTLIER, [7]):
         tensor = mixed(weight, kept)
@@ -127,8 +129,8 @@ def test_what_calibration_sees_is_what_is_served() -> None:
         assert torch.allclose(module(tensor)(x).double(), expected, rtol=1e-4, atol=1e-3)
 
 
-def test_columns_are_chosen_by_what_tokens_are_without_them() -> None:
-    """Brute force: of all columns, the next is that whose absence lowers the sum of squared maxima most."""
+def test_columns_are_chosen_by_the_magnitudes_without_them() -> None:
+    """Brute force: the next column is the one whose removal lowers the sum of squared maxima most."""
     _, x = layer()
     for count in (1, 2, 5):
         rest, expected = x.clone().double(), []
@@ -140,20 +142,20 @@ def test_columns_are_chosen_by_what_tokens_are_without_them() -> None:
                 sums.append(float(without.abs().amax(1).square().sum()))
             expected.append(min(range(WIDTH), key=lambda j: (sums[j], j)))
             rest[:, expected[-1]] = 0
-        loudest = x.abs().topk(count + 1, dim=1)
-        assert choose(loudest.values, loudest.indices, count, WIDTH).tolist() == sorted(expected)
+        largest = x.abs().topk(count + 1, dim=1)
+        assert choose_columns(largest.values, largest.indices, count, WIDTH).tolist() == sorted(expected)
         if count == 2:
             assert sorted(expected) == OUTLIER
 
 
 def test_columns_without_any_token() -> None:
     none = torch.zeros(0, 1)
-    assert choose(none, none.long(), 3, 10).tolist() == [0, 1, 2]
+    assert choose_columns(none, none.long(), 3, 10).tolist() == [0, 1, 2]
 
 
-def test_solving_loses_less_and_the_kept_columns_repair() -> None:
+def test_solving_lowers_the_loss_and_kept_columns_compensate() -> None:
     weight, x = layer()
-    x[:, 1:7] += x[:, 7:8] / 10  # what the kept column can make up for
+    x[:, 1:7] += x[:, 7:8] / 10  # errors that the kept column can compensate
     statistic = Hessian(WIDTH)
     statistic.update(x, sequences=1)
     matrix = statistic.matrix()
@@ -187,7 +189,7 @@ def test_packing_is_exact_and_planned() -> None:
     assert kept_columns(replace(SCHEME.weights, outliers=0.1), 30) == 3  # 0.1 * 30 is a little more than 3
 
 
-def test_the_module_gives_back_what_it_serves_and_survives_casts() -> None:
+def test_the_module_returns_its_tensor_unchanged_after_casts() -> None:
     weight, x = layer()
     tensor = mixed(weight, OUTLIER)
     model = module(tensor)
@@ -209,7 +211,7 @@ def test_a_checkpoint_has_the_planned_bytes_and_other_runtimes_refuse_it(
     out, data = tmp_path / "out", str(tmp_path / "text.txt")
     report = lmpress.quantize(tiny, out, method="llm-int8", quality=quality, calib=data, samples=4, seq_len=16)
     assert report.bytes_after == (out / "model.safetensors").stat().st_size
-    assert all(figures["kept"] == 1 for figures in report.layers)
+    assert all(figures["kept_columns"] == 1 for figures in report.layers)
     found = lmpress.evaluate(out, data, seq_len=16, against=tiny)
     assert found.kl is not None and found.kl < 1e-2
     assert json.loads((out / "config.json").read_text())["quantization_config"]["threshold"] == 6.0
@@ -217,8 +219,8 @@ def test_a_checkpoint_has_the_planned_bytes_and_other_runtimes_refuse_it(
         AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_outlier_channels_do_no_harm(tmp_path: Path, assets: Path) -> None:
-    """Within 1 % of the original's perplexity where plain W8A8 loses a tenth."""
+def test_outlier_channels_do_not_raise_the_perplexity(tmp_path: Path, assets: Path) -> None:
+    """Within 1 % of the original perplexity, on a model for which plain W8A8 is at least 5 % worse."""
     model, text = assets / "models" / "stories260K-outlier", assets / "data" / "tinystories"
     calib = str(text / "train.jsonl")
     lmpress.quantize(model, tmp_path / "out", method="llm-int8", calib=calib, samples=16, seq_len=256)
@@ -246,7 +248,7 @@ PER_TOKEN = {"bits": 8, "strategy": "token", "group_size": None, "formula": "sig
     ],
     ids=str,
 )
-def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path, options: dict, message: str) -> None:
+def test_invalid_options_are_refused(tiny: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         lmpress.quantize(tiny, tmp_path / "out", **options)
     assert not (tmp_path / "out").exists()

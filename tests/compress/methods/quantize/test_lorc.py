@@ -1,4 +1,4 @@
-"""LoRC against the singular value decomposition in float64, its promises about rank and weighting, and its checkpoints."""
+"""LoRC against the singular value decomposition in float64, its properties in rank and weighting, and its checkpoints."""
 
 import json
 from pathlib import Path
@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 import lmpress
 from lmpress.compress.methods.quantize import lorc
-from lmpress.compress.methods.quantize.lorc import LoRC, leading, low_rank
+from lmpress.compress.methods.quantize.lorc import LoRC, leading_eigenvectors, low_rank
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
@@ -20,7 +20,7 @@ from lmpress.recipes.scheme import QuantArgs
 
 
 def layer(rows: int = 48, columns: int = 64) -> tuple[Tensor, Tensor]:
-    """What rounding to 3 bits loses, and the Hessian of inputs of very different sizes."""
+    """The error of rounding to 3 bits, and the Hessian of inputs with channels of very different magnitudes."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(rows, columns, generator=generator)
     x = torch.randn(200, columns, generator=generator) * torch.logspace(1, -1, columns)
@@ -29,26 +29,26 @@ def layer(rows: int = 48, columns: int = 64) -> tuple[Tensor, Tensor]:
 
 
 def left_over(error: Tensor, hessian: Tensor, rank: int, weighted: bool = True) -> float:
-    judge = hessian if weighted else torch.eye(len(hessian))
-    left, right = low_rank(error, judge, rank)
+    norm = hessian if weighted else torch.eye(len(hessian))
+    left, right = low_rank(error, norm, rank)
     assert left.dtype == right.dtype == torch.float16
     return layer_loss(error.double() - left.double() @ right.double(), hessian.double())
 
 
 def optimum(error: Tensor, hessian: Tensor, rank: int) -> float:
-    """By the singular values of `E L` with `H = L L^T`: half the sum of the squares of those left out."""
+    """The least loss, half the sum of squares of the other singular values of `E L` with `H = L L^T`."""
     root = torch.linalg.cholesky(hessian.double())
     return float(torch.linalg.svdvals(error.double() @ root)[rank:].square().sum()) / 2
 
 
 @pytest.mark.parametrize("rank", [1, 4, 16, 40])
-def test_nothing_of_that_rank_is_nearer(rank: int) -> None:
+def test_no_term_of_that_rank_is_better(rank: int) -> None:
     error, hessian = layer()
     best = optimum(error, hessian, rank)
     assert best <= left_over(error, hessian, rank) <= 1.001 * best
 
 
-def test_more_rank_never_loses_more_and_full_rank_loses_nothing() -> None:
+def test_the_loss_falls_with_the_rank_and_is_zero_at_full_rank() -> None:
     error, hessian = layer()
     whole = layer_loss(error.double(), hessian.double())
     losses = [left_over(error, hessian, rank) for rank in range(1, 49)]
@@ -60,7 +60,7 @@ def test_more_rank_never_loses_more_and_full_rank_loses_nothing() -> None:
 
 
 @pytest.mark.parametrize("rank", [2, 8])
-def test_weighing_by_the_inputs_beats_plain_singular_vectors(rank: int) -> None:
+def test_weighting_by_the_inputs_beats_plain_singular_vectors(rank: int) -> None:
     error, hessian = layer()
     plain, weighted = left_over(error, hessian, rank, weighted=False), left_over(error, hessian, rank)
     assert weighted < 0.8 * plain
@@ -71,16 +71,16 @@ def test_weighing_by_the_inputs_beats_plain_singular_vectors(rank: int) -> None:
     )
 
 
-def test_many_rows_go_by_iteration(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_subspace_iteration_for_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     error, hessian = layer(200, 64)
-    monkeypatch.setattr(lorc, "EXACT", 0)
+    monkeypatch.setattr(lorc, "EXACT_ROWS", 0)
     for rank in (1, 8, 30):
-        basis = leading(error, hessian, rank)
+        basis = leading_eigenvectors(error, hessian, rank)
         assert torch.allclose(basis.T @ basis, torch.eye(rank), atol=1e-5)
         assert left_over(error, hessian, rank) <= 1.02 * optimum(error, hessian, rank)
 
 
-def test_no_error_needs_no_term() -> None:
+def test_without_error_the_term_is_zero() -> None:
     left, right = low_rank(torch.zeros(8, 16), torch.eye(16), 4)
     assert not (left @ right).any() and left.isfinite().all() and right.isfinite().all()
 
@@ -123,7 +123,7 @@ def test_after_any_quantizer(base: str, tiny: Path, tmp_path: Path, calibration:
         AutoModelForCausalLM.from_pretrained(tmp_path / "with")
 
 
-def test_what_is_served_is_the_sum(tiny: Path, tmp_path: Path, calibration: dict[str, object]) -> None:
+def test_the_module_computes_the_sum(tiny: Path, tmp_path: Path, calibration: dict[str, object]) -> None:
     passes = [{"method": "rtn", "scheme": GRID}, {"method": "lorc", "rank": 1000}]
     lmpress.run(tiny, tmp_path / "out", build({"passes": passes, "calibration": calibration}))
     original, model = lmpress.load(tiny), lmpress.load(tmp_path / "out")
@@ -154,8 +154,8 @@ def test_exports_keep_the_sum_or_are_refused(tiny: Path, tmp_path: Path, calibra
         )
 
 
-def test_it_improves_on_something() -> None:
+def test_it_needs_a_quantizer_before_it() -> None:
     with pytest.raises(UsageError, match="nothing to improve on"):
         build({"passes": [{"method": "lorc"}]})
-    with pytest.raises(UsageError, match="compensates nothing"):
+    with pytest.raises(UsageError, match="rank must be at least 1, got 0"):
         LoRC(rank=0)

@@ -1,4 +1,4 @@
-"""NF4 against brute force in float64, its identities and edge cases, its checkpoints, and the module that serves them."""
+"""NF4 against brute force in float64, its identities and edge cases, its checkpoints, and its module."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def relative(weight: Tensor, args: QuantArgs) -> float:
 
 
 def test_the_values_are_quantiles_of_the_normal_distribution() -> None:
-    """Eight of the positive half and seven of the negative, over the largest (QLoRA, appendix E; to scipy's digits)."""
+    """Eight quantiles of the positive half and seven of the negative, divided by the largest (QLoRA, appendix E)."""
     normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     above = normal.icdf(torch.linspace(0.9677083, 0.5, 9, dtype=torch.float64)[:-1])
     below = -normal.icdf(torch.linspace(0.9677083, 0.5, 8, dtype=torch.float64)[:-1])
@@ -62,10 +62,10 @@ def test_codes_are_the_nearest_in_blocks_of_the_flattened_matrix(shape: tuple[in
             errors = [abs(entry - value / absmax) for entry in TABLE]
             found = errors[int(tensor.codes.flatten()[start + offset])]
             assert found <= min(errors) + 1e-6
-    served = [
+    dequantized = [
         TABLE[int(code)] * float(tensor.absmax[i // 64]) for i, code in enumerate(tensor.codes.flatten().tolist())
     ]
-    assert tensor.dequantize(torch.float64).flatten().tolist() == pytest.approx(served, rel=1e-12)
+    assert tensor.dequantize(torch.float64).flatten().tolist() == pytest.approx(dequantized, rel=1e-12)
 
 
 def test_the_lower_of_two_equally_near_values_wins() -> None:
@@ -73,14 +73,14 @@ def test_the_lower_of_two_equally_near_values_wins() -> None:
     assert NF4Tensor.of(torch.tensor([[middle, 1.0]]), PLAIN).codes.tolist() == [[7, 15]]
 
 
-def test_what_is_on_the_codebook_stays_to_the_bit() -> None:
+def test_values_of_the_codebook_do_not_change() -> None:
     tensor = NF4Tensor.of(random(24, 128), PLAIN)
     again = NF4Tensor.of(tensor.dequantize(), PLAIN)
     assert torch.equal(again.codes, tensor.codes) and torch.equal(again.dequantize(), tensor.dequantize())
 
 
-def test_nested_scales_are_the_nearest_but_for_their_table() -> None:
-    """The nested codes are looked up in a table of 65,536 cells: off from the nearest by no more than a cell."""
+def test_nested_scales_are_the_nearest_up_to_their_table() -> None:
+    """Nested codes are found in a table of 65,536 cells: they differ from the nearest by at most one cell."""
     absmax = random(1, 1000).abs().flatten() + 0.1
     codes, nested, offset = nest(absmax)
     edges = [[0.1 + 0.9 * k / 2**e for k in range(2**e + 1)] for e in range(7)]
@@ -94,8 +94,8 @@ def test_nested_scales_are_the_nearest_but_for_their_table() -> None:
     assert torch.equal(nested, torch.stack([part.abs().max() for part in (absmax - offset).split(256)]))
     wrong = (table[codes.int()] - centred / scale).abs() - (table - (centred / scale).unsqueeze(1)).abs().amin(1)
     assert wrong.max() <= 1.1 / 32767.5
-    served = table[codes.int()] * scale + float(offset)
-    assert torch.allclose(unnest(codes, nested, offset).double(), served, rtol=1e-5, atol=1e-7)
+    dequantized = table[codes.int()] * scale + float(offset)
+    assert torch.allclose(unnest(codes, nested, offset).double(), dequantized, rtol=1e-5, atol=1e-7)
 
 
 def test_errors_are_ordered_as_promised() -> None:
@@ -115,7 +115,7 @@ def test_zeros_and_single_values(args: QuantArgs) -> None:
     assert torch.equal(NF4Tensor.of(alone, args).dequantize(), alone)
 
 
-def test_bits_a_weight() -> None:
+def test_bits_per_weight() -> None:
     bits = {}
     for name, args in (("nested", ARGS), ("plain", PLAIN)):
         specs = bitsandbytes.spec("p", args, 4096, 4096)
@@ -141,7 +141,7 @@ def test_packing_is_exact(shape: tuple[int, int], args: QuantArgs) -> None:
     assert (first >> 4, first & 15) == tuple(tensor.codes.flatten()[:2].tolist())
 
 
-def test_damage_is_named() -> None:
+def test_damaged_checkpoints_are_reported() -> None:
     packed = bitsandbytes.pack("p", NF4Tensor.of(random(16, 64), ARGS))
     state = f"p.weight.{bitsandbytes.STATE}"
     other = bytes(packed[state].tolist()).replace(b'"blocksize": 64', b'"blocksize": 128', 1)
@@ -156,7 +156,7 @@ def test_damage_is_named() -> None:
 
 
 @pytest.mark.parametrize(("columns", "kind"), [(128, PackedLinear), (172, StoredLinear)])
-def test_the_module_serves_what_was_stored(columns: int, kind: type[nn.Module]) -> None:
+def test_the_module_computes_with_the_stored_weight(columns: int, kind: type[nn.Module]) -> None:
     tensor = NF4Tensor.of(random(48, columns), ARGS)
     model = nn.Sequential(nn.Linear(columns, 48))
     replace_linear(model, "0", tensor)
@@ -209,13 +209,13 @@ def test_other_options(tiny: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
-def test_what_nf4_is_not(tiny: Path, tmp_path: Path, options: dict, message: str) -> None:
+def test_invalid_options_of_nf4_are_refused(tiny: Path, tmp_path: Path, options: dict, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         lmpress.quantize(tiny, tmp_path / "out", method="nf4", **options)
     assert not (tmp_path / "out").exists()
 
 
-def test_no_solver_takes_the_codebook_and_no_checkpoint_two_formats(tiny: Path, tmp_path: Path) -> None:
+def test_solvers_and_mixed_checkpoints_are_refused(tiny: Path, tmp_path: Path) -> None:
     scheme = {"weights": {"strategy": "flat", "group_size": 64, "formula": "nf4", "scale_dtype": "nested"}}
     with pytest.raises(UsageError, match="not a plain grid"):
         lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "rtn", "scheme": scheme}]}))

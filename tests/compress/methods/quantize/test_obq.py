@@ -1,4 +1,4 @@
-"""OBQ: on the grid, better than rounding, the same as GPTQ where the order is fixed, zeros that stay."""
+"""OBQ: results on the grid, better than rounding, equal to GPTQ if the order is fixed; pruned weights stay zero."""
 
 import pytest
 import torch

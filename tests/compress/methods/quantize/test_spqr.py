@@ -1,4 +1,4 @@
-"""SpQR: the two-level grid, leave-one-out, identity I1 and I7, and that what is served is what was evaluated."""
+"""SpQR: the bilevel grid, leave-one-out, identities I1 and I7, and equality of the stored and the evaluated weight."""
 
 import math
 from dataclasses import replace
@@ -63,14 +63,14 @@ def test_bits_per_weight_are_those_of_the_published_formula() -> None:
     assert size["counts"] + size["shape"] == (16 * 1024 + 128) / 1024**2
 
 
-def test_an_outlier_is_served_exactly_although_no_code_is_zero() -> None:
-    """The published format adds the full weight to `dequantize(quantize(0))`, which a real-valued zero keeps from 0."""
+def test_an_outlier_is_exact_although_no_code_is_zero() -> None:
+    """The published format adds the full weight to `dequantize(quantize(0))`, which is not 0 with a real-valued zero."""
     weight, prepared, args = layer(32, 64)
     tensor, _ = solve(weight, prepared, args, 0)
     rows = torch.arange(32).repeat_interleave(tensor.counts)
-    dense, served = (t[rows, tensor.columns] for t in (tensor.dense(torch.float64), tensor.dequantize(torch.float64)))
+    dense, decoded = (t[rows, tensor.columns] for t in (tensor.dense(torch.float64), tensor.dequantize(torch.float64)))
     value = dense + tensor.values.double()
-    assert torch.equal(served, value)
+    assert torch.equal(decoded, value)
     grid = tensor.grid(torch.float64)
     scale, zero = (t[rows, tensor.columns // 16] for t in (grid.scale, grid.zero))
     of_zero = (encode(torch.zeros_like(scale), scale, zero, args) - zero) * scale
@@ -85,9 +85,9 @@ def test_bookkeeping_identity(dtype: torch.dtype, tolerance: float) -> None:
     grid = Grid(torch.full((24, 5), 0.3, dtype=dtype), torch.full((24, 5), 7.3, dtype=dtype), args)
     outlier = torch.zeros(24, 80, dtype=torch.bool)
     outlier[::5, ::7] = True
-    settled = weight.T.contiguous()[order]
-    errors = sweep(settled, upper, spqr._Projection(grid, outlier, order))
-    delta = weight.T[order] - settled
+    quantized = weight.T.contiguous()[order]
+    errors = sweep(quantized, upper, spqr._Projection(grid, outlier, order))
+    delta = weight.T[order] - quantized
     assert (delta - (errors.T @ upper).T).norm() <= tolerance * delta.norm()
     damped = (prepared.hessian + prepared.shift * torch.eye(80, dtype=torch.float64)).to(dtype)[order][:, order]
     assert float(errors.double().square().sum()) / 2 == pytest.approx(layer_loss(delta.T, damped), rel=tolerance)
@@ -102,8 +102,8 @@ def test_leaving_one_out_equals_a_fit_per_weight() -> None:
 
     def error(values: Tensor, weights: Tensor) -> float:
         scale, zero = parameters(values.min(), values.max(), args)
-        settled = (encode(values, scale, zero, args) - zero) * scale
-        return float(((values - settled) ** 2 * weights).sum())
+        quantized = (encode(values, scale, zero, args) - zero) * scale
+        return float(((values - quantized) ** 2 * weights).sum())
 
     for row in range(6):
         for column in range(32):
@@ -114,7 +114,7 @@ def test_leaving_one_out_equals_a_fit_per_weight() -> None:
             assert float(found[row, column]) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
-def test_more_outliers_leave_less_error_and_none_are_none() -> None:
+def test_more_outliers_lower_the_error_and_zero_is_allowed() -> None:
     losses = []
     for share in (0.0, 0.01, 0.05, 0.2):
         weight, prepared, args = layer(64, 128, replace(ARGS, outliers=share))
@@ -125,7 +125,7 @@ def test_more_outliers_leave_less_error_and_none_are_none() -> None:
     assert losses == sorted(losses, reverse=True)
 
 
-def test_the_outliers_are_those_that_stand_out() -> None:
+def test_outliers_are_the_large_weights() -> None:
     weight, prepared, args = layer(16, 64)
     weight = weight.clamp(-1, 1)
     weight[[3, 9, 15], [5, 40, 63]] = torch.tensor([30.0, -25.0, 40.0], dtype=torch.float64)
@@ -142,8 +142,8 @@ def test_searching_the_levels_never_raises_the_weighted_error() -> None:
 
     def error(levels: tuple[Bilevel, ...]) -> float:
         scale, zero = (t.values(torch.float64).unsqueeze(-1) for t in levels)
-        settled = (encode(groups.values, scale, zero, args) - zero) * scale
-        return float(((groups.values - settled) ** 2 * groups.sensitivity * ~groups.split(outlier)).sum())
+        quantized = (encode(groups.values, scale, zero, args) - zero) * scale
+        return float(((groups.values - quantized) ** 2 * groups.sensitivity * ~groups.split(outlier)).sum())
 
     assert error(second) < error(first)
 
@@ -182,7 +182,7 @@ def test_narrow_layers_count_in_bytes_and_wide_ones_in_words() -> None:
     ]
 
 
-def test_groups_of_nearly_the_size_asked_for() -> None:
+def test_groups_of_nearly_the_requested_size() -> None:
     sizes = {width: ARGS.for_width(width).columns_per_scale(width) for width in (172, 64, 50, 16, 7)}
     assert sizes == {172: 16, 64: 16, 50: 17, 16: 16, 7: 7}
     assert math.ceil(172 / 16) * 16 - 172 == 4
@@ -204,7 +204,7 @@ def test_apply_records_and_refuses() -> None:
 
 
 def test_a_checkpoint_loads_here_and_is_refused_elsewhere(tiny: Path, tmp_path: Path) -> None:
-    """A quantization method that transformers does not know makes it serve random weights with a warning."""
+    """transformers loads random weights, with a warning, if it does not know the quantization method."""
     (tmp_path / "text.txt").write_text("abcdefgh" * 60)
     out = tmp_path / "out"
     data = str(tmp_path / "text.txt")
@@ -218,7 +218,7 @@ def test_a_checkpoint_loads_here_and_is_refused_elsewhere(tiny: Path, tmp_path: 
 
 
 def test_transposed_layers_are_stored_and_served(letters: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    """GPT-2 keeps its weights as [in, out]."""
+    """GPT-2 stores its weights as [in, out]."""
     config = GPT2Config(vocab_size=10, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
     letters.save_pretrained(tmp_path / "gpt2")

@@ -51,10 +51,10 @@ def test_a_range_on_one_side_of_zero_keeps_a_zero_that_can_be_stored() -> None:
 
 
 @pytest.mark.parametrize("bad", [{"runs": -1}, {"runs": 4, "scheme": Scheme(QuantArgs(group_size=8))}])
-def test_runs_that_cannot_be(bad: dict) -> None:
+def test_invalid_runs_are_refused(bad: dict) -> None:
     with pytest.raises(UsageError):
         ZeroQuant(**bad)
-    with pytest.raises(UsageError, match=r"5 runs do not divide the 12 rows of q"):
+    with pytest.raises(UsageError, match=r"runs=5 does not divide the 12 rows of q"):
         quantize(torch.ones(12, 4), CHANNEL, 5, "q")
 
 

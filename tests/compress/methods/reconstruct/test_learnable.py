@@ -1,4 +1,4 @@
-"""The learnable form of a quantized matrix: where it starts, what it may reach, what its gradients are."""
+"""The learnable form of a quantized matrix: its start, its range and its gradients."""
 
 import pytest
 import torch
@@ -28,13 +28,13 @@ def equal(one: CompressedTensor, other: CompressedTensor) -> bool:
 
 @pytest.mark.parametrize("args", ARGS, ids=lambda a: f"{a.bits}-{a.strategy}")
 @pytest.mark.parametrize("in_weights", [False, True])
-def test_begins_with_the_codes_of_the_quantizer_whatever_they_are(args: QuantArgs, in_weights: bool) -> None:
+def test_starts_with_the_codes_of_the_quantizer(args: QuantArgs, in_weights: bool) -> None:
     tensor = round_to_nearest(weight(seed=1), args)  # codes of quite another weight
     assert equal(LearnableQuantizer(weight(), tensor, in_weights=in_weights).tensor(), tensor)
 
 
 @pytest.mark.parametrize("args", ARGS, ids=lambda a: f"{a.bits}-{a.strategy}")
-def test_what_is_trained_is_what_is_stored(args: QuantArgs) -> None:
+def test_the_trained_weight_is_the_stored_weight(args: QuantArgs) -> None:
     quantizer = LearnableQuantizer(weight(), round_to_nearest(weight(), args))
     with torch.no_grad():
         for parameter in quantizer.parameters():
@@ -64,8 +64,8 @@ def test_soft_rounding_has_the_gradient_of_its_own_value() -> None:
         before, moved = quantizer(0.3), 1e-3
         quantizer.offset += moved
         measured = (quantizer(0.3) - before) * slope / moved
-    settled = (gradient.flatten(1) - measured).abs() < 0.02 * measured.abs().max()
-    assert settled.float().mean() > 0.97  # but where a weight just crossed the middle of its cell
+    agrees = (gradient.flatten(1) - measured).abs() < 0.02 * measured.abs().max()
+    assert agrees.float().mean() > 0.97  # except if a weight just crossed the middle of its cell
 
 
 def test_gradients_are_those_without_rounding_and_none_beyond_the_ends() -> None:

@@ -1,4 +1,4 @@
-"""Block tuning and LKD in the pipeline: every block's held-out loss falls, nothing else changes, the format stays."""
+"""Block tuning and LKD in the pipeline: the held-out loss of every block falls; only codes, scales and zeros change."""
 
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.compress.methods.reconstruct import lkd, loop, tune
 from lmpress.compress.methods.reconstruct.learnable import LearnableQuantizer
-from lmpress.compress.methods.reconstruct.loop import Target, reconstruct, targets
+from lmpress.compress.methods.reconstruct.loop import Target, original_outputs, reconstruct
 from lmpress.compress.pipeline import RunReport
 from lmpress.compress.plan import make_plan
 from lmpress.errors import UsageError
@@ -67,7 +67,7 @@ def test_the_held_out_loss_falls_in_every_block(tiny: Path, tmp_path: Path, text
 
 
 def test_transposed_layouts_are_trained_too(tmp_path: Path, text: str, letters: PreTrainedTokenizerFast) -> None:
-    """GPT-2's layers hold their weights as `[in, out]`; c_attn and c_fc are not square."""
+    """GPT-2's layers store their weights as `[in, out]`; c_attn and c_fc are not square."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = GPT2LMHeadModel(
@@ -104,9 +104,7 @@ def test_a_repeated_run_gives_the_same_bytes(tiny: Path, tmp_path: Path, text: s
 
 
 @pytest.mark.parametrize("name", ["tune", "lkd"])
-def test_neither_the_original_nor_the_block_in_place_is_touched(
-    tiny: Path, tmp_path: Path, text: str, name: str
-) -> None:
+def test_neither_the_original_nor_the_block_is_modified(tiny: Path, tmp_path: Path, text: str, name: str) -> None:
     _, block = loaded(tiny, tmp_path, text)
     assert block.io is not None
     before = [{k: v.clone() for k, v in m.state_dict().items()} for m in (block.module, block.io.original)]
@@ -117,7 +115,7 @@ def test_neither_the_original_nor_the_block_in_place_is_touched(
         assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_a_training_that_only_harms_leaves_the_quantizers_result(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_a_training_that_does_not_improve_keeps_the_quantizers_result(tiny: Path, tmp_path: Path, text: str) -> None:
     _, block = loaded(tiny, tmp_path, text)
     before = [linear.result for linear in block.linears]
     tune.apply(tune.Tune(steps=8, rate=1e-9, scale_rate=30.0), block)
@@ -127,15 +125,15 @@ def test_a_training_that_only_harms_leaves_the_quantizers_result(tiny: Path, tmp
         assert torch.equal(linear.result.dequantize(), result.dequantize())
 
 
-def test_the_outcome_is_the_error_on_rows_that_were_not_trained_on(tiny: Path, tmp_path: Path, text: str) -> None:
-    """Recomputed with the result put into the module, on the batches that the shuffle leaves out."""
+def test_the_result_is_the_error_on_held_out_batches(tiny: Path, tmp_path: Path, text: str) -> None:
+    """Recomputed with the resulting weights in the module, on the batches that are held out."""
     _, block = loaded(tiny, tmp_path, text)
     io, block.seed = block.io, 5
     assert io is not None and len(io) == 8
     quantizers = {name: LearnableQuantizer(x.weight, x.result) for name, x in block.local().items()}  # type: ignore[arg-type]
     optimiser = Adam([quantizer.offset for quantizer in quantizers.values()], lr=0.02)
     read: list[int] = []
-    target = Target(io.inputs, targets(io, io.reference))
+    target = Target(io.inputs, original_outputs(io, io.reference))
     spied = target.inputs.__getitem__
 
     class Spy:
@@ -159,8 +157,8 @@ def test_the_outcome_is_the_error_on_rows_that_were_not_trained_on(tiny: Path, t
     assert result.after < result.before
 
 
-def test_lkd_reads_the_original_stream(tiny: Path, tmp_path: Path, text: str) -> None:
-    """So what it makes of the second block does not depend on what became of the first."""
+def test_lkd_reads_the_original_hidden_states(tiny: Path, tmp_path: Path, text: str) -> None:
+    """So its result for the second block does not depend on the weights of the first."""
     results = []
     for keep in ((), ("*.0.*",)):
         out = tmp_path / f"out{len(keep)}"
@@ -170,7 +168,7 @@ def test_lkd_reads_the_original_stream(tiny: Path, tmp_path: Path, text: str) ->
     assert all(torch.equal(results[0][n], results[1][n]) for n in results[0])
 
 
-def test_random_tokens_serve_where_there_is_no_data(tiny: Path, tmp_path: Path) -> None:
+def test_random_tokens_replace_missing_data(tiny: Path, tmp_path: Path) -> None:
     report: RunReport = lmpress.run(tiny, tmp_path / "out", recipe("random-tokens", "lkd", first="zeroquant"))
     assert all(float(layer["block_loss"]) < float(layer["block_loss_before"]) for layer in report.layers)
     rows = calibration_rows("random-tokens", load_tokenizer(tiny), 200, 16, seed=3)
@@ -179,10 +177,10 @@ def test_random_tokens_serve_where_there_is_no_data(tiny: Path, tmp_path: Path) 
     assert torch.equal(rows.ids, calibration_rows("random-tokens", load_tokenizer(tiny), 200, 16, seed=3).ids)
 
 
-def test_what_is_no_grid_of_codes_is_refused(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_weights_without_a_plain_grid_are_refused(tiny: Path, tmp_path: Path, text: str) -> None:
     _, block = loaded(tiny, tmp_path, text)
     block.linears[2].result = None
-    with pytest.raises(UsageError, match=r"v_proj is no plain grid"):
+    with pytest.raises(UsageError, match=r"v_proj is not quantized to a plain grid"):
         tune.apply(tune.Tune(steps=1), block)
 
 
@@ -201,6 +199,6 @@ def test_tuning_needs_something_to_start_from() -> None:
         lambda: lkd.LKD(hard=0),
     ],
 )
-def test_options_that_cannot_be(make: Any) -> None:
+def test_invalid_options_are_refused(make: Any) -> None:
     with pytest.raises(UsageError):
         make()

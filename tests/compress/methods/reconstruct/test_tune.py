@@ -1,4 +1,4 @@
-"""`--quality best`: block tuning behind the method, written into the recipe, killed and resumed to the same bytes."""
+"""`--quality best`: block tuning after the method, written to the recipe, killed and resumed to the same bytes."""
 
 import signal
 import subprocess
@@ -32,7 +32,7 @@ def text(tmp_path: Path) -> str:
 
 @pytest.fixture
 def best(tmp_path: Path, text: str) -> Path:
-    """The recipe of `--quality best` with fewer steps than it has, as a file."""
+    """The recipe of `--quality best` with fewer steps, as a file."""
     recipe = quantization_recipe(bits=2, group_size=8, quality="best", calib=text, samples=16, seq_len=16, seed=3)
     written = dump(recipe)
     assert "steps: 300" in written
@@ -62,7 +62,7 @@ def test_the_best_quality_is_a_recipe_with_block_tuning(method: str, passes: lis
     assert default_out("x/model", best) == default_out("x/model", quantization_recipe(method=method))
 
 
-def test_the_shipped_recipe_is_what_the_flag_stands_for() -> None:
+def test_the_shipped_recipe_equals_the_flag() -> None:
     assert read("best-w4") == quantization_recipe(quality="best")
     assert read("best-w2") == quantization_recipe(bits=2, group_size=32, symmetric=False, quality="best")
 
@@ -75,7 +75,7 @@ def test_the_plan_does_not_depend_on_the_training(tiny: Path, tmp_path: Path, be
     assert report.bytes_after == (tmp_path / "out/model.safetensors").stat().st_size
 
 
-def test_what_the_solver_recorded_says_that_it_is_of_before(tiny: Path, tmp_path: Path, best: Path) -> None:
+def test_figures_of_the_solver_are_marked_as_before_training(tiny: Path, tmp_path: Path, best: Path) -> None:
     trained = lmpress.run(tiny, tmp_path / "out", best)
     recipe = read(best)
     solved = lmpress.run(tiny, tmp_path / "solved", recipe.model_copy(update={"passes": recipe.passes[:-1]}))
@@ -123,7 +123,7 @@ for point in points:
 """
 
 
-def test_a_training_that_was_killed_goes_on_to_the_same_bytes(tiny: Path, tmp_path: Path, best: Path) -> None:
+def test_a_killed_training_resumes_to_the_same_bytes(tiny: Path, tmp_path: Path, best: Path) -> None:
     points = ["train-0", "write-0", "train-1", "assemble-2"]
     ran = subprocess.run(
         [sys.executable, "-c", KILLED, tiny, tmp_path, best, *points],
@@ -138,8 +138,8 @@ def test_a_training_that_was_killed_goes_on_to_the_same_bytes(tiny: Path, tmp_pa
         assert {path.name: path.read_bytes() for path in (tmp_path / point).iterdir()} == whole, point
 
 
-def test_training_sees_inputs_as_they_are_served(tiny: Path, tmp_path: Path, text: str) -> None:
-    """Rounded to 3 bits per token: the loss before the training is that of the block as it will be, static or not."""
+def test_training_uses_quantized_inputs(tiny: Path, tmp_path: Path, text: str) -> None:
+    """With inputs of 3 bits: the loss before training is the one of the quantized block, with static and dynamic scales."""
     weights = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
     inputs = weights | {"bits": 3, "strategy": "token", "dynamic": True}
     losses = {}
@@ -157,7 +157,7 @@ def test_training_sees_inputs_as_they_are_served(tiny: Path, tmp_path: Path, tex
     assert all(losses["exact"][0] < losses[kind][0] / 100 for kind in ("token", "static"))
 
 
-def test_lkd_makes_up_for_a_quarter_of_what_w4a8_loses(assets: Path, tmp_path: Path) -> None:
+def test_lkd_recovers_a_quarter_of_the_loss_of_w4a8(assets: Path, tmp_path: Path) -> None:
     model, data = assets / "models/stories260K", assets / "data/tinystories"
     inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
     rounded = {"method": "rtn", "scheme": {"weights": {"bits": 4, "group_size": 32}, "inputs": inputs}}

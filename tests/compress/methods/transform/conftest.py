@@ -1,4 +1,4 @@
-"""Blocks ready for a transform: weights in place, calibration batches, an experiment."""
+"""Blocks prepared for a transform: weights, calibration batches and the input of the experiments."""
 
 from collections.abc import Callable
 
@@ -38,7 +38,7 @@ def prepare(record) -> Callable[..., Block]:
 
 
 def block_output(block: Block) -> torch.Tensor:
-    """What the block gives on its calibration batches."""
+    """The outputs of the block on its calibration batches."""
     return torch.cat([call.replay(block.module, hidden) for call, hidden, _ in block.context.samples()])
 
 

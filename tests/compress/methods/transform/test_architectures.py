@@ -1,4 +1,4 @@
-"""Folds keep the function in every architecture of transformers in which one is found: tiny random models of each."""
+"""Folds preserve the function in every architecture of transformers that has one; tests use tiny random models."""
 
 import pytest
 import torch
@@ -7,7 +7,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lmpress.calibrate.channel_graph.links import ChannelLink, find_channel_links
 from lmpress.calibrate.model.architecture import find_blocks
-from lmpress.compress.methods.transform.rescale import TOLERANCE, Rescale, fold_checked
+from lmpress.compress.methods.transform.rescale import TOLERANCE, Rescale, fold_or_revert
 
 # Sizes under all the names that configs have for them; what a config does not know it only carries along.
 SHAPE = {
@@ -56,7 +56,7 @@ NAMES = """
 
 
 def tiny_model(kind: str) -> PreTrainedModel:
-    """A random float32 model; norms and biases are no defaults. Skipped where this transformers does not have it."""
+    """A random float32 model with random norms and biases. Skipped if the installed transformers does not have it."""
     try:
         config = AutoConfig.for_model(kind, **SHAPE)
     except ValueError:
@@ -70,25 +70,25 @@ def tiny_model(kind: str) -> PreTrainedModel:
     return model.eval()
 
 
-def random_factors(feed: ChannelLink) -> Rescale:
-    """Factors over two decades for the channels that are fed."""
-    scale = torch.ones(feed.size)
-    used = feed.channels[feed.channels >= 0].unique()
+def random_factors(link: ChannelLink) -> Rescale:
+    """Factors over two decades for the channels with consumers."""
+    scale = torch.ones(link.size)
+    used = link.channels[link.channels >= 0].unique()
     scale[used] = 10 ** (2 * torch.rand(len(used), generator=torch.Generator().manual_seed(0)) - 1)
-    return Rescale(feed, scale)
+    return Rescale(link, scale)
 
 
 @pytest.mark.filterwarnings("default")  # of the architectures themselves: kernels that fall back to plain PyTorch
 @pytest.mark.parametrize("kind", NAMES.split())
 @torch.no_grad()
-def test_all_folds_together_leave_the_logits_alone(kind: str, record, random_ids) -> None:
+def test_all_folds_together_preserve_the_logits(kind: str, record, random_ids) -> None:
     model = tiny_model(kind)
     expected = model(random_ids, use_cache=False).logits
     found = 0
     for index in range(len(find_blocks(model)[1])):
         block, call, hidden = record(model, index)
-        for feed in find_channel_links(block, call, hidden):
-            assert fold_checked(block, random_factors(feed), call, hidden) < TOLERANCE
+        for link in find_channel_links(block, call, hidden):
+            assert fold_or_revert(block, random_factors(link), call, hidden) < TOLERANCE
             found += 1
     assert found, f"no fold is found in {kind}"
     logits = model(random_ids, use_cache=False).logits

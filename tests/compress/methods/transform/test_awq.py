@@ -1,4 +1,4 @@
-"""AWQ: the search is a minimum of what it records, blocks get better step by step, no shape is refused."""
+"""AWQ: the search returns the minimum of its losses, each step improves a block, no shape is refused."""
 
 import copy
 
@@ -9,8 +9,8 @@ from torch import nn
 from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consuming, factors, search
-from lmpress.compress.methods.transform.recording import inspected, record
+from lmpress.compress.methods.transform.awq import AWQ, apply, clip_limits, consumer_linears, factors, search_scales
+from lmpress.compress.methods.transform.recording import module_to_inspect, record
 from lmpress.errors import UsageError
 from lmpress.kernels.tensor.grid import Grid
 from lmpress.recipes.scheme import QuantArgs, Scheme
@@ -34,7 +34,7 @@ def rounded_error(block, output, transform=None):
 
 
 @torch.no_grad()
-def test_error_falls_from_rounding_to_scales_to_clipping(make_model, prepare, output):
+def test_scaling_and_clipping_each_lower_the_error(make_model, prepare, output):
     def error(transform):
         return rounded_error(prepare(make_model("llama"), W3, outliers=(3, 17)), output, transform)
 
@@ -45,12 +45,12 @@ def test_error_falls_from_rounding_to_scales_to_clipping(make_model, prepare, ou
 
 @torch.no_grad()
 @pytest.mark.parametrize("weight_term", [False, True])
-def test_the_first_point_of_the_search_is_rounding_and_the_best_its_minimum(make_model, prepare, weight_term):
+def test_the_search_starts_with_rounding_and_takes_its_minimum(make_model, prepare, weight_term):
     block = prepare(make_model("llama"), W3, outliers=(3,))
-    feed = find_channel_links(block.module, *block.context.trial)[0]
-    recording = record(block, inspected(block.module, feed), "self_attn.q_proj", 10_000)
+    link = find_channel_links(block.module, *block.context.trial)[0]
+    recording = record(block, module_to_inspect(block.module, link), "self_attn.q_proj", 10_000)
     before = copy.deepcopy(block.module.state_dict())
-    choices = search(recording, block.module, consuming(block, feed), feed, AWQ(weight_term=weight_term))
+    choices = search_scales(recording, block.module, consumer_linears(block, link), link, AWQ(weight_term=weight_term))
     assert all(torch.equal(p, before[n]) for n, p in block.module.state_dict().items())
     assert recording.loss() == 0
     assert {c.ratio for c in choices} == {i / 20 for i in range(21)}
@@ -121,7 +121,7 @@ def brute_force_limits(weight, x, args, size):
 
 
 @pytest.mark.parametrize(("symmetric", "formula"), [(True, "gptq"), (False, "gptq"), (False, "awq")])
-def test_clip_limits_are_the_best_of_the_lattice(symmetric, formula):
+def test_clip_limits_are_the_best_of_all_steps(symmetric, formula):
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(7, 24, generator=generator), torch.randn(5, 24, generator=generator)  # odd, and few tokens
     args = QuantArgs(bits=3, symmetric=symmetric, formula=formula, group_size=8)
@@ -143,7 +143,7 @@ def test_queries_and_keys_are_not_clipped(make_model, prepare):
 
 
 @torch.no_grad()
-def test_a_channel_that_never_fires_is_left_alone(prepare, make_model):
+def test_a_channel_that_is_always_zero_is_not_scaled(prepare, make_model):
     block = prepare(make_model("llama"), W3)
     block.module.input_layernorm.weight[4] = 0
     apply(AWQ(clip=False), block)
@@ -161,10 +161,10 @@ def test_one_row_per_scale_and_single_rows_of_output_work(prepare, make_model):
     assert clip_limits(torch.randn(1, 4), torch.eye(4)[None], QuantArgs(bits=2, group_size=4)).shape == (1, 1)
 
 
-def test_the_inspected_module_is_the_smallest_that_holds_the_consumers(make_model, record):
+def test_the_inspected_module_is_the_smallest_with_all_consumers(make_model, record):
     def names(model):
         block, call, hidden = record(make_model(model), 0)
-        return [inspected(block, feed) for feed in find_channel_links(block, call, hidden)]
+        return [module_to_inspect(block, link) for link in find_channel_links(block, call, hidden)]
 
     assert names("llama") == ["self_attn", "self_attn.o_proj", "mlp", "mlp.down_proj"]
     assert names("gpt2") == ["attn", "attn.c_proj", "mlp"]
@@ -173,7 +173,7 @@ def test_the_inspected_module_is_the_smallest_that_holds_the_consumers(make_mode
 
 
 @pytest.mark.parametrize("options", [{"ratios": 0}, {"search_tokens": 0}])
-def test_impossible_options_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         AWQ(**options)
 

@@ -39,7 +39,7 @@ def test_a_size_without_a_matrix_gets_blocks():
     assert (rotation != 0).sum(1).eq(4).all()
 
 
-def test_the_seed_decides_and_every_channel_is_spread_evenly():
+def test_rotations_depend_on_the_seed_and_spread_channels_evenly():
     assert torch.equal(random_rotation(64, 1), random_rotation(64, 1))
     assert not torch.equal(random_rotation(64, 1), random_rotation(64, 2))
     assert random_rotation(64, 1).abs().allclose(torch.tensor(1 / 8, dtype=torch.float64))

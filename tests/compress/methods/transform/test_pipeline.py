@@ -1,4 +1,4 @@
-"""Transforms in whole runs: what is written loads, computes what was evaluated, and has the promised size."""
+"""Transforms in whole runs: checkpoints load, compute what was evaluated, and have the planned size."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_eight_bits_after_a_transform_are_close_to_the_original(saved, text, ran
 def test_a_rotated_checkpoint_with_its_own_head_is_close_to_the_original(saved, text, random_ids, tmp_path, name):
     model = saved(name)
     planned = run(model, tmp_path / "out", recipe(text, {"method": "rotate"}, rtn()))
-    # A token between two experts may change sides when weights are rounded.
+    # A token between two experts may be routed to the other one when weights are rounded.
     limit = 0.1 if name == "mixtral" else 0.05
     assert off_by(logits(load(tmp_path / "out"), random_ids), logits(load(model), random_ids)) < limit
     assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == planned.bytes_after
@@ -143,10 +143,10 @@ def test_norms_are_stored_in_the_model_s_own_dtype(saved, text, random_ids, tmp_
 
 
 @pytest.mark.parametrize("first", [{"method": "awq", "clip": False, "ratios": 2}, {"method": "rotate"}])
-def test_an_interrupted_run_goes_on_to_the_same_bytes(saved, text, tmp_path, monkeypatch, first):
+def test_an_interrupted_run_resumes_to_the_same_bytes(saved, text, tmp_path, monkeypatch, first):
     model = saved("llama", torch.bfloat16)
-    wanted = recipe(text, first, {"method": "gptq", "scheme": {"weights": ASYMMETRIC | {"bits": 3}}})
-    run(model, tmp_path / "whole", wanted)
+    chosen = recipe(text, first, {"method": "gptq", "scheme": {"weights": ASYMMETRIC | {"bits": 3}}})
+    run(model, tmp_path / "whole", chosen)
     finish = workspace.Workspace.write
 
     def fail_at_the_second(self, index, *rest):
@@ -156,17 +156,17 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(saved, text, tmp_path, mon
 
     monkeypatch.setattr(workspace.Workspace, "write", fail_at_the_second)
     with pytest.raises(StorageError):
-        run(model, tmp_path / "out", wanted)
+        run(model, tmp_path / "out", chosen)
     monkeypatch.setattr(workspace.Workspace, "write", finish)
-    run(model, tmp_path / "out", wanted)
+    run(model, tmp_path / "out", chosen)
     written = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
     assert written[0] == written[1]
 
 
 def test_layers_that_stay_dense_take_part_in_the_transform(saved, text, random_ids, tmp_path):
     model = saved("llama")
-    wanted = recipe(text, {"method": "smoothquant"}, rtn(), keep=["*.k_proj", "*.v_proj", "*.down_proj"])
-    run(model, tmp_path / "out", wanted)
+    chosen = recipe(text, {"method": "smoothquant"}, rtn(), keep=["*.k_proj", "*.v_proj", "*.down_proj"])
+    run(model, tmp_path / "out", chosen)
     name = "model.layers.0.self_attn.k_proj.weight"
     before, after = (read_header(p / "model.safetensors")[name].read() for p in (model, tmp_path / "out"))
     assert not torch.equal(before, after)
@@ -192,7 +192,7 @@ def test_the_short_forms_of_methods():
 
 
 @pytest.mark.parametrize(
-    ("passes", "says"),
+    ("passes", "message"),
     [
         ([{"method": "awq"}], "awq alone stores nothing smaller"),
         ([rtn(), {"method": "awq"}, rtn()], "awq comes after rtn"),
@@ -201,8 +201,8 @@ def test_the_short_forms_of_methods():
         ([rtn(PER_ROW, inputs=PER_TOKEN | {"dynamic": False})], "tokens are not known in advance"),
     ],
 )
-def test_recipes_that_make_no_sense_are_refused(passes, says):
-    with pytest.raises(UsageError, match=says):
+def test_invalid_recipes_are_refused(passes, message):
+    with pytest.raises(UsageError, match=message):
         schema.build({"passes": passes})
 
 
@@ -218,7 +218,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_weights_and_inputs_of_any_width_are_stored_and_served(saved, text, random_ids, tmp_path, kind):
-    """Served is what the pipeline evaluated: the dequantized weights with inputs rounded before every linear."""
+    """The loaded model computes what the pipeline evaluated: dequantized weights, inputs rounded before every linear."""
     weights, inputs = KINDS[kind]
     report = run(saved("llama"), tmp_path / "out", recipe(text, rtn(weights, inputs=inputs)))
     assert sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors")) == report.bytes_after
@@ -233,9 +233,9 @@ def test_weights_and_inputs_of_any_width_are_stored_and_served(saved, text, rand
     plain = logits(dense, random_ids)
     with quantized_inputs(dense, layers):
         expected = logits(dense, random_ids)
-    served = logits(found, random_ids)
+    quantized_logits = logits(found, random_ids)
     # A value halfway between two codes may fall to either side, which the rest of its row sees.
-    rows = sorted(off_by(a, b) for a, b in zip(served, expected, strict=True))
+    rows = sorted(off_by(a, b) for a, b in zip(quantized_logits, expected, strict=True))
     assert rows[-2] < 1e-5 and rows[-1] < 1e-2 and rows[-2] < off_by(plain, expected)
 
 

@@ -1,4 +1,4 @@
-"""SmoothQuant: the formula, what it must not do, and that it helps where activations have outlier channels."""
+"""SmoothQuant: the formula, what it must preserve, and its gain if activations have outlier channels."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ import torch
 from lmpress.calibrate.channel_graph.links import find_channel_links
 from lmpress.calibrate.model.architecture import set_weight, weight_of
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
-from lmpress.compress.methods.transform.rescale import Rescale, fed_weights, fold
+from lmpress.compress.methods.transform.rescale import Rescale, consumer_weights, fold
 from lmpress.compress.methods.transform.smoothquant import SmoothQuant, alpha_losses, apply, factors
 from lmpress.compress.methods.transform.smoothquant import _largest as largest
 from lmpress.errors import UsageError
@@ -15,7 +15,7 @@ from lmpress.recipes.scheme import LEVELS, inputs_per
 
 
 def quantize_all(block):
-    """Round the weights and every linear's inputs as served."""
+    """Round the weights and the inputs of every linear as at run time."""
     for name, linear in block.local().items():
         module = block.module.get_submodule(name)
         set_weight(module, round_to_nearest(weight_of(module), linear.args).dequantize())
@@ -65,7 +65,7 @@ def test_smoothing_alone_preserves_the_block(architecture, prepare, output):
 
 
 @torch.no_grad()
-def test_output_and_down_projections_can_be_left_alone(make_model, prepare):
+def test_output_and_down_projections_can_be_excluded(make_model, prepare):
     def smoothed(**options):
         block = prepare(make_model("llama"), LEVELS["O1"])
         apply(SmoothQuant(**options), block)
@@ -77,7 +77,7 @@ def test_output_and_down_projections_can_be_left_alone(make_model, prepare):
 
 
 @torch.no_grad()
-def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_model, prepare, output):
+def test_experts_and_router_get_the_factor_and_count_in_the_maximum(make_model, prepare, output):
     block = prepare(make_model("mixtral"), LEVELS["O1"], outliers=(3,))
     mlp, norm = block.module.mlp, block.module.post_attention_layernorm
     router, experts, gain, expected = (
@@ -86,19 +86,19 @@ def test_experts_and_router_take_up_the_factor_and_count_in_the_maximum(make_mod
         norm.weight.clone(),
         output(block),
     )
-    feed = next(
-        f for f in find_channel_links(block.module, *block.context.trial) if f.source == "post_attention_layernorm"
+    link = next(
+        f for f in find_channel_links(block.module, *block.context.trial) if f.producer == "post_attention_layernorm"
     )
-    assert [w.shape for w in fed_weights(block.module, feed)] == [(4, 32), (4 * 96, 32)]
+    assert [w.shape for w in consumer_weights(block.module, link)] == [(4, 32), (4 * 96, 32)]
     scale = torch.linspace(0.5, 2, 32)
-    fold(block.module, Rescale(feed, scale))
+    fold(block.module, Rescale(link, scale))
     torch.testing.assert_close(mlp.gate.weight, router * scale)
     torch.testing.assert_close(mlp.experts.gate_up_proj, experts * scale)
     torch.testing.assert_close(norm.weight, gain / scale)
     torch.testing.assert_close(output(block), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_channel_that_never_fires_keeps_its_norm():
+def test_a_channel_that_is_always_zero_keeps_its_norm():
     scale = factors(torch.tensor([4.0, 0.0]), torch.tensor([1.0, 1.0]), 0.5)
     assert scale.tolist() == [2.0, 1.0]
 
@@ -115,12 +115,12 @@ def test_smoothing_lowers_the_error_of_outlier_channels(make_model, prepare, out
 @torch.no_grad()
 def test_the_search_is_u_shaped_and_never_worse_than_one_half(make_model, prepare):
     block = prepare(make_model("llama"), LEVELS["O2"], outliers=(3, 17))
-    feed = find_channel_links(block.module, *block.context.trial)[0]
-    names = [c.module for c in feed.consumers]
+    link = find_channel_links(block.module, *block.context.trial)[0]
+    names = [c.module for c in link.consumers]
     linears = {name: block.local()[name] for name in names}
     x = largest(block, names[0], SmoothQuant())
     w = torch.cat([block.module.get_submodule(n).weight for n in names]).abs().amax(0)
-    losses = alpha_losses(block, feed, linears, x, w, 10_000)
+    losses = alpha_losses(block, link, linears, x, w, 10_000)
     best = min(losses, key=losses.get)
     assert 0 < best < 1
     assert losses[best] < min(losses[0.0], losses[1.0]) / 1.5
@@ -131,8 +131,8 @@ def test_the_search_is_u_shaped_and_never_worse_than_one_half(make_model, prepar
 
 
 @torch.no_grad()
-def test_the_search_counts_how_the_feeding_linear_rounds(make_model, prepare, output):
-    """Rows of one matrix share a scale: dividing some of them by a lot coarsens the others."""
+def test_the_search_includes_the_rounding_of_the_producer(make_model, prepare, output):
+    """Rows of one matrix share a scale: dividing some of them by large factors makes the grid of the others coarse."""
 
     def error(**options):
         block = prepare(make_model("llama"), LEVELS["O1"])
@@ -145,7 +145,7 @@ def test_the_search_counts_how_the_feeding_linear_rounds(make_model, prepare, ou
 
 
 @torch.no_grad()
-def test_a_percentile_ignores_the_outlier_of_outliers(make_model, prepare):
+def test_a_percentile_ignores_single_outlier_tokens(make_model, prepare):
     block = prepare(make_model("llama"), LEVELS["O1"])
     batches = list(block.context.samples())
     batches[0][1][0, 0] *= 0
@@ -171,6 +171,6 @@ def test_activation_grids():
 
 
 @pytest.mark.parametrize("options", [{"alpha": 1.5}, {"alpha": -0.1}, {"percentile": 0.0}, {"percentile": 101.0}])
-def test_impossible_options_are_refused(options):
+def test_invalid_options_are_refused(options):
     with pytest.raises(UsageError):
         SmoothQuant(**options)

@@ -26,7 +26,7 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit."""
+    """The structure of a model. `linears` are those of the blocks; `context` is None where the config sets no limit."""
 
     path: str
     architecture: str
@@ -84,7 +84,7 @@ def inspect(model: str | Path) -> Inspection:
 
 
 def _stored(source: Source, names: Names, layer: str) -> str:
-    """How the weight of `layer` is stored on disk."""
+    """How the weight of `layer` lies on disk."""
     dense = names.find(f"{layer}.weight")
     if dense is not None:
         return source.tensors[dense].spec.dtype

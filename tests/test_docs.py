@@ -209,7 +209,7 @@ def row_of(runtime: str, container: RuntimeFormat) -> str:
 
 
 MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "examples" / "sample_model" / "README.md"]
-INVENTED = ("nearest_even", "nearest-even")  # the method that CONTRIBUTING adds as an example
+INVENTED = ("nearest_even", "nearest-even", "stochastic")  # the method that CONTRIBUTING adds as an example
 FOLDERS = "calibrate|compress|kernels|eval|recipes|tests|docs|benchmarks|examples"
 
 

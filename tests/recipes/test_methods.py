@@ -61,15 +61,15 @@ def test_every_quantizer_has_a_recipe_by_its_name_alone(name: str, quality: str)
 @pytest.mark.parametrize("name", method_names(Family.PRUNE))
 def test_every_pruning_method_has_a_recipe_by_its_name_alone(name: str) -> None:
     assert [entry.method for entry in PruneOptions(method=name).recipe().passes] == [name]
-    with pytest.raises(UsageError, match=f"{name} is not a method that quantizes"):
+    with pytest.raises(UsageError, match=f"{name} is not a method of compress quantize"):
         QuantizeOptions(method=name).recipe()
 
 
 @pytest.mark.parametrize("name", method_names(Family.RECONSTRUCT))
 def test_a_pass_after_a_quantizer_stands_for_nothing_alone(name: str) -> None:
-    with pytest.raises(UsageError, match=f"{name} is not a method that quantizes"):
+    with pytest.raises(UsageError, match=f"{name} is not a method of compress quantize"):
         QuantizeOptions(method=name).recipe()
-    with pytest.raises(UsageError, match=f"{name} is not a method that prunes"):
+    with pytest.raises(UsageError, match=f"{name} is not a method of compress prune"):
         PruneOptions(method=name).recipe()
     with pytest.raises(UsageError, match=f"{name} has nothing to improve on"):
         build({"passes": [{"method": name}]})

@@ -125,7 +125,7 @@ def test_one_scale_per_row() -> None:
         ({"method": "rtn", "options": {"damping": 1}}, "rtn has no option 'damping'; known: scheme"),
         ({"options": {"order": "sideways"}}, "gptq: order"),
         ({"options": {"damping": "much"}}, "gptq: damping"),
-        ({"options": {"damping": -1}}, "damping -1.0 is negative"),
+        ({"options": {"damping": -1}}, "damping must be at least 0, got -1.0"),
         ({"options": {"observer": "best"}}, "observer"),
         ({"bits": 1}, r"bits 1 is outside 2\.\.8"),
         ({"bits": 9}, r"bits 9 is outside 2\.\.8"),

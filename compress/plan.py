@@ -21,10 +21,11 @@ from ..calibrate.model.source import Source
 from ..errors import UsageError
 from ..kernels.cache.cache import check_cache
 from ..recipes.schema import Recipe
-from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, float_name
+from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, kinds
 from ..recipes.scheme.prune_args import Storage
-from .formats import pack_quantized, sparse
+from .formats import pack_quantized
 from .formats.int_quantized import IntQuantized
+from .formats.kinds import pruned as sparse
 from .formats.kv_cache import attentions, scale_specs
 from .formats.registry import format_of
 
@@ -247,8 +248,7 @@ def _plan_layer(name: str, block: int, module: nn.Module, stored: torch.dtype, r
     else:
         args = _fitted(name, asked, columns)
         note = None if args == asked else _adapted(asked, args, columns)
-        if args.kind == "nf4":
-            args = replace(args, dtype=float_name(stored))
+        args = kinds.kind_of(args).for_layer(args, stored)
         for entry in recipe.passes:
             if entry.method_entry.adapt is not None:
                 args = entry.method_entry.adapt(entry.config, args, (rows, columns))

@@ -1,4 +1,4 @@
-"""What each runtime accepts, as data, so that a recipe is refused before any work rather than by the runtime afterwards.
+"""What each runtime accepts, as data, so that a recipe is refused before any work, not by the runtime afterwards.
 
 The limits were found by loading checkpoints; those of vLLM (0.33.0) and SGLang (0.5.23) by reading their loaders, which need a
 GPU.
@@ -9,10 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from ..errors import UsageError
-from ..recipes.scheme import CacheScheme, Kind, PruneArgs, QuantArgs, group_strategy
+from ..recipes.scheme import CacheScheme, PruneArgs, QuantArgs, kinds
 from .formats.pack_quantized import EXPERT
 from .plan import LayerPlan
 
@@ -26,7 +25,7 @@ class RuntimeFormat:
     """One format as one runtime reads it.
 
     format       what `compress export --format` calls it
-    bits         bits a weight
+    bits         bits per weight
     symmetric    whether symmetric and asymmetric grids are read
     groups       group sizes, ROW among them; None for any
     multiple     what both widths of a layer must be multiples of
@@ -34,8 +33,8 @@ class RuntimeFormat:
     fused        projections that the runtime joins must have one scheme
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
-    kinds        what weights may be made of (`QuantArgs.kind`)
-    tables       packed embeddings are read
+    kinds        kinds of weights that are read (`QuantArgs.kind`); None for any
+    embeddings   packed embeddings are read
     experts      the experts of a mixture are read
     mixed        experts may differ in their scheme
     inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
@@ -52,8 +51,8 @@ class RuntimeFormat:
     fused: bool = False
     uniform: bool = False
     conv1d: bool = False
-    kinds: tuple[Kind, ...] = ("grid",)
-    tables: bool = False
+    kinds: tuple[str, ...] | None = ("grid",)
+    embeddings: bool = False
     experts: bool = False
     mixed: bool = False
     inputs: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ PACKED = RuntimeFormat("pack-quantized", bits=(2, 4, 8), symmetric=(True,), expe
 GPTQ = RuntimeFormat("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = RuntimeFormat("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
 GGUF = RuntimeFormat(
-    "gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"), tables=True
+    "gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "gguf_blocks"), embeddings=True
 )
 NF4 = RuntimeFormat("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 INT8_ROWS = RuntimeFormat("bitsandbytes", bits=(8,), symmetric=(True,), groups=(ROW,))
@@ -74,13 +73,13 @@ W8A8 = RuntimeFormat(
     "int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN), cache=BITS
 )
 PACKED_INPUTS = replace(PACKED, experts=False, inputs=(STATIC, PER_TOKEN))
-ONNX = RuntimeFormat("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), tables=True)
+ONNX = RuntimeFormat("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), embeddings=True)
 OURS = RuntimeFormat(
     "pack-quantized",
     bits=BITS,
     conv1d=True,
-    kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
-    tables=True,
+    kinds=None,
+    embeddings=True,
     experts=True,
     mixed=True,
     cache=None,
@@ -205,11 +204,11 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: RuntimeFormat) -> 
         yield Incompatibility(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
     if EXPERT.match(layer.name) and not container.experts:
         yield Incompatibility(layer.name, "it is an expert of a mixture", "export to fp16 after quantizing")
-    if layer.kind == "Embedding" and not container.tables:
+    if layer.kind == "Embedding" and not container.embeddings:
         yield Incompatibility(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
-    if args.kind not in container.kinds:
+    if container.kinds is not None and args.kind not in container.kinds:
         yield Incompatibility(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
-    if args.kind == "blocks":  # whole as they are, or not at all
+    if kinds.kind_of(args).whole:
         return
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
@@ -259,10 +258,8 @@ def nearest(
 
 def _settings() -> Iterator[QuantArgs]:
     """What a format of some runtime may hold."""
-    yield QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested")
-    for bits, symmetric, size in product(range(2, 9), (True, False), (ROW, 16, 32, 64, 128, 256)):
-        strategy, group = group_strategy(size)
-        yield QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=group)
+    for kind in kinds.all_kinds():
+        yield from kind.settings()
 
 
 def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int]:
@@ -286,14 +283,13 @@ def _kept(layers: Sequence[LayerPlan], targets: Sequence[Sequence[RuntimeFormat]
 
 
 def _words(args: QuantArgs, asked: QuantArgs, inputs: bool, kept: Sequence[str]) -> str:
-    words = []
-    if args.kind == "nf4":
-        words = ["--method nf4"]
-    else:
-        words += ["--method gptq"] if inputs or asked.kind != "grid" else []
+    method, words = kinds.kind_of(args).method, []
+    if args.kind != asked.kind or (inputs and args.kind == kinds.PLAIN):
+        words += [f"--method {method}"]
+    if args.kind == kinds.PLAIN:
         words += [f"--bits {args.bits}"] if args.bits != asked.bits else []
         size, before = args.group_size or ROW, asked.group_size or ROW
-        words += [f"--group-size {size}"] if size != before or asked.kind == "nf4" else []
+        words += [f"--group-size {size}"] if size != before or args.kind != asked.kind else []
         words += ["--asymmetric"] if asked.symmetric and not args.symmetric else []
     leaves = Counter(name.rpartition(".")[2] for name in kept)
     alone = next(iter(kept), "")

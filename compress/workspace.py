@@ -23,7 +23,7 @@ from ..errors import StorageError, UsageError
 from ..kernels.cache.ranges import KVRanges
 from ..kernels.tensor import Compressed
 from ..recipes.schema import Recipe, dump
-from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
+from ..recipes.scheme import CACHE_KEY, QuantArgs, WeightArgs
 from .block import Linear
 from .formats import pack_quantized
 from .formats.kv_cache import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
@@ -242,13 +242,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    args = linear.args
-    stored: Figures = (
-        {"storage": args.storage}
-        if isinstance(args, PruneArgs)
-        else {"bits": args.bits, "group_size": args.group_size or -1}
-    )
-    return {"name": linear.name, **stored, **linear.figures}
+    return {"name": linear.name, **linear.args.figures, **linear.figures}
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """What is in a model directory: read from the config and the file headers, without loading a weight."""
 
-import math
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,8 +8,11 @@ from typing import Any
 from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
 from ..calibrate.model.skeleton import Names, build, context_length
 from ..calibrate.model.source import Source
+from ..compress.formats.checkpoint import read_layers
 from ..compress.formats.source import open_source
 from ..compress.formats.tokenizer import has_tokenizer
+from ..errors import UsageError
+from ..recipes.scheme import WeightArgs, kinds
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a model. `linears` are those of the blocks; `context` is None where the config sets no limit."""
+    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit."""
 
     path: str
     architecture: str
@@ -53,13 +55,14 @@ def inspect(model: str | Path) -> Inspection:
     source = open_source(model)
     skeleton = build(source)
     prefix, blocks = find_blocks(skeleton)
-    names = Names(skeleton, source)
-    kinds: Counter[tuple[str, str, tuple[int, int], str]] = Counter()
+    names, compressed = Names(skeleton, source), _layers(source)
+    found: Counter[tuple[str, str, tuple[int, int], str]] = Counter()
     for index, block in enumerate(blocks):
         for name, module in find_linears(block).items():
             rows, columns = weight_of(module).shape
-            stored = _stored(source, names, f"{prefix}.{index}.{name}")
-            kinds[name, type(module).__name__, (rows, columns), stored] += 1
+            layer = f"{prefix}.{index}.{name}"
+            stored = _stored(source, names, layer, compressed.get(layer), columns)
+            found[name, type(module).__name__, (rows, columns), stored] += 1
     dtypes: Counter[str] = Counter()
     for tensor in source.tensors.values():
         dtypes[tensor.spec.dtype] += tensor.spec.nbytes
@@ -74,7 +77,7 @@ def inspect(model: str | Path) -> Inspection:
         dtypes=dict(dtypes.most_common()),
         blocks=prefix,
         block_count=len(blocks),
-        linears=tuple(LinearKind(n, m, shape, count, stored) for (n, m, shape, stored), count in kinds.items()),
+        linears=tuple(LinearKind(n, m, shape, count, stored) for (n, m, shape, stored), count in found.items()),
         vocabulary=text.vocab_size,
         context=context_length(skeleton.config),
         tied_embeddings=bool(skeleton.config.tie_word_embeddings),
@@ -83,24 +86,19 @@ def inspect(model: str | Path) -> Inspection:
     )
 
 
-def _stored(source: Source, names: Names, layer: str) -> str:
+def _layers(source: Source) -> dict[str, WeightArgs]:
+    """The arguments of the compressed layers; none if there are none, or they are compressed in a way that is not read."""
+    if "quantization_config" not in source.config:
+        return {}
+    try:
+        return read_layers(source)[1]
+    except UsageError:
+        return {}
+
+
+def _stored(source: Source, names: Names, layer: str, args: WeightArgs | None, width: int) -> str:
     """How the weight of `layer` lies on disk."""
+    if args is not None:
+        return kinds.kind_of(args).listed(args, width)
     dense = names.find(f"{layer}.weight")
-    if dense is not None:
-        return source.tensors[dense].spec.dtype
-    places, bitmask = (source.tensors.get(f"{layer}.weight_{part}") for part in ("places", "bitmask"))
-    if places is not None or bitmask is not None:
-        return "2:4" if places is not None else "bitmask"
-    if f"{layer}.weight_tiles" in source.tensors:
-        return "SpQR tiles"
-    if f"{layer}.weight_blocks" in source.tensors:
-        config = source.config["quantization_config"]
-        return next(g["block"] for g in config.get("base", config)["config_groups"] if layer in g["targets"])
-    packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
-    if packed is None or shape is None:
-        return "missing"
-    rows, columns = (int(n) for n in shape.read())
-    groups = source.tensors[f"{layer}.weight_scale"].spec.shape[1]
-    bits = 32 * math.prod(packed.spec.shape) // (rows * columns)
-    kind = "asymmetric" if f"{layer}.weight_zero_point" in source.tensors else "symmetric"
-    return f"int{bits} {kind}, " + (f"groups of {columns // groups}" if groups > 1 else "one scale per row")
+    return "missing" if dense is None else source.tensors[dense].spec.dtype

@@ -25,8 +25,8 @@ from ..compress.load import load
 from ..errors import UsageError
 from ..kernels.activations import quantized_inputs
 from ..kernels.cache.cache import serve_rounded
-from ..kernels.packing.codebook import nf4_values
-from ..kernels.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
+from ..kernels.tensor import Compressed
+from ..recipes.scheme import kinds
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
@@ -250,24 +250,7 @@ def _steps(served: Tensor, tensor: Compressed) -> float:
     """The largest difference in steps of the grid; infinite for another shape or no numbers."""
     if served.shape != tensor.shape or not bool(served.isfinite().all()):
         return float("inf")
-    return float(((served - tensor.dequantize()).abs() / _step(tensor)).max())
-
-
-def _step(tensor: Compressed) -> Tensor:
-    """What one code is apart from the next, broadcasting over the weight.
-
-    NF4: the smallest gap between its values; a layer without one grid (pruned, SpQR): a 127th of its largest weight.
-    """
-    if isinstance(tensor, CompressedTensor | BlockTensor):
-        scale = tensor.scales() if isinstance(tensor, BlockTensor) else tensor.scale.float()
-        return scale.abs().repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
-    if isinstance(tensor, NF4Tensor):
-        assert tensor.args.group_size is not None
-        gap = nf4_values(tensor.codes.device).diff().min()
-        return gap * tensor.scales().repeat_interleave(tensor.args.group_size)[: tensor.codes.numel()].view(
-            tensor.shape
-        )
-    return tensor.dequantize().abs().max() / 127
+    return float(((served - tensor.dequantize()).abs() / kinds.kind_of_tensor(tensor).step(tensor)).max())
 
 
 def _compare_outputs(

@@ -74,7 +74,7 @@ class KernelSpec:
 class Capabilities:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
-    `bits` are those of codes, `tables` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
+    `bits` are those of codes, `codebook_bits` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
     """
 
     bits: frozenset[int]
@@ -83,7 +83,7 @@ class Capabilities:
     dtypes: frozenset[torch.dtype] | None = FLOAT_DTYPES
     groups: frozenset[int] | None = None
     symmetric: frozenset[bool] = frozenset({True, False})
-    tables: frozenset[int] = frozenset()
+    codebook_bits: frozenset[int] = frozenset()
     values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: KernelSpec) -> str | None:
@@ -91,7 +91,9 @@ class Capabilities:
         if need.values is not None:
             stored = ("values", need.values, self.values)
         else:
-            stored = ("tables of bits", need.bits, self.tables) if need.codebook else ("bits", need.bits, self.bits)
+            stored = (
+                ("codebook bits", need.bits, self.codebook_bits) if need.codebook else ("bits", need.bits, self.bits)
+            )
         asked = [
             stored,
             ("activations", need.activations, self.activations),

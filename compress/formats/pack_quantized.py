@@ -17,7 +17,7 @@ from torch import Tensor
 from ...calibrate.model.safetensors_io import NAMES, TensorSpec
 from ...kernels.packing.bitstream import pack_rows, unpack_rows
 from ...kernels.tensor import CompressedTensor
-from ...recipes.scheme import QuantArgs, ScaleDtype
+from ...recipes.scheme import QuantArgs
 
 NAME = "pack-quantized"
 EXPERT = re.compile(r".*\.experts\.\d+\..*")
@@ -30,7 +30,7 @@ def supports(args: QuantArgs) -> str | None:
     if args.formula == "spqr":
         return f"{NAME} stores integer zeros only, the spqr grid has real ones"
     if args.kind != "grid":
-        return f"{NAME} stores integers, not {args.formula}"
+        return f"{NAME} stores plain integers, not {args.kind} weights"
     return None
 
 
@@ -156,9 +156,9 @@ def weights_of(name: str, groups: Iterable[Mapping[str, Any]]) -> Mapping[str, A
     return next((g["weights"] for way in speaks for g in groups if any(map(way, g["targets"]))), None)
 
 
-def _scale_dtype(scale: TensorSpec | None) -> ScaleDtype:
+def _scale_dtype(scale: TensorSpec | None) -> str:
     """The stored dtype of scales; where they are missing, the loader says so itself."""
-    return str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch.")  # type: ignore[return-value]
+    return str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch.")
 
 
 def _is_packed(group: Mapping[str, Any], default: str | None) -> bool:

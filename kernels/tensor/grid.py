@@ -38,7 +38,7 @@ LARGEST = {
     False: 63,
 }  # multiples of a super-block's units, by whether it is symmetric: signed bytes, or six bits
 NEARBY = (-4, -3, -2, -1, 1, 2, 3, 4)  # multiples tried around the nearest one where the observer searches
-OF_ONE_METHOD = {"nf4": "nf4", "columns": "llm-int8"}  # kinds that no solver of grids leaves
+OF_ONE_METHOD = {"nf4": "nf4", "outlier_columns": "llm-int8"}  # kinds that no solver of grids leaves
 
 
 @dataclass(frozen=True)

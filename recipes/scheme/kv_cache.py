@@ -6,7 +6,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ...errors import UsageError
-from .quant_args import QuantArgs, ScaleDtype, Strategy
+from .quant_args import QuantArgs, Strategy
 from .taxonomy import CACHED, refuse
 
 CACHE_KEY = "lmpress_kv_cache"  # of config.json: other loaders pass over it and keep their cache in full precision
@@ -52,7 +52,7 @@ class CacheScheme:
         return cls(cache_args(bits, "group", 32), cache_args(bits, "group", 32), window)
 
     @classmethod
-    def shared(cls, bits: int = 8, window: int = 0, scale_dtype: ScaleDtype = "float16") -> "CacheScheme":
+    def shared(cls, bits: int = 8, window: int = 0, scale_dtype: str = "float16") -> "CacheScheme":
         """Symmetric, with one calibrated scale for all keys of a layer and one for its values."""
         args = QuantArgs(bits, True, "tensor", None, formula="signed", scale_dtype=scale_dtype)
         return cls(args, args, window)

@@ -48,6 +48,16 @@ class PruneArgs:
             raise UsageError("2:4 storage needs the pattern 2:4", "use --pattern 2:4, or --format bitmask")
 
     @property
+    def kind(self) -> str:
+        """The name of the kind of weight (see `kinds.py`)."""
+        return "pruned"
+
+    @property
+    def figures(self) -> dict[str, int | str]:
+        """What a report says of the arguments of each layer."""
+        return {"storage": self.storage}
+
+    @property
     def n_of_m(self) -> tuple[int, int] | None:
         """(zeros, group) of a pattern `n:m`."""
         return None if self.pattern is None or self.block > 1 else _read_pattern(self.pattern)

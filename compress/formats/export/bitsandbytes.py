@@ -26,13 +26,14 @@ from torch import Tensor
 from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.codebook import NESTED_BLOCK, dynamic_values, nf4_values
-from ....kernels.tensor import CompressedTensor, MixedTensor, NF4Tensor
-from ....recipes.scheme import FLAT_SIZES, QuantArgs, signed_weights
+from ....kernels.tensor import CompressedTensor, NF4Tensor, OutlierColumnsTensor
+from ....recipes.scheme import QuantArgs, signed_weights
 from ..int_quantized import OFFSET
 from .layout import LayerFormat
 
 NAME = "bitsandbytes"
 STATE = "quant_state.bitsandbytes__nf4"
+FLAT_SIZES = tuple(2**n for n in range(5, 13))  # values per block
 LONGEST = -1.1754943508222875e-38  # no float32 has more digits
 
 
@@ -66,7 +67,7 @@ def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, Tenso
     return {_full(name, part): each for part, each in found.items()}
 
 
-def pack(name: str, tensor: NF4Tensor | MixedTensor | CompressedTensor) -> dict[str, Tensor]:
+def pack(name: str, tensor: NF4Tensor | OutlierColumnsTensor | CompressedTensor) -> dict[str, Tensor]:
     """The tensors of one quantized weight; of a mixed one the 8-bit part, which covers all columns."""
     if not isinstance(tensor, NF4Tensor):
         return _pack_int8(name, tensor)
@@ -85,9 +86,11 @@ def pack(name: str, tensor: NF4Tensor | MixedTensor | CompressedTensor) -> dict[
     return {_full(name, part): each for part, each in found.items()}
 
 
-def _pack_int8(name: str, tensor: MixedTensor | CompressedTensor) -> dict[str, Tensor]:
+def _pack_int8(name: str, tensor: OutlierColumnsTensor | CompressedTensor) -> dict[str, Tensor]:
     codes, scale = tensor.codes.to(torch.int16) - OFFSET, tensor.scale.float()
-    if isinstance(tensor, MixedTensor):  # a loud column may have needed a wider scale: its rows are rounded anew
+    if isinstance(
+        tensor, OutlierColumnsTensor
+    ):  # a loud column may have needed a wider scale: its rows are rounded anew
         reach = torch.maximum(
             codes.abs().amax(1, keepdim=True) * scale, tensor.outliers.float().abs().amax(1, keepdim=True)
         )
@@ -169,7 +172,8 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     return found
 
 
-BITSANDBYTES = LayerFormat(NAME, lambda args, shape: supports(args), pack, quantization_config, spec=spec)
+KINDS = ("nf4", "grid", "outlier_columns")
+BITSANDBYTES = LayerFormat(NAME, lambda args, shape: supports(args), pack, quantization_config, spec=spec, kinds=KINDS)
 
 
 def as_stored(stored: Mapping[str, TensorSpec]) -> Callable[[str, QuantArgs, int, int], dict[str, TensorSpec]]:

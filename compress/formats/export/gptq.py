@@ -18,7 +18,7 @@ from torch import Tensor
 from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.bitstream import pack_rows, unpack_rows
-from ....kernels.tensor import CompressedTensor
+from ....kernels.tensor import Compressed, CompressedTensor
 from ....recipes.scheme import QuantArgs, group_strategy
 from .layout import LayerFormat, blank, specs_of, uniform
 
@@ -56,6 +56,11 @@ def zeros_of(tensor: CompressedTensor) -> Tensor:
     if tensor.zero is not None:
         return tensor.zero
     return torch.full_like(tensor.scale, 2 ** (tensor.args.bits - 1), dtype=torch.uint8)
+
+
+def has_zero_of_zero(tensor: Compressed) -> bool:
+    """Whether a zero of the grid is 0, which version 1 cannot store."""
+    return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset: int) -> CompressedTensor:
@@ -141,7 +146,7 @@ def stored_args(config: Mapping[str, Any], symmetric: bool, stored: Mapping[str,
             symmetric=symmetric,
             strategy=strategy,
             group_size=size,
-            scale_dtype=dtype,  # type: ignore[arg-type]
+            scale_dtype=dtype,
         )
     if not found:
         raise ValueError(f"its config says {config['quant_method']}, but no layer is packed so")

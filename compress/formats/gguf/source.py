@@ -1,6 +1,6 @@
 """A GGUF file that anyone made, as a source: its metadata as a config, its tensors by transformers' names and in its order.
 
-Linear layers in blocks that `blocks.py` knows stay packed, as `stored.py` has them. Whatever else is in blocks, an embedding,
+Linear layers in blocks that `blocks.py` knows stay packed, as `../kinds/gguf_blocks.py` has them. Whatever else is in blocks, an embedding,
 becomes float32 when it is read. Metadata are read by the library gguf.
 """
 
@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ....calibrate.model.safetensors_io import NAMES, StoredTensor, TensorSpec
 from ....calibrate.model.source import Source
 from ....errors import CompressError, UsageError
-from . import blocks, stored
+from ..kinds import gguf_blocks
+from . import blocks
 from .library import DENSE, PERMUTED, library
 
 NUMBERS = {name: NAMES[dtype] for dtype, name in DENSE.items()}  # GGUF's name of a float type -> that of safetensors
@@ -104,7 +105,7 @@ def open_gguf(file: Path) -> Source:
         else:
             found[names[name]] = placed
     if packed:
-        config["quantization_config"] = stored.config_of(packed, [])
+        config["quantization_config"] = gguf_blocks.config_of(packed, [])
     return GGUFSource(file, metadata.get("general.name", file.stem), config, found)
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
-from ....kernels.tensor import CompressedTensor, MixedTensor
+from ....kernels.tensor import CompressedTensor, OutlierColumnsTensor
 from ....kernels.tensor.grid import Grid
 from ....recipes.scheme import QuantArgs, Scheme, inputs_per, signed_weights
 from ...block import Block, Linear
 from ...formats.int_quantized import OFFSET
-from ...formats.llm_int8 import kept_columns
+from ...formats.kinds.outlier_columns import kept_columns
 from .gptq import GPTQ, prepare, solve
 from .rtn import round_to_nearest
 
@@ -48,7 +48,7 @@ class LLMInt8:
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.scheme.weights.kind != "columns":
+        if self.scheme.weights.kind != "outlier_columns":
             raise UsageError("llm-int8 keeps a share of the columns in 16 bits", "use outliers above 0, such as 0.02")
         if self.tokens < 1:
             raise UsageError(f"{self.tokens} tokens tell nothing of the columns", "use for example tokens=8192")
@@ -98,13 +98,13 @@ def choose(values: Tensor, places: Tensor, count: int, width: int) -> Tensor:
     return torch.tensor(sorted(chosen), device=values.device)
 
 
-def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
+def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> OutlierColumnsTensor:
     """The weight of `linear` in int8, `columns` in 16 bits as well; solved where its Hessian is there."""
     args, weight = replace(linear.grid_args, outliers=0.0), linear.weight
     if linear.hessian is None:
         grid, kept = round_to_nearest(weight, args), weight[:, columns]
         assert isinstance(grid, CompressedTensor)
-        return MixedTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
+        return OutlierColumnsTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
     hessian = linear.hessian.matrix()
     others = torch.ones_like(hessian[0], dtype=torch.bool).index_fill_(0, columns, False)
     repair, left = eliminated(hessian, columns, others)
@@ -116,7 +116,7 @@ def mix(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
     codes[:, columns] = Grid(grid.scale.float(), torch.full_like(grid.scale, OFFSET).float(), args).quantize(
         kept.float()
     )
-    return MixedTensor(codes, grid.scale, columns, kept, linear.grid_args, inputs)
+    return OutlierColumnsTensor(codes, grid.scale, columns, kept, linear.grid_args, inputs)
 
 
 def eliminated(hessian: Tensor, columns: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

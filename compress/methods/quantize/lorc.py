@@ -9,7 +9,7 @@ as `tr((E - A B) H (E - A B)^T)` is smallest in B where `A A^T` projects E, and 
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -17,8 +17,8 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
-from ....kernels.tensor import LowRankTensor, PrunedTensor
-from ....recipes.scheme import QuantArgs
+from ....kernels.tensor import LowRankTensor
+from ....recipes.scheme import PruneArgs, QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
 
@@ -52,17 +52,18 @@ def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int]) -> QuantArgs:
 
 @torch.no_grad()
 def apply(config: LoRC, block: Block) -> None:
-    """Put a low-rank term beside every quantized linear of the block."""
+    """Add a low-rank term to every quantized linear of the block."""
     for linear in block.linears:
         assert linear.hessian is not None and linear.result is not None
-        if isinstance(linear.result, PrunedTensor | LowRankTensor):
+        if isinstance(linear.args, PruneArgs) or isinstance(linear.result, LowRankTensor):
             raise UsageError(f"{linear.name} has nothing for lorc to add to", "put it once, after a quantizer")
         hessian = linear.hessian.matrix()
         error = linear.weight - linear.result.dequantize(linear.weight.dtype)
         left, right = low_rank(
             error, hessian if config.weighted else torch.eye(len(hessian)).to(hessian), linear.grid_args.rank
         )
-        base = replace(linear.result, args=replace(linear.result.args, rank=0))
+        codes: Any = linear.result
+        base = replace(codes, args=replace(codes.args, rank=0))
         linear.result = LowRankTensor(base, left, right)
         before, after = layer_loss(error, hessian), layer_loss(error - left.float() @ right.float(), hessian)
         linear.figures |= {"uncompensated_loss": before, "loss": after}

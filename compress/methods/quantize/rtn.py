@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest point of its grid. No calibration, the yardstick of all other methods."""
+"""RTN: round every weight to the nearest one of its kind, such as a point of its grid. No calibration: the baseline of all other methods."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -7,9 +7,9 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ....kernels.tensor import BlockTensor, CompressedTensor, NF4Tensor, of_grid
+from ....kernels.tensor import BlockTensor, Compressed, CompressedTensor, of_grid
 from ....kernels.tensor.grid import Grid
-from ....recipes.scheme import QuantArgs, Scheme
+from ....recipes.scheme import QuantArgs, Scheme, kinds
 from ...block import Block
 
 
@@ -23,9 +23,18 @@ class RTN:
 
 
 def apply(config: RTN, block: Block) -> None:
-    """Quantize every linear of the block."""
+    """Compress every linear of the block."""
     for linear in block.linears:
-        linear.result = round_to_nearest(linear.weight, linear.grid_args)
+        linear.result = nearest(linear.weight, linear.grid_args)
+
+
+def nearest(weight: Tensor, args: QuantArgs) -> Compressed:
+    """The nearest weight to `weight` `[out, in]` of the kind that `args` ask for, without a low-rank term.
+
+    Raises `UsageError` if the kind is not found by rounding.
+    """
+    codes = replace(args, rank=0)
+    return kinds.kind_of(codes).round(weight, codes)
 
 
 def round_to_nearest(
@@ -37,8 +46,5 @@ def round_to_nearest(
 
 
 def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
-    """What `weight` `[out, in]` becomes by rounding alone, of whatever kind it is to be; 16-bit columns are rounded too."""
-    args = replace(args, rank=0)
-    if args.kind == "nf4":
-        return NF4Tensor.of(weight, args).dequantize(weight.dtype)
-    return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()
+    """What `weight` `[out, in]` becomes by rounding alone, of any kind; what is kept in 16 bits is rounded too."""
+    return nearest(weight, replace(args, outliers=0.0)).dequantize(weight.dtype)

@@ -19,7 +19,7 @@ from ....kernels.tensor import LEVEL, Bilevel, SpQRTensor
 from ....kernels.tensor.grid import Grid, encode, fit_groups, parameters
 from ....recipes.scheme import QuantArgs, Scheme
 from ...block import Block
-from ...formats.spqr import entries
+from ...formats.kinds.bilevel import entries
 from ...solver.refine import refine
 from ...solver.sweep import sweep
 from ...solver.target import DriftTarget

@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 import lmpress
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Linear
-from lmpress.compress.formats.llm_int8 import LLMInt8 as Format
-from lmpress.compress.formats.llm_int8 import kept_columns
+from lmpress.compress.formats.kinds.outlier_columns import LLMInt8 as Format
+from lmpress.compress.formats.kinds.outlier_columns import kept_columns
 from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose, mix
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.activations import decompose
 from lmpress.kernels.modules.linear import PackedLinear, kernels_of
 from lmpress.kernels.modules.replace import replace_linear
-from lmpress.kernels.tensor import MixedTensor
+from lmpress.kernels.tensor import OutlierColumnsTensor
 from lmpress.recipes.schema import build
 from lmpress.recipes.scheme import QuantArgs, Scheme
 
@@ -37,13 +37,15 @@ def layer() -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None) -> MixedTensor:
+def mixed(
+    weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None
+) -> OutlierColumnsTensor:
     args = replace(SCHEME.weights, outliers=max(len(columns), 1) / WIDTH)
     linear = Linear("layer", weight, args, hessian)
     return mix(linear, torch.tensor(columns, dtype=torch.int64), replace(INPUTS, threshold=threshold))
 
 
-def module(tensor: MixedTensor) -> nn.Module:
+def module(tensor: OutlierColumnsTensor) -> nn.Module:
     model = nn.Sequential(nn.Linear(WIDTH, 48, bias=False))
     replace_linear(model, "0", tensor)
     return model

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 import lmpress
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
-from lmpress.compress.formats import spqr as stored
+from lmpress.compress.formats.kinds import bilevel as stored
 from lmpress.compress.methods.quantize import spqr
 from lmpress.compress.methods.quantize.gptq import GPTQ, Prepared, prepare
 from lmpress.compress.methods.quantize.spqr import SpQR, choose_outliers, search_levels, solve

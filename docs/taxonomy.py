@@ -48,7 +48,9 @@ FOOT = """
 Transforms ({transforms}) may come before any of these methods, and {goers} after those that leave plain codes: all but
 bilevel scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
 
-Weights that are not a plain grid have pages of their own: {pages}.
+Weights that are not a plain grid have pages of their own:
+
+{pages}
 """
 
 
@@ -61,7 +63,7 @@ def page() -> str:
     names = [method(name) for name in METHODS]
     foot = FOOT.format(
         transforms=_listed(each.name for each in names if not each.compresses),
-        pages=_listed(kind.taxonomy for kind in kinds.all_kinds() if kind.example is None),
+        pages="\n".join(f"- {kind.taxonomy}" for kind in kinds.all_kinds() if kind.example is None),
         goers=_listed(each.name for each in names if each.compresses and not _has_scheme(each.name)),
     )
     return HEAD + "\n".join(_table(role, cell) for role, cell in ROLES) + foot

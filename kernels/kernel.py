@@ -74,7 +74,8 @@ class KernelSpec:
 class Capabilities:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
-    `bits` are those of codes, `codebook_bits` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
+    `bits` are those of codes, `codebook_bits` those of codes with a codebook, `values` the dtypes of pruned weights (most
+    kernels: none).
     """
 
     bits: frozenset[int]

@@ -165,8 +165,9 @@ def unregister(name: str) -> None:
 
 
 def formulas() -> dict[str, tuple[bool, ...]]:
-    """Every formula of a grid, with the forms that exist: symmetric (True), asymmetric (False)."""
-    return {formula: forms for words in KINDS.values() for formula, forms in words.formulas.items()}
+    """Every formula, those of the plain grid first, with the forms that exist: symmetric (True), asymmetric (False)."""
+    lines = (KINDS[PLAIN], *KINDS.values())
+    return {formula: forms for words in lines for formula, forms in words.formulas.items()}
 
 
 def scales() -> dict[str, str]:

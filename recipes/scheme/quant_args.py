@@ -69,7 +69,7 @@ class QuantArgs:
             replace(self, rank=0)
             return
         if not 2 <= self.bits <= 8:
-            raise UsageError(f"bits must be 2 to 8, got {self.bits}", "use --bits 2 to --bits 8")
+            raise UsageError(f"bits {self.bits} is outside 2..8", "use --bits 2 to --bits 8")
         if self.strategy == "group" and (self.group_size is None or self.group_size < 1):
             raise UsageError(f"group size {self.group_size} is not a positive number of columns", GROUP_HINT)
         if self.strategy not in ("group", "flat") and self.group_size is not None:

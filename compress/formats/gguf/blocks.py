@@ -42,9 +42,9 @@ SIZES: dict[Kind, tuple[int, int]] = {  # columns, bytes
 
 def kind(args: WeightArgs, width: int) -> Kind:
     """The block that holds a row of `width` columns; F16 (its numbers, rounded) where none does."""
-    if isinstance(args, PruneArgs) or args.kind not in ("grid", "blocks"):
+    if isinstance(args, PruneArgs) or args.kind not in ("grid", "gguf_blocks"):
         return "F16"
-    if args.kind == "blocks":
+    if args.kind == "gguf_blocks":
         return next(block for block in BLOCKS if block == args.block)
     group = args.columns_per_scale(width)
     if args.scale_dtype != "float16" or group % BLOCK or args.formula == "spqr":

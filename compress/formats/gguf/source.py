@@ -1,7 +1,7 @@
 """A GGUF file that anyone made, as a source: its metadata as a config, its tensors by transformers' names and in its order.
 
-Linear layers in blocks that `blocks.py` knows stay packed, as `../kinds/gguf_blocks.py` has them. Whatever else is in blocks, an embedding,
-becomes float32 when it is read. Metadata are read by the library gguf.
+Linear layers in blocks that `blocks.py` knows stay packed, as `../kinds/gguf_blocks.py` has them. Any other tensor in blocks,
+such as an embedding, becomes float32 when it is read. Metadata are read by the library gguf.
 """
 
 import json

@@ -152,20 +152,20 @@ def check(args: QuantArgs) -> None:
 
 
 def round_to_nearest(weight: Tensor, args: QuantArgs) -> SpQRTensor:
-    """The nearest codes of `weight` `[out, in]` on bilevel scales and zeros; the last group may be shorter. No outliers."""
-    size = args.columns_per_scale(weight.shape[1])
-    plain = replace(args, scale_dtype="float32", outliers=0.0, strategy="channel", group_size=None)
-    fitted = [Grid.fit(group, plain) for group in weight.float().split(size, 1)]
-    levels = [Bilevel.fit(torch.cat([getattr(grid, part) for grid in fitted], 1)) for part in ("scale", "zero")]
-    scale, zero = (level.values(torch.float32).split(1, 1) for level in levels)
-    codes = [
-        Grid(*pair, plain).quantize(group)
-        for *pair, group in zip(scale, zero, weight.float().split(size, 1), strict=True)
-    ]
-    nothing = torch.zeros(len(weight), dtype=torch.int64, device=weight.device)
-    return SpQRTensor(
-        torch.cat(codes, 1), *levels, nothing, nothing[:0], nothing[:0].half(), replace(args, outliers=0.0)
-    )
+    """The nearest codes of `weight` `[out, in]` on bilevel scales and zeros, without outliers.
+
+    The last group may be shorter.
+    """
+    size, args = args.columns_per_scale(weight.shape[1]), replace(args, outliers=0.0)
+    plain = replace(args, scale_dtype="float32", strategy="channel", group_size=None)
+    groups = weight.float().split(size, 1)
+    fitted = [Grid.fit(group, plain) for group in groups]
+    scale = Bilevel.fit(torch.cat([grid.scale for grid in fitted], 1))
+    zero = Bilevel.fit(torch.cat([grid.zero for grid in fitted], 1))
+    served = zip(groups, scale.values(torch.float32).split(1, 1), zero.values(torch.float32).split(1, 1), strict=True)
+    codes = torch.cat([Grid(s, z, plain).quantize(group) for group, s, z in served], 1)
+    none = torch.zeros(0, dtype=torch.int64, device=weight.device)
+    return SpQRTensor(codes, scale, zero, none.new_zeros(len(weight)), none, none.half(), args)
 
 
 def operand(tensor: SpQRTensor) -> Weight:

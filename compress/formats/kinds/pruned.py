@@ -193,6 +193,6 @@ KIND = Kind(
     tags="pruned",
     stored_as=stored_as,
     loading=loading,
-    taxonomy="`methods/` of pruning (zeros, in a bitmask or 2:4)",
+    taxonomy="`formats.md` (zeros, in a bitmask or 2:4)",
     method="magnitude",
 )

@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest one of its kind, such as a point of its grid. No calibration: the baseline of all other methods."""
+"""RTN: round every weight to the nearest one of its kind, such as a point of its grid. No calibration: the baseline."""
 
 from dataclasses import replace
 from typing import ClassVar

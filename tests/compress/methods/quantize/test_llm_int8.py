@@ -244,7 +244,7 @@ PER_TOKEN = {"bits": 8, "strategy": "token", "group_size": None, "formula": "sig
         ({"method": "llm-int8", "options": {"outliers": 0}}, "needs weights with 16-bit columns"),
         ({"method": "llm-int8", "options": {"threshold": -1}}, "negative"),
         ({"method": "gptq", "options": {"threshold": 3}}, "leaves the inputs as they are"),
-        ({"method": "rtn", "options": {"outliers": 0.1}}, "outliers are kept"),
+        ({"method": "rtn", "options": {"outliers": 0.1}}, "have no outliers"),
     ],
     ids=str,
 )

@@ -205,7 +205,7 @@ def test_other_options(tiny: Path, tmp_path: Path) -> None:
         ({"group_size": 48}, "no blocks of 48"),
         ({"symmetric": False}, "no asymmetric form"),
         ({"options": {"observer": "mse"}}, "largest magnitude"),
-        ({"options": {"formula": "gptq"}}, "only NF4"),
+        ({"options": {"formula": "gptq"}}, "'nested' needs nf4 weights"),
     ],
     ids=str,
 )
@@ -218,7 +218,7 @@ def test_what_nf4_is_not(tiny: Path, tmp_path: Path, options: dict, message: str
 def test_no_solver_takes_the_codebook_and_no_checkpoint_two_formats(tiny: Path, tmp_path: Path) -> None:
     scheme = {"weights": {"strategy": "flat", "group_size": 64, "formula": "nf4", "scale_dtype": "nested"}}
     with pytest.raises(UsageError, match="not a plain grid"):
-        lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "rtn", "scheme": scheme}]}))
+        lmpress.run(tiny, tmp_path / "out", build({"passes": [{"method": "gptq", "scheme": scheme}]}))
     grid = {"strategy": "group", "group_size": 16, "formula": "gptq", "scale_dtype": "float16"}
     mixed = build({"passes": [{"method": "nf4"}], "overrides": {"*.down_proj": grid}})
     with pytest.raises(UsageError, match="no checkpoint holds together"):

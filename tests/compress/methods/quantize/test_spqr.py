@@ -1,4 +1,4 @@
-"""SpQR: the two-level grid, leave-one-out, identity I1 and I7, and that what is served is what was evaluated."""
+"""SpQR: the bilevel grid, leave-one-out, identity I1 and I7, and that what is served is what was evaluated."""
 
 import math
 from dataclasses import replace
@@ -197,7 +197,7 @@ def test_apply_records_and_refuses() -> None:
     assert linear.result is not None
     assert linear.figures["outliers"] == round(0.02 * 24 * 64)
     assert linear.figures["loss"] <= linear.figures["rtn_loss"]
-    with pytest.raises(UsageError, match="two-level"):
+    with pytest.raises(UsageError, match="bilevel scales need"):
         QuantArgs(scale_dtype="bilevel")
     with pytest.raises(UsageError, match="outliers"):
         QuantArgs(outliers=0.01)

@@ -240,9 +240,9 @@ PER_TOKEN = {"bits": 8, "strategy": "token", "group_size": None, "formula": "sig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "llm-int8", "bits": 4}, "8-bit weights"),
+        ({"method": "llm-int8", "bits": 4}, "need weights of 8 bits"),
         ({"method": "llm-int8", "options": {"outliers": 0}}, "needs weights with 16-bit columns"),
-        ({"method": "llm-int8", "options": {"threshold": -1}}, "negative"),
+        ({"method": "llm-int8", "options": {"threshold": -1}}, "must be 0 or more"),
         ({"method": "gptq", "options": {"threshold": 3}}, "leaves the inputs as they are"),
         ({"method": "rtn", "options": {"outliers": 0.1}}, "have no outliers"),
     ],
@@ -257,7 +257,7 @@ def test_what_makes_no_sense_is_refused(tiny: Path, tmp_path: Path, options: dic
 def test_schemes_and_configs_are_checked() -> None:
     with pytest.raises(UsageError, match="share of the columns"):
         LLMInt8(Scheme())
-    with pytest.raises(UsageError, match="8-bit tokens"):
+    with pytest.raises(UsageError, match="inputs of 8 bits per token"):
         Scheme(SCHEME.weights)
-    with pytest.raises(UsageError, match="8-bit tokens"):
+    with pytest.raises(UsageError, match="inputs of 8 bits per token"):
         Scheme(SCHEME.weights, QuantArgs(8, True, "tensor", None, "signed"))

@@ -23,16 +23,16 @@ from ..calibrate.model.source import Source
 from ..calibrate.runner import Runner
 from ..calibrate.statistics.collect import Statistics
 from ..kernels.activations import quantized_inputs
-from ..kernels.tensor import Compressed, CompressedTensor, joined
+from ..kernels.tensor import Compressed, joined
 from ..recipes.schema import PassSpec, Recipe
 from ..recipes.scheme import QuantArgs
 from .block import Block, BlockContext, Linear
 from .formats import pack_quantized
+from .formats.kinds.grid import round_to_grid
 from .formats.source import open_source
 from .formats.tokenizer import load_tokenizer
 from .input_grids import with_input_grids
 from .memory import peak_bytes, return_freed_pages
-from .methods.quantize.rtn import round_to_nearest
 from .plan import Plan, make_plan
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
@@ -275,15 +275,9 @@ def _round_tables(skeleton: PreTrainedModel, source: Source, planned: Plan, work
         stored = names.find(f"{table.name}.weight")
         assert stored is not None and isinstance(table.args, QuantArgs)
         parts = source.read(stored, check=True).split(TABLE_ROWS)
-        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
+        packed |= pack_quantized.pack(table.name, joined([round_to_grid(part.float(), table.args) for part in parts]))
     if packed:
         workspace.write_outside(packed)
-
-
-def _rounded(rows: Tensor, args: QuantArgs) -> CompressedTensor:
-    rounded = round_to_nearest(rows, args)
-    assert isinstance(rounded, CompressedTensor)
-    return rounded
 
 
 def _settle(block: Block, planned: Plan) -> None:

@@ -8,7 +8,7 @@ from ..errors import UsageError
 from . import schema
 from .methods import method as find_method
 from .schema import Recipe
-from .scheme import LEVELS, Scheme, group_strategy
+from .scheme import LEVELS, Scheme, group_strategy, kinds
 
 INPUT_OPTIONS = ("threshold",)
 GRID_OPTIONS = ("observer", "formula", "scale_dtype", "symmetric", "outliers")
@@ -52,7 +52,7 @@ def quantization_recipe(
     quantizer = {"method": method if known.compresses else "rtn", "scheme": scheme}
     solved = [quantizer | rest] if known.compresses else [{"method": method, **rest}, quantizer]
     weights = scheme["weights"]  # nothing but plain codes can be trained
-    plain = usual.weights.kind == "grid" and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
+    plain = usual.weights.kind == kinds.PLAIN and weights["scale_dtype"] != "bilevel" and weights["formula"] != "ggml"
     trained = quality == "best" and plain
     return schema.build(
         {

@@ -138,13 +138,9 @@ def _check_two_levels(passes: Sequence[PassSpec]) -> None:
             continue
         if scheme.weights.scale_dtype == "bilevel" and entry.method != "spqr":
             raise UsageError(f"{entry.method} leaves no two-level scales", "use method spqr, or scale_dtype float16")
-        if scheme.weights.kind == "gguf_blocks" and entry.method not in OF_BLOCKS:
+        if scheme.weights.block and entry.method not in OF_BLOCKS:
             raise UsageError(f"{entry.method} leaves no GGUF blocks", f"use method {', '.join(OF_BLOCKS)}")
-        if (
-            scheme.weights.kind == "gguf_blocks"
-            and not scheme.weights.symmetric
-            and scheme.weights.scale_dtype == "float16"
-        ):
+        if scheme.weights.block and not scheme.weights.symmetric and scheme.weights.scale_dtype == "float16":
             raise UsageError(f"{scheme.weights.block} is read, not solved", "use scale_dtype=super, or symmetric")
 
 

@@ -138,7 +138,6 @@ class Kind:
 
 
 OPTIONAL = ("example", "table", "check_inputs", "for_width")
-OF_FORMATS = ("supports", "spec", "pack", "unpack", "quantization_config")
 OF_TENSORS = ("shape", "to", "dequantize")
 _RECORDS: dict[str, Kind] = {}
 

@@ -134,7 +134,7 @@ def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: Weight
     if args.kind not in wanted.kinds or not isinstance(args, QuantArgs):
         return f"{wanted.name} does not store {args.kind} weights ({kinds.kind_of(args).label(args)})"
     if checkpoint.is_embedding(name) and wanted is not PACKED:
-        return f"{wanted.name} readers know no packed embedding"
+        return f"{wanted.name} cannot read a packed embedding"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))

@@ -125,7 +125,7 @@ def check(
     inputs: QuantArgs | None = None,
     cache: CacheScheme | None = None,
 ) -> None:
-    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
+    """Raise `UsageError` if a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
     and the cache packed by `cache`.
 
     It names the target, the format that comes closest, the layers at fault, and the nearest setting that serves all targets.
@@ -144,12 +144,12 @@ def check(
 
 
 def _check_cache(target: str, serving: Sequence[RuntimeFormat], cache: CacheScheme | None) -> None:
-    """Raise `UsageError` where none of the formats that serve the layers carries the cache."""
+    """Raise `UsageError` if none of the formats that serve the layers carries the cache."""
     if cache is None or not serving or any(_carries(each, cache) for each in serving):
         return
     bits = [bits for each in serving for bits in each.cache or ()]
     if not bits:
-        raise UsageError(f"{target} reads no scales of a packed cache beside {serving[0].format}", "leave `kv` out")
+        raise UsageError(f"{target} reads no scales of a packed cache with {serving[0].format}", "leave `kv` out")
     shared = f"a symmetric, static scale per tensor in {' or '.join(map(str, sorted(set(bits))))} bits"
     raise UsageError(f"{target} reads a packed cache with {shared} only, not {cache}", "see the recipe gptq-w4-kv8")
 
@@ -188,7 +188,7 @@ def faults(
         experts = [layer for layer in layers if EXPERT.match(layer.name)]
         dense = (layer.name for layer in experts if layer.args is None)
         yield from (
-            Incompatibility(name, "experts that stay dense beside packed layers", "leave out --keep") for name in dense
+            Incompatibility(name, "experts that stay dense among packed layers", "leave out --keep") for name in dense
         )
         yield from _differing(experts, "one setting for all experts")
     if container.uniform:
@@ -217,7 +217,7 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: RuntimeFormat) -> 
         yield Incompatibility(layer.name, "asymmetric weights", "leave --asymmetric out")
     if rows % container.multiple or columns % container.multiple:
         yield Incompatibility(
-            layer.name, f"{rows} x {columns} are no multiples of {container.multiple}", f"use --keep '{layer.name}'"
+            layer.name, f"{rows} x {columns} are not multiples of {container.multiple}", f"use --keep '{layer.name}'"
         )
     group = args.group_size or ROW
     width = columns if group == ROW else group
@@ -270,7 +270,7 @@ def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int
 
 
 def _kept(layers: Sequence[LayerPlan], targets: Sequence[Sequence[RuntimeFormat]]) -> list[str] | None:
-    """The layers to keep dense so that every target serves the others; None where that does not do."""
+    """The layers to keep dense so that every target serves the others; None if that does not help."""
     kept: dict[str, None] = {}
     for containers in targets:
         wrong = min(

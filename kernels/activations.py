@@ -1,4 +1,4 @@
-"""Integer grids of activations: found anew at every call (dynamic) or calibrated once (static).
+"""Integer grids of activations: found at every call (dynamic) or calibrated once (static).
 
     symmetric   scale = absmax / (2**(bits-1) - 1), zero = 2**(bits-1)        SmoothQuant, compressed-tensors
     asymmetric  scale = (max(high, 0) - min(low, 0)) / (2**bits - 1), zero = round(-low / scale)
@@ -21,7 +21,7 @@ SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 def grid_of(
     low: Tensor, high: Tensor, args: QuantArgs, stored: torch.dtype | None = None, reach: float = 0.0
 ) -> InputGrid:
-    """Scale and zero of values between `low` and `high`, in their dtype; the scale rounded to `stored` where it is given.
+    """Scale and zero of values between `low` and `high`, in their dtype; the scale rounded to `stored` if that is given.
 
     Symmetric ranges end `reach` steps beyond the largest code.
     """

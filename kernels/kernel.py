@@ -34,7 +34,7 @@ class KernelSpec:
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
     codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
     row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
-    of `Weight` that this one has beside its codes, scales and zeros, in the order of `PARTS`.
+    of `Weight` that this one has in addition to its codes, scales and zeros, in the order of `PARTS`.
     """
 
     bits: int
@@ -88,7 +88,7 @@ class Capabilities:
     values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: KernelSpec) -> str | None:
-        """Why `need` is not met, or None where it is."""
+        """Why `need` is not met, or None if it is."""
         if need.values is not None:
             stored = ("values", need.values, self.values)
         else:
@@ -127,7 +127,7 @@ class CodedProduct(Product):
         """The codes uint8 `[out, in]` that were given."""
 
     def held_scale(self) -> Tensor | None:
-        """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None where they are gone."""
+        """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None if they are gone."""
         return None
 
 
@@ -152,8 +152,8 @@ class PrunedProduct(Product):
 class Kernel:
     """A named way to multiply by a quantized weight.
 
-    `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
-    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
+    `prepare` makes the product of a weight and raises `Unavailable` if the machine cannot run it; `pruned` does the same for
+    a pruned weight, if `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
     product of a residual to float32 sums, perhaps in place. `tolerance` is the largest relative error against float64 (with the
     activations quantized as the need says) that its self-test accepts.
     """

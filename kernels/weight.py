@@ -18,7 +18,7 @@ class SparseRows:
     """A sparse matrix in compressed rows: row r holds the entries `starts[r] .. starts[r + 1] - 1`.
 
     starts   int64 `[rows + 1]`
-    columns  int32 `[entries]`, or uint16 where the matrix is no wider than that
+    columns  int32 `[entries]`, or uint16 if the matrix is no wider than that
     values   float16 `[entries]`
     """
 
@@ -84,7 +84,7 @@ class Weight:
 
     codes     uint8 `[out, in]`, below `2**bits`
     scale     float `[out, groups]`; group g covers the columns `g * group ..`, the last group may be shorter
-    zero      `[out, groups]`, integers or reals; None where it is `2**(bits - 1)`, and with a codebook
+    zero      `[out, groups]`, integers or reals; None if it is `2**(bits - 1)`, and with a codebook
     codebook  float `[2**bits]`, or None for a uniform grid
     columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
               codes of these columns do not count

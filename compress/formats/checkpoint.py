@@ -35,7 +35,7 @@ class Checkpoint:
     def open(cls, path: str | Path | Source, dtype: torch.dtype = torch.float32) -> "Checkpoint":
         """The checkpoint at `path`; a dense model has no `layers`. Loads nothing.
 
-        Raises `UsageError` for a format that lmpress does not read, `CompressError` for layers that the model lacks.
+        Raises `UsageError` for a format that lmpress does not read, `CompressError` for layers that the model does not have.
         """
         source = path if isinstance(path, Source) else open_source(path)
         model = build(source, dtype)
@@ -51,13 +51,13 @@ class Checkpoint:
         source = replace(source, tensors={own.get(name, name): tensor for name, tensor in source.tensors.items()})
         foreign = next(iter(found.keys() - set(linears)), None)
         if foreign is not None:
-            raise CompressError(f"{source.path} packs {foreign}, which is no layer of its config.json", UNRELATED)
+            raise CompressError(f"{source.path} packs {foreign}, which is not a layer of its config.json", UNRELATED)
         return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
 
     def layer(self, name: str) -> Compressed:
         """The compressed layer `name`, once all its tensors are there and have the shapes that the model asks for.
 
-        Raises `CompressError` where they are absent, damaged or of another shape.
+        Raises `CompressError` if they are absent, damaged or of another shape.
         """
         assert self.reader is not None
         shape, args = self.shape(name), self.layers[name]
@@ -89,7 +89,7 @@ class Checkpoint:
 
     @property
     def tied_head(self) -> str | None:
-        """The linear layer that computes with the packed embedding; None where the embedding is dense or stands alone."""
+        """The linear layer that computes with the packed embedding; None if the embedding is dense or stands alone."""
         tied = self.model.config.tie_word_embeddings and self.embedding in self.layers
         return self._name(self.model.get_output_embeddings()) if tied else None
 
@@ -111,9 +111,9 @@ class Checkpoint:
 
     @property
     def others(self) -> dict[str, str]:
-        """The tensors that are no part of a quantized layer or of the cache: the model's name of each -> the checkpoint's name.
+        """The tensors that belong to no quantized layer or of the cache: the model's name of each -> the checkpoint's name.
 
-        Where embeddings are tied, the head's second copy is left out.
+        If embeddings are tied, the head's second copy is left out.
         """
         names = Names(self.model, self.source)
         parts = {

@@ -61,7 +61,7 @@ class IntQuantized:
         return tensors
 
     def pack(self, name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
-        """The tensors of one quantized weight and, where it is static, the grid of its inputs."""
+        """The tensors of one quantized weight and, if it is static, the grid of its inputs."""
         if holds_int8(tensor.args):
             packed = {
                 f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),

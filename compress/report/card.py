@@ -31,7 +31,7 @@ tags: [{tags}]
 
 ## Recipe
 
-`recipe.yaml` beside this file made it; `report.json` holds the figures of every layer and the versions.
+`recipe.yaml` in this folder made it; `report.json` holds the figures of every layer and the versions.
 
 ```yaml
 {recipe}```

@@ -41,7 +41,7 @@ class ServedLinear(nn.Module, ABC):
     product    the weight in the layout of the kernel that serves it
     is_packed  whether `serve` chooses its kernel, and `kernels_of` counts it
 
-    Raises `UsageError` where `serving` names a kernel that cannot serve.
+    Raises `UsageError` if `serving` names a kernel that cannot serve.
     """
 
     is_packed = True
@@ -101,7 +101,7 @@ class ServedLinear(nn.Module, ABC):
         """What the kernels are given."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
-        """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
+        """Moves and casts choose the kernel again for where they lead; what is stored keeps its dtype."""
         kept = dict(self.named_buffers(recurse=False))
         before = next(self.product.buffers()).device
         place = fn(torch.empty(0, dtype=self.serving.dtype, device=before))

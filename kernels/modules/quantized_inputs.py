@@ -1,4 +1,4 @@
-"""The module that takes a linear layer's place where inputs are quantized too: integer codes meet integer codes."""
+"""The module that takes a linear layer's place if inputs are quantized too: integer codes meet integer codes."""
 
 from torch import Tensor
 
@@ -26,7 +26,7 @@ class IntegerLinear(PackedLinear):
     and so are sums up to 2**24, beyond which their rounding is 1e-7.
 
     inputs                   how inputs are quantized
-    input_scale, input_zero  `[1]`: their grid where it is static, else None
+    input_scale, input_zero  `[1]`: their grid if it is static, else None
     """
 
     @property

@@ -58,7 +58,7 @@ class SpQRTensor:
     codes    uint8 `[out, in]`; groups of `args.group_size` columns, the last one may be shorter
     counts   int64 `[out]`, entries of the residual per row
     columns  int64 `[entries]`, row after row
-    values   float16 `[entries]`: what the dense part lacks, so that the sum of both is what was evaluated
+    values   float16 `[entries]`: the error of the dense part, so that the sum of both is what was evaluated
     """
 
     codes: Tensor

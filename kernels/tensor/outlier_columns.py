@@ -1,4 +1,4 @@
-"""LLM.int8: 8 bits, and 16 for the input columns that are loud."""
+"""LLM.int8: 8 bits, and 16 for the input columns with outlier values."""
 
 from dataclasses import dataclass, replace
 

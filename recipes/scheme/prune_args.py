@@ -28,7 +28,7 @@ class PruneArgs:
     `dtype` is that of the stored values (None: the model's own for `dense`, else 16 bits). `transposed`: dense weights lie
     as `[in, out]`, which the plan finds out.
 
-    Raises `UsageError` where the values contradict each other.
+    Raises `UsageError` if the values contradict each other.
     """
 
     sparsity: float = 0.5

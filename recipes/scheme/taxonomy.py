@@ -25,7 +25,7 @@ class Role:
         return self.only or tuple(kinds.formulas())
 
     def reason(self, strategy: Strategy, dynamic: bool) -> str | None:
-        """Why the role has no such scales, None where it has."""
+        """Why the role has no such scales, None if it has."""
         reason = self.reasons.get((strategy, dynamic), "blocks of a flattened matrix are static scales of NF4 weights")
         return None if strategy in self.ranges[dynamic] else reason
 
@@ -61,7 +61,7 @@ CACHED = Role(
 
 
 def refuse(role: Role, args: QuantArgs) -> None:
-    """Raise `UsageError` where `args` are no cell of the taxonomy for this role."""
+    """Raise `UsageError` if `args` are no cell of the taxonomy for this role."""
     reason = role.reason(args.strategy, args.dynamic)
     if reason is not None:
         kind = "dynamic" if args.dynamic else "static"

@@ -38,7 +38,7 @@ LONGEST = -1.1754943508222875e-38  # no float32 has more digits
 
 
 def supports(args: QuantArgs) -> str | None:
-    """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+    """Why the format cannot hold a weight quantized by `args`, or None if it can."""
     if args.kind == "nf4" or (args.bits == 8 and args.symmetric and args.strategy in ("channel", "tensor")):
         return None
     return f"{NAME} stores NF4, and 8 bits symmetric with a scale per row"
@@ -90,7 +90,7 @@ def _pack_int8(name: str, tensor: OutlierColumnsTensor | CompressedTensor) -> di
     codes, scale = tensor.codes.to(torch.int16) - OFFSET, tensor.scale.float()
     if isinstance(
         tensor, OutlierColumnsTensor
-    ):  # a loud column may have needed a wider scale: its rows are rounded anew
+    ):  # an outlier column may have needed a wider scale: its rows are rounded again
         reach = torch.maximum(
             codes.abs().amax(1, keepdim=True) * scale, tensor.outliers.float().abs().amax(1, keepdim=True)
         )
@@ -148,7 +148,7 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` speaks of this layout."""
+    """Whether a `quantization_config` is of this layout."""
     return config.get("quant_method") == NAME
 
 
@@ -208,7 +208,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
     if state.get("quant_type") != "nf4" or rows * columns > 2 * tensors[_full(name, "")].numel():
-        raise CompressError(f"{_full(name, STATE)} speaks of another weight", "the checkpoint is damaged")
+        raise CompressError(f"{_full(name, STATE)} describes another weight", "the checkpoint is damaged")
     return state
 
 

@@ -27,7 +27,7 @@ V1, V2 = "gptq", "gptq_v2"
 
 
 def supports(args: QuantArgs, shape: tuple[int, int]) -> str | None:
-    """Why GPTQ cannot store the weight, or None where it can."""
+    """Why GPTQ cannot store the weight, or None if it can."""
     rows, columns = shape
     if args.bits not in BITS:
         return f"GPTQ stores 2, 3, 4 or 8 bits, not {args.bits}"
@@ -82,7 +82,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset:
 
 
 def config(layers: Mapping[str, QuantArgs], dense: Sequence[str], *, version: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Raises `CompressError` where layers differ in their settings."""
+    """The `quantization_config` of config.json. Raises `CompressError` if layers differ in their settings."""
     args = uniform("GPTQ", layers)
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -127,7 +127,7 @@ def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, Tenso
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
     """The arguments of every layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
 
-    Raises `ValueError` for other bits and where nothing is stored so.
+    Raises `ValueError` for other bits and if nothing is stored so.
     """
     if config["bits"] not in BITS:
         raise ValueError(f"GPTQ of {config['bits']} bits")

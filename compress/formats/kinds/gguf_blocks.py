@@ -140,7 +140,7 @@ def loading(written: Written) -> str:
 
 
 def for_width(args: QuantArgs, width: int) -> QuantArgs:
-    """Super-blocks that do not divide a row give way to the plain block that llama.cpp has for it.
+    """Super-blocks that do not divide a row become the plain block that llama.cpp has for it.
 
     Raises `UsageError` if no block holds rows of `width` columns.
     """

@@ -1,6 +1,7 @@
 """What is in a model directory: read from the config and the file headers, without loading a weight."""
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from ..compress.formats.checkpoint import read_layers
 from ..compress.formats.source import open_source
 from ..compress.formats.tokenizer import has_tokenizer
 from ..errors import UsageError
-from ..recipes.scheme import WeightArgs, kinds
+from ..recipes.scheme import kinds
 
 
 @dataclass(frozen=True)
@@ -55,13 +56,13 @@ def inspect(model: str | Path) -> Inspection:
     source = open_source(model)
     skeleton = build(source)
     prefix, blocks = find_blocks(skeleton)
-    names, compressed = Names(skeleton, source), _layers(source)
+    names, listed = Names(skeleton, source), _listed(source)
     found: Counter[tuple[str, str, tuple[int, int], str]] = Counter()
     for index, block in enumerate(blocks):
         for name, module in find_linears(block).items():
             rows, columns = weight_of(module).shape
             layer = f"{prefix}.{index}.{name}"
-            stored = _stored(source, names, layer, compressed.get(layer), columns)
+            stored = listed(layer, columns) or _dense(source, names, layer)
             found[name, type(module).__name__, (rows, columns), stored] += 1
     dtypes: Counter[str] = Counter()
     for tensor in source.tensors.values():
@@ -86,19 +87,23 @@ def inspect(model: str | Path) -> Inspection:
     )
 
 
-def _layers(source: Source) -> dict[str, WeightArgs]:
-    """The arguments of the compressed layers; none if there are none, or they are compressed in a way that is not read."""
-    if "quantization_config" not in source.config:
-        return {}
+def _listed(source: Source) -> Callable[[str, int], str | None]:
+    """Gives in words how a layer of a name and width is compressed; None if it is not, or in a way that is not read."""
     try:
-        return read_layers(source)[1]
+        reader, layers = read_layers(source) if "quantization_config" in source.config else (None, {})
     except UsageError:
-        return {}
+        reader, layers = None, {}
+
+    def words(layer: str, width: int) -> str | None:
+        if reader is None or layer not in layers:
+            return None
+        args = layers[layer]
+        return (reader.listed or kinds.kind_of(args).listed)(args, width)
+
+    return words
 
 
-def _stored(source: Source, names: Names, layer: str, args: WeightArgs | None, width: int) -> str:
-    """How the weight of `layer` lies on disk."""
-    if args is not None:
-        return kinds.kind_of(args).listed(args, width)
-    dense = names.find(f"{layer}.weight")
-    return "missing" if dense is None else source.tensors[dense].spec.dtype
+def _dense(source: Source, names: Names, layer: str) -> str:
+    """The dtype of a layer that is stored as plain numbers."""
+    found = names.find(f"{layer}.weight")
+    return "missing" if found is None else source.tensors[found].spec.dtype

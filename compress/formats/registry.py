@@ -55,6 +55,7 @@ class Reader:
 
     arguments  of every layer that a `quantization_config` and the specs of the stored tensors describe
     specs      of a layer's tensors, from its name, arguments, rows and columns
+    listed     (args, input columns) -> what lists of layers call them; None: as their kind has it
     """
 
     arguments: Callable[[Mapping[str, Any], Specs], Mapping[str, WeightArgs]]
@@ -62,6 +63,7 @@ class Reader:
     unpack: Callable[[str, Mapping[str, Tensor], Any], Compressed]
     optional: tuple[str, ...] = ()
     inputs: QuantArgs | None = None
+    listed: Callable[[Any, int], str] | None = None
 
 
 def format_of(args: WeightArgs, inputs: QuantArgs | None = None) -> Format:

@@ -53,7 +53,7 @@ class Bilevel:
 
 @dataclass(frozen=True)
 class SpQRTensor:
-    """Codes with two-level scales and zeros, plus a sparse residual: `scale * (codes - zero) + residual`, `[out, in]`.
+    """Codes with bilevel scales and zeros, plus a sparse residual: `scale * (codes - zero) + residual`, `[out, in]`.
 
     codes    uint8 `[out, in]`; groups of `args.group_size` columns, the last one may be shorter
     counts   int64 `[out]`, entries of the residual per row

@@ -169,7 +169,7 @@ def round_to_nearest(weight: Tensor, args: QuantArgs) -> SpQRTensor:
 
 
 def operand(tensor: SpQRTensor) -> Weight:
-    """With the two levels, which kernels may hold in place of scales and zeros, and the residual."""
+    """With the bilevel scales, which kernels may hold in place of scales and zeros, and the residual."""
     grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
     starts[1:] = tensor.counts.cumsum(0)
     residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
@@ -184,7 +184,7 @@ def kernel_spec(args: QuantArgs, width: int) -> KernelSpec:
 
 
 def module(tensor: SpQRTensor, bias: nn.Parameter | None, serving: Serving | None) -> nn.Module:
-    """A layer that keeps the two levels."""
+    """A layer that keeps the bilevel scales as they are stored."""
     return SpQRLinear(tensor, bias, serving)
 
 

@@ -80,7 +80,9 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
 
 def read(config: Mapping[str, Any], stored: Specs) -> Reader | None:
     """The reader of a checkpoint in this layout, or of a GGUF file."""
-    return Reader(read_config, spec, unpack) if wrote(config) else None
+    if not wrote(config):
+        return None
+    return Reader(read_config, spec, unpack, listed=lambda args, width: blocks.kind(args, blocks.BLOCK))
 
 
 def check(args: QuantArgs) -> None:

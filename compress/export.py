@@ -1,4 +1,4 @@
-"""Write a checkpoint in another runtime's format. Nothing is solved anew: codes and scales go over as they are."""
+"""Write a checkpoint in another runtime's format. Nothing is solved again: codes and scales are taken over as they are."""
 
 import json
 import time
@@ -11,15 +11,14 @@ import torch
 
 from ..calibrate.model.moe import checkpoint_module_names
 from ..errors import UsageError
-from ..kernels.tensor import CompressedTensor
-from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
+from ..recipes.scheme import CACHE_KEY, QuantArgs, WeightArgs, kinds
 from .formats import pack_quantized as packed
 from .formats.checkpoint import Checkpoint
 from .formats.export import gguf_model, onnx, openvino
 from .formats.export.awq import AWQ
 from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
-from .formats.export.gptq import GPTQ, GPTQ_V2
+from .formats.export.gptq import GPTQ, GPTQ_V2, has_zero_of_zero
 from .formats.export.layout import LayerFormat, write_tensors
 from .workspace import appearing, check_target
 
@@ -29,7 +28,7 @@ LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, BITSAN
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What was written: `notes` say every place where the result is not the checkpoint bit for bit, or not as asked."""
+    """What was written: `notes` list every place where the result is not the checkpoint bit for bit, or not as asked."""
 
     out: Path
     format: str
@@ -133,20 +132,18 @@ def _check(wanted: LayerFormat, checkpoint: Checkpoint) -> None:
 
 
 def _reason(wanted: LayerFormat, checkpoint: Checkpoint, name: str, args: WeightArgs) -> str | None:
-    """Why a format of integer codes cannot hold the layer."""
-    if isinstance(args, PruneArgs):
-        return f"{wanted.name} stores integer codes, this layer is pruned"
-    if args.rank:
-        return f"{wanted.name} readers know no low-rank terms beside the codes"
+    """Why a format of other runtimes cannot hold the layer, None if it can."""
+    if args.kind not in wanted.kinds or not isinstance(args, QuantArgs):
+        return f"{wanted.name} does not store {args.kind} weights ({kinds.kind_of(args).label(args)})"
     if checkpoint.is_embedding(name) and wanted is not PACKED:
-        return f"{wanted.name} readers know no packed embedding"
+        return f"{wanted.name} cannot read a packed embedding"
     if checkpoint.is_conv1d(name):
         return f"{wanted.name} readers serve plain linear layers, this is a Conv1D"
     return wanted.supports(args, checkpoint.shape(name))
 
 
 def _without_zero_of_zero(wanted: LayerFormat, checkpoint: Checkpoint) -> tuple[LayerFormat, list[str]]:
-    """Version 2 in place of GPTQ's version 1 where a zero is 0."""
+    """Version 2 in place of GPTQ's version 1 if a zero is 0."""
     if wanted is not GPTQ:
         return wanted, []
     name = next((name for name in checkpoint.layers if _has_zero_of_zero(checkpoint, name)), None)
@@ -157,7 +154,4 @@ def _without_zero_of_zero(wanted: LayerFormat, checkpoint: Checkpoint) -> tuple[
 
 def _has_zero_of_zero(checkpoint: Checkpoint, name: str) -> bool:
     args = checkpoint.layers[name]
-    if not isinstance(args, QuantArgs) or args.symmetric:
-        return False
-    tensor = checkpoint.layer(name)
-    return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
+    return isinstance(args, QuantArgs) and not args.symmetric and has_zero_of_zero(checkpoint.layer(name))

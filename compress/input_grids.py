@@ -1,7 +1,6 @@
 """Input grids: how the inputs of compressed layers are quantized, with static scales calibrated on what the layers read now."""
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -9,14 +8,14 @@ from torch import Tensor
 from ..calibrate.observers import Range
 from ..calibrate.recording import Batch, inputs_seen
 from ..kernels.activations import grid_of
-from ..kernels.tensor import Compressed, CompressedTensor, InputGrid, LowRankTensor
-from ..recipes.scheme import QuantArgs
+from ..kernels.tensor import Compressed, InputGrid
+from ..recipes.scheme import QuantArgs, kinds
 from .block import Block
 
 
 def with_input_grids(block: Block, batches: Iterable[Batch]) -> dict[str, Compressed]:
-    """The results of the block's quantized linears by their names inside it, told how their inputs are quantized; static
-    grids are calibrated on what the linears read now. Experts that no token reached have the widest range of all."""
+    """The results of the block's linears whose inputs are quantized, by their names inside it, recording how; static grids
+    are calibrated on what the linears read now. Experts that no token reached get the widest range of all."""
     quantized = {name: linear for name, linear in block.local().items() if linear.inputs is not None}
     ranges = {name: Range(x.inputs) for name, x in quantized.items() if x.inputs is not None and not x.inputs.dynamic}
     for batch in inputs_seen(block.module, batches, list(ranges)) if ranges else ():
@@ -24,18 +23,15 @@ def with_input_grids(block: Block, batches: Iterable[Batch]) -> dict[str, Compre
             ranges[name].update(x)
     found = {name: ends for name, each in ranges.items() if (ends := each.ends()) is not None}
     widest = [torch.stack(each) for each in zip(*found.values(), strict=True)]
-    told: dict[str, Compressed] = {}
+    results: dict[str, Compressed] = {}
     for name, linear in quantized.items():
-        term = linear.result if isinstance(linear.result, LowRankTensor) else None
-        base = linear.result if term is None else term.base
-        if isinstance(base, CompressedTensor) and linear.inputs is not None:
-            grid = None
-            if name in ranges:
-                low, high = found.get(name, (widest[0].amin(), widest[1].amax()) if widest else (torch.zeros(()),) * 2)
-                grid = _stored(low, high, linear.inputs)
-            base = replace(base, inputs=linear.inputs, input_grid=grid)
-            told[name] = base if term is None else replace(term, base=base)
-    return told
+        assert linear.result is not None and linear.inputs is not None
+        grid = None
+        if name in ranges:
+            low, high = found.get(name, (widest[0].amin(), widest[1].amax()) if widest else (torch.zeros(()),) * 2)
+            grid = _stored(low, high, linear.inputs)
+        results[name] = kinds.kind_of_tensor(linear.result).with_inputs(linear.result, linear.inputs, grid)
+    return results
 
 
 def _stored(low: Tensor, high: Tensor, args: QuantArgs) -> InputGrid:

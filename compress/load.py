@@ -42,10 +42,10 @@ def load(
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
     faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
     packs the keys and values of all but the latest `kv_window` tokens while the model generates, the keys by calibrated ranges
-    where the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
+    if the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
 
-    Raises `UsageError` for what is no model directory or holds a format that lmpress does not read and for a kernel that
-    cannot serve here, `CompressError` where a tensor is missing, damaged or of another shape than the config says.
+    Raises `UsageError` for a path that is not a model directory or holds a format that lmpress does not read, and for a
+    kernel that cannot serve here, `CompressError` if a tensor is missing, damaged or of another shape than its config says.
     """
     device_of(device)
     source = open_source(path)
@@ -75,7 +75,7 @@ def _serve_cache(model: PreTrainedModel, source: Source, bits: int | None, windo
 
 
 def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
-    """How the cache of a model with this config is packed: as the config says, at `bits` and with a `window` where they are
+    """How the cache of a model with this config is packed: as the config says, at `bits` and with a `window` if they are
     given; None: not at all.
 
     Raises `UsageError` for bits and windows that cannot be.
@@ -101,12 +101,14 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
     model, info = loaded
     wrong = [*sorted(info["missing_keys"]), *(str(key) for key in info["mismatched_keys"])]
     if wrong:
-        raise CompressError(f"{source.path} lacks or mismatches {', '.join(wrong[:3])}", "the checkpoint is incomplete")
+        raise CompressError(
+            f"{source.path} has missing or mismatched tensors: {', '.join(wrong[:3])}", "the checkpoint is incomplete"
+        )
     return model.to(device).eval()
 
 
 def _hold_dense(checkpoint: Checkpoint, names: Names, device: torch.device, dtype: torch.dtype) -> bool:
-    """Keep what is not quantized in the 16 bits that it is stored in, where kernels serve that; whether the head is tied."""
+    """Keep what is not quantized in the 16 bits that it is stored in, if kernels serve that; whether the head is tied."""
     tied: dict[str, list[str]] = {}
     for name, module in checkpoint.model.named_modules():
         stored = None if name in checkpoint.layers else names.find(f"{name}.weight")

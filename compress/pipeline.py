@@ -19,14 +19,14 @@ from ..calibrate.model.skeleton import Names
 from ..calibrate.runner import Runner
 from ..calibrate.statistics.collect import Statistics
 from ..kernels.activations import quantized_inputs
-from ..kernels.tensor import Compressed, CompressedTensor, joined
+from ..kernels.tensor import Compressed, joined
 from ..recipes.methods import Needs
 from ..recipes.schema import PassSpec, Recipe
 from ..recipes.scheme import QuantArgs
 from .block import Block, BlockContext, Linear
 from .formats import pack_quantized
+from .formats.kinds.grid import round_to_grid
 from .input_grids import with_input_grids
-from .methods.quantize.rtn import round_to_nearest
 from .plan import Plan
 from .report.progress import Event, Observer, silent
 from .workspace import Workspace
@@ -53,7 +53,7 @@ def round_tables(skeleton: PreTrainedModel, workspace: Workspace) -> None:
         stored = names.find(f"{table.name}.weight")
         assert stored is not None and isinstance(table.args, QuantArgs)
         parts = source.read(stored, check=True).split(TABLE_ROWS)
-        packed |= pack_quantized.pack(table.name, joined([_rounded(part.float(), table.args) for part in parts]))
+        packed |= pack_quantized.pack(table.name, joined([round_to_grid(part.float(), table.args) for part in parts]))
     if packed:
         workspace.write_outside(packed)
 
@@ -237,12 +237,6 @@ def _keep_originals(block: Block) -> None:
 
 def _local(name: str, block: str) -> str:
     return name.removeprefix(f"{block}.")
-
-
-def _rounded(rows: Tensor, args: QuantArgs) -> CompressedTensor:
-    rounded = round_to_nearest(rows, args)
-    assert isinstance(rounded, CompressedTensor)
-    return rounded
 
 
 def _round_to_stored_dtype(block: Block, planned: Plan) -> None:

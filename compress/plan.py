@@ -21,10 +21,11 @@ from ..calibrate.model.source import Source
 from ..errors import UsageError
 from ..kernels.cache.cache import check_cache
 from ..recipes.schema import Recipe
-from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs
+from ..recipes.scheme import SUPER_BLOCK, CacheScheme, PruneArgs, QuantArgs, Scheme, WeightArgs, kinds
 from ..recipes.scheme.prune_args import Scope, Storage
-from .formats import pack_quantized, sparse
+from .formats import pack_quantized
 from .formats.int_quantized import IntQuantized
+from .formats.kinds import pruned as sparse
 from .formats.kv_cache import attentions, scale_specs
 from .formats.registry import format_of
 
@@ -301,9 +302,10 @@ def _quantized(
     """The arguments of a layer that is quantized, with what every pass adds to them, and what had to be adapted."""
     args = _fitted(name, asked, shape[1])
     note = None if args == asked else _adapted(asked, args, shape[1])
+    args = kinds.kind_of(args).for_layer(args, stored)
     for entry in recipe.passes:
         if entry.method_entry.adapt is not None:
-            args = entry.method_entry.adapt(entry.config, args, shape, stored)
+            args = entry.method_entry.adapt(entry.config, args, shape)
     return args, note
 
 

@@ -1,4 +1,4 @@
-"""What each runtime accepts, as data, so that a recipe is refused before any work rather than by the runtime afterwards.
+"""What each runtime accepts, as data, so that a recipe is refused before any work, not by the runtime afterwards.
 
 The limits were found by loading checkpoints; those of vLLM (0.33.0) and SGLang (0.5.23) by reading their loaders, which need a
 GPU.
@@ -9,10 +9,9 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 
 from ..errors import UsageError
-from ..recipes.scheme import CacheScheme, Kind, PruneArgs, QuantArgs, group_strategy
+from ..recipes.scheme import CacheScheme, PruneArgs, QuantArgs, kinds
 from .formats.pack_quantized import EXPERT
 from .plan import LayerPlan
 
@@ -26,7 +25,7 @@ class RuntimeFormat:
     """One format as one runtime reads it.
 
     format       what `compress export --format` calls it
-    bits         bits a weight
+    bits         bits per weight
     symmetric    whether symmetric and asymmetric grids are read
     groups       group sizes, ROW among them; None for any
     multiple     what both widths of a layer must be multiples of
@@ -34,8 +33,8 @@ class RuntimeFormat:
     fused        projections that the runtime joins must have one scheme
     uniform      all layers must have one scheme
     conv1d       `Conv1D` layers are served
-    kinds        what weights may be made of (`QuantArgs.kind`)
-    tables       packed embeddings are read
+    kinds        kinds of weights that are read (`QuantArgs.kind`); None for any
+    embeddings   packed embeddings are read
     experts      the experts of a mixture are read
     mixed        experts may differ in their scheme
     inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
@@ -52,8 +51,8 @@ class RuntimeFormat:
     fused: bool = False
     uniform: bool = False
     conv1d: bool = False
-    kinds: tuple[Kind, ...] = ("grid",)
-    tables: bool = False
+    kinds: tuple[str, ...] | None = ("grid",)
+    embeddings: bool = False
     experts: bool = False
     mixed: bool = False
     inputs: tuple[str, ...] = ()
@@ -66,7 +65,7 @@ PACKED = RuntimeFormat("pack-quantized", bits=(2, 4, 8), symmetric=(True,), expe
 GPTQ = RuntimeFormat("gptq", bits=(2, 3, 4, 8), groups=(32, 64, 128), multiple=32, uniform=True)
 AWQ = RuntimeFormat("awq", bits=(4,), groups=(32, 64, 128), multiple=32, uniform=True)
 GGUF = RuntimeFormat(
-    "gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "blocks"), tables=True
+    "gguf", bits=(2, 3, 4, 5, 6, 7, 8), symmetric=(True,), block=32, kinds=("grid", "gguf_blocks"), embeddings=True
 )
 NF4 = RuntimeFormat("bitsandbytes", bits=(4,), conv1d=True, kinds=("nf4",))
 INT8_ROWS = RuntimeFormat("bitsandbytes", bits=(8,), symmetric=(True,), groups=(ROW,))
@@ -74,13 +73,13 @@ W8A8 = RuntimeFormat(
     "int-quantized", bits=(8,), symmetric=(True,), groups=(ROW,), inputs=(STATIC, PER_TOKEN), cache=BITS
 )
 PACKED_INPUTS = replace(PACKED, experts=False, inputs=(STATIC, PER_TOKEN))
-ONNX = RuntimeFormat("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), tables=True)
+ONNX = RuntimeFormat("onnx", bits=(4, 8), groups=(16, 32, 64, 128, 256), embeddings=True)
 OURS = RuntimeFormat(
     "pack-quantized",
     bits=BITS,
     conv1d=True,
-    kinds=("grid", "two-level", "nf4", "blocks", "columns", "low-rank"),
-    tables=True,
+    kinds=None,
+    embeddings=True,
     experts=True,
     mixed=True,
     cache=None,
@@ -126,7 +125,7 @@ def check(
     inputs: QuantArgs | None = None,
     cache: CacheScheme | None = None,
 ) -> None:
-    """Raise `UsageError` where a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
+    """Raise `UsageError` if a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
     and the cache packed by `cache`.
 
     It names the target, the format that comes closest, the layers at fault, and the nearest setting that serves all targets.
@@ -145,12 +144,12 @@ def check(
 
 
 def _check_cache(target: str, serving: Sequence[RuntimeFormat], cache: CacheScheme | None) -> None:
-    """Raise `UsageError` where none of the formats that serve the layers carries the cache."""
+    """Raise `UsageError` if none of the formats that serve the layers carries the cache."""
     if cache is None or not serving or any(_carries(each, cache) for each in serving):
         return
     bits = [bits for each in serving for bits in each.cache or ()]
     if not bits:
-        raise UsageError(f"{target} reads no scales of a packed cache beside {serving[0].format}", "leave `kv` out")
+        raise UsageError(f"{target} reads no scales of a packed cache with {serving[0].format}", "leave `kv` out")
     shared = f"a symmetric, static scale per tensor in {' or '.join(map(str, sorted(set(bits))))} bits"
     raise UsageError(f"{target} reads a packed cache with {shared} only, not {cache}", "see the recipe gptq-w4-kv8")
 
@@ -189,7 +188,7 @@ def faults(
         experts = [layer for layer in layers if EXPERT.match(layer.name)]
         dense = (layer.name for layer in experts if layer.args is None)
         yield from (
-            Incompatibility(name, "experts that stay dense beside packed layers", "leave out --keep") for name in dense
+            Incompatibility(name, "experts that stay dense among packed layers", "leave out --keep") for name in dense
         )
         yield from _differing(experts, "one setting for all experts")
     if container.uniform:
@@ -205,11 +204,11 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: RuntimeFormat) -> 
         yield Incompatibility(layer.name, "it is a Conv1D", "export to fp16 after quantizing")
     if EXPERT.match(layer.name) and not container.experts:
         yield Incompatibility(layer.name, "it is an expert of a mixture", "export to fp16 after quantizing")
-    if layer.kind == "Embedding" and not container.tables:
+    if layer.kind == "Embedding" and not container.embeddings:
         yield Incompatibility(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
-    if args.kind not in container.kinds:
+    if container.kinds is not None and args.kind not in container.kinds:
         yield Incompatibility(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
-    if args.kind == "blocks":  # whole as they are, or not at all
+    if kinds.kind_of(args).whole:
         return
     if args.bits not in container.bits:
         nearest = min(container.bits, key=lambda bits: (abs(bits - args.bits), -bits))
@@ -218,7 +217,7 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: RuntimeFormat) -> 
         yield Incompatibility(layer.name, "asymmetric weights", "leave --asymmetric out")
     if rows % container.multiple or columns % container.multiple:
         yield Incompatibility(
-            layer.name, f"{rows} x {columns} are no multiples of {container.multiple}", f"use --keep '{layer.name}'"
+            layer.name, f"{rows} x {columns} are not multiples of {container.multiple}", f"use --keep '{layer.name}'"
         )
     group = args.group_size or ROW
     width = columns if group == ROW else group
@@ -259,10 +258,8 @@ def nearest(
 
 def _settings() -> Iterator[QuantArgs]:
     """What a format of some runtime may hold."""
-    yield QuantArgs(strategy="flat", group_size=64, formula="nf4", scale_dtype="nested")
-    for bits, symmetric, size in product(range(2, 9), (True, False), (ROW, 16, 32, 64, 128, 256)):
-        strategy, group = group_strategy(size)
-        yield QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=group)
+    for kind in kinds.all_kinds():
+        yield from kind.settings()
 
 
 def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int]:
@@ -273,7 +270,7 @@ def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int
 
 
 def _kept(layers: Sequence[LayerPlan], targets: Sequence[Sequence[RuntimeFormat]]) -> list[str] | None:
-    """The layers to keep dense so that every target serves the others; None where that does not do."""
+    """The layers to keep dense so that every target serves the others; None if that does not help."""
     kept: dict[str, None] = {}
     for containers in targets:
         wrong = min(
@@ -286,14 +283,13 @@ def _kept(layers: Sequence[LayerPlan], targets: Sequence[Sequence[RuntimeFormat]
 
 
 def _words(args: QuantArgs, asked: QuantArgs, inputs: bool, kept: Sequence[str]) -> str:
-    words = []
-    if args.kind == "nf4":
-        words = ["--method nf4"]
-    else:
-        words += ["--method gptq"] if inputs or asked.kind != "grid" else []
+    method, words = kinds.kind_of(args).method, []
+    if args.kind != asked.kind or (inputs and args.kind == kinds.PLAIN):
+        words += [f"--method {method}"]
+    if args.kind == kinds.PLAIN:
         words += [f"--bits {args.bits}"] if args.bits != asked.bits else []
         size, before = args.group_size or ROW, asked.group_size or ROW
-        words += [f"--group-size {size}"] if size != before or asked.kind == "nf4" else []
+        words += [f"--group-size {size}"] if size != before or args.kind != asked.kind else []
         words += ["--asymmetric"] if asked.symmetric and not args.symmetric else []
     leaves = Counter(name.rpartition(".")[2] for name in kept)
     alone = next(iter(kept), "")

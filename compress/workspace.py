@@ -23,7 +23,7 @@ from ..errors import StorageError, UsageError
 from ..kernels.cache.ranges import KVRanges
 from ..kernels.tensor import Compressed
 from ..recipes.schema import Recipe, dump
-from ..recipes.scheme import CACHE_KEY, PruneArgs, QuantArgs, WeightArgs
+from ..recipes.scheme import CACHE_KEY, QuantArgs, WeightArgs
 from .block import Linear
 from .formats import pack_quantized
 from .formats.kv_cache import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
@@ -52,7 +52,7 @@ class Workspace:
     ) -> Self:
         """Prepare the workspace of `out`, taking up an unfinished run of the same request.
 
-        Raises `UsageError` where an unfinished run of another request lies there,
+        Raises `UsageError` if an unfinished run of another request lies there,
         `StorageError` where the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
@@ -97,7 +97,7 @@ class Workspace:
         safetensors_io.write(self._part(OUTSIDE), tensors)
 
     def write_cache_ranges(self, index: int, ends: KVRanges) -> None:
-        """Store the calibrated ranges of the cache of block `index`: before the block, so that none lacks them."""
+        """Store the calibrated ranges of the cache of block `index`: before the block, so that every block has them."""
         if self.plan.attentions and self.plan.kv is not None:
             tensors = scales(self.plan.attentions[index], ends, self.plan.kv)
             safetensors_io.write(self._part(f"cache-{index:05d}"), tensors)
@@ -160,7 +160,7 @@ class Workspace:
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
 
     def _tables_group(self) -> dict[str, Any]:
-        """Embedding and head in the groups of config.json: by name, since the other groups speak of all linears."""
+        """Embedding and head in the groups of config.json: by name, since the other groups target all linears."""
         args = self.plan.tables[0].args
         assert isinstance(args, QuantArgs)
         return {"group_outside": pack_quantized.group(args, [table.name for table in self.plan.tables])}
@@ -225,7 +225,7 @@ class Workspace:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Keep the workspace where the same command can go on from it, else remove it."""
+        """Keep the workspace if the same command can go on from it, else remove it."""
         resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
         if error is not None and not resumable:
             shutil.rmtree(self.path, ignore_errors=True)
@@ -234,7 +234,7 @@ class Workspace:
 
 
 def check_target(out: Path, overwrite: bool) -> None:
-    """Raise `UsageError` where `out` exists and may not be replaced."""
+    """Raise `UsageError` if `out` exists and may not be replaced."""
     if out.exists() and not overwrite:
         raise UsageError(f"{out} exists already", "choose another -o, or replace it with --overwrite")
     if out.exists() and not out.is_dir():
@@ -242,13 +242,7 @@ def check_target(out: Path, overwrite: bool) -> None:
 
 
 def _figures(linear: Linear) -> Figures:
-    args = linear.args
-    stored: Figures = (
-        {"storage": args.storage}
-        if isinstance(args, PruneArgs)
-        else {"bits": args.bits, "group_size": args.group_size or -1}
-    )
-    return {"name": linear.name, **stored, **linear.figures}
+    return {"name": linear.name, **linear.args.figures, **linear.figures}
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from lmpress.recipes.schema import build
 from lmpress.recipes.scheme import (
     CACHE_KEY,
     CACHED,
-    GRIDS,
     INPUTS,
     STRATEGIES,
     WEIGHTS,
@@ -24,6 +23,7 @@ from lmpress.recipes.scheme import (
     Role,
     Scheme,
     Strategy,
+    kinds,
     signed_weights,
 )
 
@@ -42,18 +42,20 @@ that does not have them all.
 """
 FOOT = """
 Transforms ({transforms}) may come before any of these methods, and {goers} after those that leave plain codes: all but
-two-level scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
+bilevel scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
 
-Weights that are no plain grid have pages of their own: `methods/nf4.md` (a codebook, blocks of the flattened matrix, nested
-scales), `formats.md` (llama.cpp's K-quants), `methods/llm-int8.md` (columns in 16 bits) and `methods/lorc.md` (a low-rank term,
-after any quantizer).
+Weights that are not a plain grid have pages of their own:
+
+{pages}
 """
 
 
 def page() -> str:
     """The whole text of taxonomy.md."""
     foot = FOOT.format(
-        transforms=_listed(method_names(Family.TRANSFORM)), goers=_listed(method_names(Family.RECONSTRUCT))
+        transforms=_listed(method_names(Family.TRANSFORM)),
+        pages="\n".join(f"- {kind.taxonomy}" for kind in kinds.all_kinds() if kind.example is None),
+        goers=_listed(method_names(Family.RECONSTRUCT)),
     )
     return HEAD + "\n".join(_table(role, cell) for role, cell in ROLES) + foot
 
@@ -80,17 +82,18 @@ def _rows(
         return
     for args in _grids(role, strategy, dynamic):
         kind = "symmetric" if args.symmetric else "asymmetric"
-        kind += ", two-level scales" if args.scale_dtype == "bilevel" else ""
+        kind += "" if args.kind == kinds.PLAIN else f", {kinds.kind_of(args).taxonomy}"
         yield f"{place} {kind} | {', '.join(role.observers[dynamic])} | {' | '.join(cell(args))} |"
 
 
 def _grids(role: Role, strategy: Strategy, dynamic: bool) -> Iterator[QuantArgs]:
     group = GROUP if strategy == "group" else None
     for symmetric in (True, False):
-        formula = next(formula for formula in role.formulas if symmetric in GRIDS[formula])
+        formula = next(formula for formula in role.formulas if symmetric in kinds.formulas()[formula])
         yield QuantArgs(8, symmetric, strategy, group, formula=formula, dynamic=dynamic)
-    if role is WEIGHTS and strategy == "group":
-        yield QuantArgs(8, False, strategy, group, formula="spqr", scale_dtype="bilevel")
+    if role is WEIGHTS:
+        examples = [kind.example() for kind in kinds.all_kinds() if kind.example is not None]
+        yield from (args for args in examples if args.kind != kinds.PLAIN and args.strategy == strategy)
 
 
 def _weights(args: QuantArgs) -> tuple[str, str, str]:
@@ -126,7 +129,7 @@ def _methods(scheme: Scheme) -> Iterator[str]:
 
 def _weight_formats(args: QuantArgs) -> str:
     storing = format_of(args)
-    own = storing.NAME if storing.supports(args) is None else "-"  # type: ignore[union-attr]
+    own = getattr(storing, "NAME") if storing.supports(args) is None else "-"  # noqa: B009 modules have it, protocols cannot say so
     others: dict[str, set[int]] = {}
     containers = [c for target, several in TARGETS.items() if target != "lmpress" for c in several]
     for container in dict.fromkeys(containers):

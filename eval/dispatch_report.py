@@ -9,18 +9,16 @@ import torch
 from ..compress.formats.checkpoint import Checkpoint
 from ..errors import UsageError
 from ..kernels import dispatch
-from ..kernels.kernel import STEPS, KernelSpec, Part
+from ..kernels.kernel import STEPS, KernelSpec
 from ..kernels.modules.quantized_inputs import entering
-from ..recipes.scheme import QuantArgs
-from ..recipes.scheme.prune_args import PruneArgs
+from ..recipes.scheme import QuantArgs, WeightArgs, kinds
 
-PARTS_OF: dict[str, tuple[Part, ...]] = {"two-level": ("levels", "residual"), "columns": ("columns",)}
-UNFOLDED = "unfolded for every product"
+UNFOLDED = "dequantized for every product"
 
 
 @dataclass(frozen=True)
 class Served:
-    """`count` layers of one name and kind, and what serves them.
+    """`count` layers of one name that are stored alike, and what serves them.
 
     kernel      the name of the kernel, or that there is none
     inputs      how inputs enter the product (see `KernelSpec`)
@@ -45,7 +43,7 @@ def served(
 ) -> list[Served]:
     """What serves the packed layers of the checkpoint at `path` under these arguments of `lmpress.load`.
 
-    Nothing where it is dense, or quantized in a way that lmpress does not read. Raises `UsageError` for a `kernel` that
+    Nothing if it is dense, or quantized in a way that lmpress does not read. Raises `UsageError` for a `kernel` that
     cannot serve here.
     """
     try:
@@ -53,49 +51,34 @@ def served(
     except UsageError:
         return []
     inputs = None if checkpoint.reader is None else checkpoint.reader.inputs
-    kinds: Counter[tuple[str, KernelSpec | None]] = Counter()
+    found: Counter[tuple[str, str, KernelSpec | None]] = Counter()
     for name, args in checkpoint.layers.items():
         need = _need(args, checkpoint.shape(name)[1], inputs, exact, device, dtype)
-        kinds[name.rpartition(".")[2], need] += 1
-    return [_choose(layer, need, count, kernel) for (layer, need), count in kinds.items()]
+        found[name.rpartition(".")[2], kinds.kind_of(args).label(args), need] += 1
+    return [_choose(*key, count, kernel) for key, count in found.items()]
 
 
 def _need(
-    args: QuantArgs | PruneArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype
+    args: WeightArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype
 ) -> KernelSpec | None:
-    """None for blocks of NF4 that reach over row ends."""
-    if isinstance(args, PruneArgs):
-        return KernelSpec.pruned(getattr(torch, str(args.dtype)), torch.device(device).type, dtype)
-    kind = replace(args, rank=0).kind
-    codebook = kind == "nf4"
-    if codebook and width % (args.group_size or 1):
+    """What a layer asks of its kernel; None if no kernel multiplies by such weights."""
+    spec = kinds.kind_of(args).spec(args, width)
+    if spec is None:
         return None
+    spec = replace(spec, device=torch.device(device).type, dtype=dtype)
+    if spec.values is not None:
+        return spec
     activations, steps = entering(inputs) if inputs else ("float" if exact else "group", STEPS)
-    where = torch.device(device).type
-    group = (args.group_size or width) if codebook else args.columns_per_scale(width)
-    return KernelSpec(
-        args.bits,
-        group,
-        args.symmetric,
-        codebook,
-        activations,
-        where,
-        dtype,
-        steps,
-        parts=PARTS_OF.get(kind, ()),
-    )
+    return replace(spec, activations=activations, steps=steps)
 
 
-def _choose(layer: str, need: KernelSpec | None, count: int, kernel: str | None) -> Served:
+def _choose(layer: str, label: str, need: KernelSpec | None, count: int, kernel: str | None) -> Served:
     if need is None:
-        return Served(layer, "nf4, blocks over row ends", count, UNFOLDED, "float", {})
+        return Served(layer, label, count, UNFOLDED, "float", {})
     choice = dispatch.choose(need, kernel)
     reasons = {name: refusal.reason for name, refusal in choice.passed_over}
-    return Served(layer, _stored(need), count, choice.kernel.name, need.activations, reasons)
+    return Served(layer, _stored(label, need), count, choice.kernel.name, need.activations, reasons)
 
 
-def _stored(need: KernelSpec) -> str:
-    if need.values is not None:
-        return f"pruned {str(need.values).removeprefix('torch.')}"
-    kind = "nf4" if need.codebook else f"int{need.bits} {'symmetric' if need.symmetric else 'asymmetric'}"
-    return f"{kind}, groups of {need.group}"
+def _stored(label: str, need: KernelSpec) -> str:
+    return label if need.values is not None else f"{label}, groups of {need.group}"

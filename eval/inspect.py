@@ -1,7 +1,7 @@
 """The content of a model directory, read from the config and the file headers without loading a weight."""
 
-import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,11 @@ from typing import Any
 from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
 from ..calibrate.model.skeleton import Names, build, context_length
 from ..calibrate.model.source import Source
+from ..compress.formats.checkpoint import read_layers
 from ..compress.formats.source import open_source
 from ..compress.formats.tokenizer import has_tokenizer
+from ..errors import UsageError
+from ..recipes.scheme import kinds
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a model. `linears` are those of the blocks; `context` is None where the config sets no limit."""
+    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit."""
 
     path: str
     architecture: str
@@ -53,13 +56,14 @@ def inspect(model: str | Path) -> Inspection:
     source = open_source(model)
     skeleton = build(source)
     prefix, blocks = find_blocks(skeleton)
-    names = Names(skeleton, source)
-    kinds: Counter[tuple[str, str, tuple[int, int], str]] = Counter()
+    names, listed = Names(skeleton, source), _listed(source)
+    found: Counter[tuple[str, str, tuple[int, int], str]] = Counter()
     for index, block in enumerate(blocks):
         for name, module in find_linears(block).items():
             rows, columns = weight_of(module).shape
-            stored = _stored(source, names, f"{prefix}.{index}.{name}")
-            kinds[name, type(module).__name__, (rows, columns), stored] += 1
+            layer = f"{prefix}.{index}.{name}"
+            stored = listed(layer, columns) or _dense(source, names, layer)
+            found[name, type(module).__name__, (rows, columns), stored] += 1
     dtypes: Counter[str] = Counter()
     for tensor in source.tensors.values():
         dtypes[tensor.spec.dtype] += tensor.spec.nbytes
@@ -74,7 +78,7 @@ def inspect(model: str | Path) -> Inspection:
         dtypes=dict(dtypes.most_common()),
         blocks=prefix,
         block_count=len(blocks),
-        linears=tuple(LinearKind(n, m, shape, count, stored) for (n, m, shape, stored), count in kinds.items()),
+        linears=tuple(LinearKind(n, m, shape, count, stored) for (n, m, shape, stored), count in found.items()),
         vocabulary=text.vocab_size,
         context=context_length(skeleton.config),
         tied_embeddings=bool(skeleton.config.tie_word_embeddings),
@@ -83,24 +87,23 @@ def inspect(model: str | Path) -> Inspection:
     )
 
 
-def _stored(source: Source, names: Names, layer: str) -> str:
-    """How the weight of `layer` lies on disk."""
-    dense = names.find(f"{layer}.weight")
-    if dense is not None:
-        return source.tensors[dense].spec.dtype
-    places, bitmask = (source.tensors.get(f"{layer}.weight_{part}") for part in ("places", "bitmask"))
-    if places is not None or bitmask is not None:
-        return "2:4" if places is not None else "bitmask"
-    if f"{layer}.weight_tiles" in source.tensors:
-        return "SpQR tiles"
-    if f"{layer}.weight_blocks" in source.tensors:
-        config = source.config["quantization_config"]
-        return next(g["block"] for g in config.get("base", config)["config_groups"] if layer in g["targets"])
-    packed, shape = source.tensors.get(f"{layer}.weight_packed"), source.tensors.get(f"{layer}.weight_shape")
-    if packed is None or shape is None:
-        return "missing"
-    rows, columns = (int(n) for n in shape.read())
-    groups = source.tensors[f"{layer}.weight_scale"].spec.shape[1]
-    bits = 32 * math.prod(packed.spec.shape) // (rows * columns)
-    kind = "asymmetric" if f"{layer}.weight_zero_point" in source.tensors else "symmetric"
-    return f"int{bits} {kind}, " + (f"groups of {columns // groups}" if groups > 1 else "one scale per row")
+def _listed(source: Source) -> Callable[[str, int], str | None]:
+    """Gives in words how a layer of a name and width is compressed; None if it is not, or in a way that is not read."""
+    try:
+        reader, layers = read_layers(source) if "quantization_config" in source.config else (None, {})
+    except UsageError:
+        reader, layers = None, {}
+
+    def words(layer: str, width: int) -> str | None:
+        if reader is None or layer not in layers:
+            return None
+        args = layers[layer]
+        return (reader.listed or kinds.kind_of(args).listed)(args, width)
+
+    return words
+
+
+def _dense(source: Source, names: Names, layer: str) -> str:
+    """The dtype of a layer that is stored as plain numbers."""
+    found = names.find(f"{layer}.weight")
+    return "missing" if found is None else source.tensors[found].spec.dtype

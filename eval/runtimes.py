@@ -1,13 +1,13 @@
-"""What another runtime makes of a checkpoint, told by itself: run in a process of its own, so that nothing is shared.
+"""What another runtime makes of a checkpoint: run in a process of its own, so that nothing is shared.
 
     python -m lmpress.eval.runtimes NAME CHECKPOINT FOLDER
 
 reads `FOLDER/request.json` (token ids, names of layers), and writes beside it `outputs.safetensors` (`logits` and
-`hidden.N`, the hidden states after block N, where the runtime shows them), a file `weights/LAYER.safetensors` per layer
+`hidden.N`, the hidden states after block N, if the runtime shows them), a file `weights/LAYER.safetensors` per layer
 with the weight that is really served, and `versions.json`.
 
 The served weight of a linear layer is read off by sending the identity through it: x = I gives W^T, whatever the kernel.
-Layers that round their inputs are asked not to, where they can be.
+Layers that round their inputs are asked not to, if they can be.
 """
 
 import json
@@ -158,7 +158,7 @@ Outputs = Callable[[Path, Tensor, list[str], Callable[[str, Tensor], None]], dic
 
 
 def _written(outputs: Outputs) -> Callable[[Path, Tensor, list[str], Path], None]:
-    """`run` of a runtime that is no torch model, from the function that gives its outputs."""
+    """`run` of a runtime that is not a torch model, from the function that gives its outputs."""
 
     def run(checkpoint: Path, ids: Tensor, layers: list[str], folder: Path) -> None:
         found = outputs(checkpoint, ids, layers, lambda name, weight: write_weight(folder, name, weight))
@@ -168,7 +168,7 @@ def _written(outputs: Outputs) -> Callable[[Path, Tensor, list[str], Path], None
 
 
 def _pretrained(checkpoint: Path, gguf_file: str | None = None) -> PreTrainedModel:
-    """As transformers loads it, in float32. Raises `CompressError` where it only warns of missing tensors."""
+    """As transformers loads it, in float32. Raises `CompressError` if it only warns of missing tensors."""
     options: dict[str, Any] = {} if gguf_file is None else {"gguf_file": gguf_file}
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         checkpoint, dtype=torch.float32, output_loading_info=True, trust_remote_code=False, **options
@@ -206,7 +206,7 @@ RUNTIMES: dict[str, Runtime] = {
 
 
 def runtime(name: str) -> Runtime:
-    """The runtime called `name`. Raises `UsageError` where there is none."""
+    """The runtime called `name`. Raises `UsageError` if there is none."""
     if name not in RUNTIMES:
         raise UsageError(f"unknown runtime {name!r}", f"runtimes: {', '.join(RUNTIMES)}")
     return RUNTIMES[name]

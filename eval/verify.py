@@ -25,13 +25,13 @@ from ..compress.load import load
 from ..errors import UsageError
 from ..kernels.activations import quantized_inputs
 from ..kernels.cache.cache import serve_rounded
-from ..kernels.packing.codebook import nf4_values
-from ..kernels.tensor import BlockTensor, Compressed, CompressedTensor, NF4Tensor
+from ..kernels.tensor import Compressed
+from ..recipes.scheme import kinds
 from . import runtimes
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
 ROWS, LENGTH = 2, 64
-FLIPPED = 5e-2  # logits may be off by as much where inputs are rounded: values halfway between codes go either way
+FLIPPED = 5e-2  # logits may be off by as much if inputs are rounded: values halfway between codes go either way
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Finding:
 
     `worst_layer` is the layer whose served weight is farthest off, by `steps` steps of its grid (0: equal bit for bit), and
     `wrong_layers` are all that are too far. `outputs` compares with the dequantized checkpoint, `block` is the first that holds
-    one or whose output is too far off; `original` compares with the dense model, where one was given. Figures are None where
+    one or whose output is too far off; `original` compares with the dense model, if one was given. Figures are None if
     the runtime failed or does not show them; `error` is its own last word then.
     """
 
@@ -69,7 +69,7 @@ class Finding:
 @dataclass(frozen=True)
 class Verification:
     """The findings on `checkpoint`, held against the dequantized weights of `against`; `original` is a dense model whose
-    divergence is told too."""
+    divergence is reported too."""
 
     checkpoint: str
     against: str
@@ -97,11 +97,11 @@ def verify(
 
     The reference is `against`: the checkpoint that this one was exported from, or any that `load` reads and that should be
     equal; by default the checkpoint itself as `load` reads it. Its dequantized weights are run in float32, inputs rounded as it
-    says. Where `against` is a dense model, the reference is the checkpoint itself, and how far the runtime is from the dense
-    model is told, not judged. `python` is the interpreter that runs the runtimes, by default this one; lmpress must be
+    says. If `against` is a dense model, the reference is the checkpoint itself, and how far the runtime is from the dense
+    model is reported, not judged. `python` is the interpreter that runs the runtimes, by default this one; lmpress must be
     importable there.
 
-    Raises `UsageError` for unknown runtimes, and where `against` is dense and the checkpoint is in a format that lmpress does
+    Raises `UsageError` for unknown runtimes, and if `against` is dense and the checkpoint is in a format that lmpress does
     not read.
     """
     for name in runtime:
@@ -116,8 +116,8 @@ def verify(
         for name in runtime:
             expected = models.outputs(runtimes.runtime(name))
             findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, interpreter))
-    told = None if dense is None else str(dense.source.path)
-    return Verification(str(checkpoint), str(reference.source.path), tuple(findings), told)
+    compared = None if dense is None else str(dense.source.path)
+    return Verification(str(checkpoint), str(reference.source.path), tuple(findings), compared)
 
 
 def _reference(checkpoint: str | Path, against: str | Path | None) -> tuple[Checkpoint, Checkpoint | None]:
@@ -134,7 +134,7 @@ def _reference(checkpoint: str | Path, against: str | Path | None) -> tuple[Chec
         ) from error
     if own is None or not own.layers:
         raise UsageError(
-            f"neither {checkpoint} nor what it is held against is quantized: there are no codes to verify",
+            f"neither {checkpoint} nor the model that it is compared with is quantized: there are no codes to verify",
             f"{remedy}, or compare predictions with compress eval --against",
         )
     if own.model.config.get_text_config().vocab_size != given.model.config.get_text_config().vocab_size:
@@ -225,8 +225,8 @@ def _last_word(done: subprocess.CompletedProcess[str]) -> str:
     if not lines:
         return f"the process ended with {done.returncode}"
     raised = [line for line in lines if re.match(r"[\w.]+(Error|Exception|Exit)\b", line)]
-    told = next((f"; {line}" for line in lines if "MISMATCH" in line and "above report" in (raised or [""])[-1]), "")
-    return ((raised or lines)[-1] + told)[:300]
+    report = next((f"; {line}" for line in lines if "MISMATCH" in line and "above report" in (raised or [""])[-1]), "")
+    return ((raised or lines)[-1] + report)[:300]
 
 
 def _compare_weights(finding: Finding, limits: Runtime, reference: Checkpoint, folder: Path) -> Finding:
@@ -250,24 +250,7 @@ def _steps(served: Tensor, tensor: Compressed) -> float:
     """The largest difference in steps of the grid; infinite for another shape or no numbers."""
     if served.shape != tensor.shape or not bool(served.isfinite().all()):
         return float("inf")
-    return float(((served - tensor.dequantize()).abs() / _step(tensor)).max())
-
-
-def _step(tensor: Compressed) -> Tensor:
-    """What one code is apart from the next, broadcasting over the weight.
-
-    NF4: the smallest gap between its values; a layer without one grid (pruned, SpQR): a 127th of its largest weight.
-    """
-    if isinstance(tensor, CompressedTensor | BlockTensor):
-        scale = tensor.scales() if isinstance(tensor, BlockTensor) else tensor.scale.float()
-        return scale.abs().repeat_interleave(tensor.shape[1] // scale.shape[1], dim=1)
-    if isinstance(tensor, NF4Tensor):
-        assert tensor.args.group_size is not None
-        gap = nf4_values(tensor.codes.device).diff().min()
-        return gap * tensor.scales().repeat_interleave(tensor.args.group_size)[: tensor.codes.numel()].view(
-            tensor.shape
-        )
-    return tensor.dequantize().abs().max() / 127
+    return float(((served - tensor.dequantize()).abs() / kinds.kind_of_tensor(tensor).step(tensor)).max())
 
 
 def _compare_outputs(

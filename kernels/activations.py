@@ -1,4 +1,4 @@
-"""Integer grids of activations: found anew at every call (dynamic) or calibrated once (static).
+"""Integer grids of activations: found at every call (dynamic) or calibrated once (static).
 
     symmetric   scale = absmax / (2**(bits-1) - 1), zero = 2**(bits-1)        SmoothQuant, compressed-tensors
     asymmetric  scale = (max(high, 0) - min(low, 0)) / (2**bits - 1), zero = round(-low / scale)
@@ -12,8 +12,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..recipes.scheme import QuantArgs
-from .tensor import Compressed, CompressedTensor, InputGrid, LowRankTensor, MixedTensor
+from ..recipes.scheme import QuantArgs, kinds
+from .tensor import Compressed, InputGrid
 
 SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 
@@ -21,7 +21,7 @@ SMALLEST = 1e-5  # SmoothQuant's floor of an activation range
 def grid_of(
     low: Tensor, high: Tensor, args: QuantArgs, stored: torch.dtype | None = None, reach: float = 0.0
 ) -> InputGrid:
-    """Scale and zero of values between `low` and `high`, in their dtype; the scale rounded to `stored` where it is given.
+    """Scale and zero of values between `low` and `high`, in their dtype; the scale rounded to `stored` if that is given.
 
     Symmetric ranges end `reach` steps beyond the largest code.
     """
@@ -63,10 +63,10 @@ def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed], rea
     """Inside the `with`, the linears of `block` (names inside it) round their inputs as they will when served; gradients pass
     straight through the rounding. `reach` is that of dynamic scales where they are served (see `grid_of`)."""
     with ExitStack() as hooks:
-        for name, whole in compressed.items():
-            tensor = whole.base if isinstance(whole, LowRankTensor) else whole
-            if isinstance(tensor, CompressedTensor | MixedTensor) and tensor.inputs is not None:
-                hooks.callback(block.get_submodule(name).register_forward_pre_hook(_rounding(tensor, reach)).remove)
+        for name, tensor in compressed.items():
+            rounding = kinds.kind_of_tensor(tensor).rounding(tensor, reach)
+            if rounding is not None:
+                hooks.callback(block.get_submodule(name).register_forward_pre_hook(_straight_through(rounding)).remove)
         yield
 
 
@@ -77,16 +77,12 @@ def decompose(x: Tensor, args: QuantArgs, columns: Tensor) -> Tensor:
     return torch.where(apart, x, fake_quantize(x.masked_fill(apart, 0), args))
 
 
-def _rounding(
-    tensor: CompressedTensor | MixedTensor, reach: float
+def _straight_through(
+    rounding: Callable[[Tensor], Tensor],
 ) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
     def hook(module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        assert tensor.inputs is not None
         x = inputs[0]
-        if isinstance(tensor, MixedTensor):
-            rounded = decompose(x.detach(), tensor.inputs, tensor.columns)
-        else:
-            rounded = fake_quantize(x.detach(), tensor.inputs, tensor.input_grid, reach)
+        rounded = rounding(x.detach())
         return (x + (rounded - x).detach() if x.requires_grad else rounded, *inputs[1:])
 
     return hook

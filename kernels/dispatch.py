@@ -1,6 +1,6 @@
 """Which kernel serves: the first of the list that meets the need, runs here and passes its self-test.
 
-On GPUs the Triton kernels serve. The chain on CPUs: compiled kernels, best instruction set first; torch's int4 product where
+On GPUs the Triton kernels serve. The chain on CPUs: compiled kernels, best instruction set first; torch's int4 product if
 int8 activations were allowed; dequantizing. The last one always runs, anywhere, so no machine is an error.
 """
 
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a kernel does not serve; `worth_warning` where that is no property of the layer or of the hardware."""
+    """Why a kernel does not serve; `worth_warning` if that is not a property of the layer or of the hardware."""
 
     reason: str
     worth_warning: bool
@@ -44,7 +44,7 @@ class Choice:
 def choose(need: KernelSpec, kernel: str | None = None, kernels: Sequence[Kernel] = KERNELS) -> Choice:
     """The first of `kernels` that may serve `need`, or the one named `kernel` and no other.
 
-    Raises `UsageError` where the named one is unknown or may not serve.
+    Raises `UsageError` if the named one is unknown or may not serve.
     """
     if kernel is not None:
         return Choice(_named(kernel, need, kernels))
@@ -61,7 +61,7 @@ def choose(need: KernelSpec, kernel: str | None = None, kernels: Sequence[Kernel
 
 @cache
 def refusal(kernel: Kernel, need: KernelSpec) -> Refusal | None:
-    """Why `kernel` may not serve `need` on this machine, or None where it may. The answer is found once per process."""
+    """Why `kernel` may not serve `need` on this machine, or None if it may. The answer is found once per process."""
     if reason := kernel.serves.refusal(need):
         return Refusal(reason, worth_warning=False)
     try:

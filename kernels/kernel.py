@@ -34,7 +34,7 @@ class KernelSpec:
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
     codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
     row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
-    of `Weight` that this one has beside its codes, scales and zeros, in the order of `PARTS`.
+    of `Weight` that this one has in addition to its codes, scales and zeros, in the order of `PARTS`.
     """
 
     bits: int
@@ -74,7 +74,8 @@ class KernelSpec:
 class Capabilities:
     """The needs that a kernel meets; None stands for any device, any dtype, any number of columns per scale.
 
-    `bits` are those of codes, `tables` those of codes with a codebook, `values` the dtypes of pruned weights: none for most.
+    `bits` are those of codes, `codebook_bits` those of codes with a codebook, `values` the dtypes of pruned weights (most
+    kernels: none).
     """
 
     bits: frozenset[int]
@@ -83,15 +84,17 @@ class Capabilities:
     dtypes: frozenset[torch.dtype] | None = FLOAT_DTYPES
     groups: frozenset[int] | None = None
     symmetric: frozenset[bool] = frozenset({True, False})
-    tables: frozenset[int] = frozenset()
+    codebook_bits: frozenset[int] = frozenset()
     values: frozenset[torch.dtype] = frozenset()
 
     def refusal(self, need: KernelSpec) -> str | None:
-        """Why `need` is not met, or None where it is."""
+        """Why `need` is not met, or None if it is."""
         if need.values is not None:
             stored = ("values", need.values, self.values)
         else:
-            stored = ("tables of bits", need.bits, self.tables) if need.codebook else ("bits", need.bits, self.bits)
+            stored = (
+                ("codebook bits", need.bits, self.codebook_bits) if need.codebook else ("bits", need.bits, self.bits)
+            )
         asked = [
             stored,
             ("activations", need.activations, self.activations),
@@ -124,7 +127,7 @@ class CodedProduct(Product):
         """The codes uint8 `[out, in]` that were given."""
 
     def held_scale(self) -> Tensor | None:
-        """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None where they are gone."""
+        """The scales `[out, groups]` that were given, in a float dtype that holds them exactly; None if they are gone."""
         return None
 
 
@@ -149,8 +152,8 @@ class PrunedProduct(Product):
 class Kernel:
     """A named way to multiply by a quantized weight.
 
-    `prepare` makes the product of a weight and raises `Unavailable` where the machine cannot run it; `pruned` does the same for
-    a pruned weight, where `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
+    `prepare` makes the product of a weight and raises `Unavailable` if the machine cannot run it; `pruned` does the same for
+    a pruned weight, if `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
     product of a residual to float32 sums, perhaps in place. `tolerance` is the largest relative error against float64 (with the
     activations quantized as the need says) that its self-test accepts.
     """

@@ -47,7 +47,7 @@ class WithColumns(CodedProduct):
 class WithThreshold(CodedProduct):
     """Input columns that reach the threshold, but for those kept apart, leave the int8 product and widen none of its scales.
 
-    They are found anew at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
+    They are found at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
     """
 
     def __init__(self, inner: CodedProduct, weight: Weight) -> None:
@@ -62,10 +62,10 @@ class WithThreshold(CodedProduct):
         self.register_buffer("quantized", kept, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        loud = (x.abs() >= self.threshold).any(0) & self.quantized
-        if not bool(loud.any()):
+        outlying = (x.abs() >= self.threshold).any(0) & self.quantized
+        if not bool(outlying.any()):
             return self.inner(x)
-        columns = loud.nonzero()[:, 0]
+        columns = outlying.nonzero()[:, 0]
         weight = (self.codes()[:, columns].float() - self.center) * self.scale.float()
         y = self.inner(x.index_fill(1, columns, 0)).float()
         return torch.addmm(y, x.index_select(1, columns).float(), weight.T).to(x.dtype)

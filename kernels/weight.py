@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..recipes.scheme import kinds
 from .packing.bitmask import from_mask
-from .packing.codebook import nf4_values
-from .tensor import TILE, Bilevel, BlockTensor, MixedTensor, NF4Tensor, PrunedTensor, Served, SpQRTensor
+from .tensor import TILE, Bilevel, Compressed, PrunedTensor
 from .tensor.parts import moved
 from .tensor.pruned import by_mask
 
@@ -18,7 +18,7 @@ class SparseRows:
     """A sparse matrix in compressed rows: row r holds the entries `starts[r] .. starts[r + 1] - 1`.
 
     starts   int64 `[rows + 1]`
-    columns  int32 `[entries]`, or uint16 where the matrix is no wider than that
+    columns  int32 `[entries]`, or uint16 if the matrix is no wider than that
     values   float16 `[entries]`
     """
 
@@ -84,7 +84,7 @@ class Weight:
 
     codes     uint8 `[out, in]`, below `2**bits`
     scale     float `[out, groups]`; group g covers the columns `g * group ..`, the last group may be shorter
-    zero      `[out, groups]`, integers or reals; None where it is `2**(bits - 1)`, and with a codebook
+    zero      `[out, groups]`, integers or reals; None if it is `2**(bits - 1)`, and with a codebook
     codebook  float `[2**bits]`, or None for a uniform grid
     columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
               codes of these columns do not count
@@ -106,26 +106,9 @@ class Weight:
     levels: Levels | None = None
 
     @classmethod
-    def of(cls, tensor: Served | SpQRTensor) -> "Weight":
-        """The weight of a compressed tensor; quantized scales become float32, blocks of NF4 must not reach over rows."""
-        args, codes = tensor.args, tensor.codes
-        if isinstance(tensor, NF4Tensor):
-            assert tensor.rows_are_blocks and args.group_size is not None
-            scale = tensor.scales().view(len(codes), -1)
-            return cls(codes, scale, None, args.bits, args.group_size, nf4_values(codes.device))
-        if isinstance(tensor, BlockTensor):
-            return cls(codes, tensor.scales(), tensor.zeros(), args.bits, tensor.group)
-        if isinstance(tensor, MixedTensor):
-            apart = (tensor.columns, tensor.outliers, tensor.inputs.threshold)
-            return cls(codes, tensor.scale, None, args.bits, tensor.shape[1], None, *apart)
-        group = args.columns_per_scale(tensor.shape[1])
-        if isinstance(tensor, SpQRTensor):
-            grid, starts = tensor.grid(), tensor.counts.new_zeros(len(tensor.counts) + 1)
-            starts[1:] = tensor.counts.cumsum(0)
-            residual = SparseRows(starts, tensor.columns.to(torch.int32), tensor.values)
-            levels = Levels.of(tensor.scale, tensor.zero)
-            return cls(codes, grid.scale, grid.zero, args.bits, group, residual=residual, levels=levels)
-        return cls(codes, tensor.scale, tensor.zero, args.bits, group)
+    def of(cls, tensor: Compressed) -> "Weight":
+        """The weight of a tensor of codes, as its kind gives it; quantized scales become float32."""
+        return kinds.kind_of_tensor(tensor).operand(tensor)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 from ..errors import UsageError
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
     from transformers import PreTrainedModel
 
@@ -135,7 +134,7 @@ class Method:
     presets        options per quality
     scope          which weights compete if pruning does not say so
     prunes_blocks  whether it prunes patterns `1xc`
-    adapt          the weight arguments of a layer as they are stored: config, arguments, shape `(out, in)`, dtype before
+    adapt          the weight arguments of a layer as they are stored: config, arguments, shape `(out, in)`
     apply_outside  rewrites the weights outside the blocks, for a transform of the whole model: config, model, token ids;
                    gives the matrix that the hidden states are multiplied by, and the names of the changed parameters
     name, family   those of the registry's line, which `method` fills in
@@ -148,7 +147,7 @@ class Method:
     presets: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     scope: "Scope" = "layer"
     prunes_blocks: bool = False
-    adapt: "Callable[[Any, QuantArgs, tuple[int, int], torch.dtype], QuantArgs] | None" = None
+    adapt: "Callable[[Any, QuantArgs, tuple[int, int]], QuantArgs] | None" = None
     apply_outside: "Callable[[Any, PreTrainedModel, Tensor], tuple[Tensor, set[str]]] | None" = None
     name: str = ""
     family: Family = Family.QUANTIZE

@@ -202,7 +202,7 @@ def row_of(runtime: str, container: RuntimeFormat) -> str:
         groups,
         f"multiples of {container.multiple}" if container.multiple > 1 else "any",
         alike.get((container.uniform, container.fused), "none"),
-        ", ".join(container.kinds) + (", Conv1D" if container.conv1d else ""),
+        ("any" if container.kinds is None else ", ".join(container.kinds)) + (", Conv1D" if container.conv1d else ""),
         " or ".join(container.inputs) or "as they are",
     ]
     return f"| {' | '.join(cells)} |"

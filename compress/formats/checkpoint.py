@@ -1,82 +1,25 @@
 """A checkpoint with quantized layers, ours or others': which layers, how each is quantized, and its tensor when asked for."""
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from ...calibrate.model.architecture import find_blocks, weight_of
 from ...calibrate.model.moe import model_names, routers
-from ...calibrate.model.safetensors_io import TensorSpec
 from ...calibrate.model.skeleton import Names, build
 from ...calibrate.model.source import Source
 from ...errors import CompressError, UsageError
-from ...kernels.tensor import Compressed, LowRankTensor
-from ...recipes.scheme import QuantArgs, WeightArgs
-from . import int_quantized, llm_int8
-from .export import awq, bitsandbytes, gptq
+from ...kernels.tensor import Compressed
+from ...recipes.scheme import WeightArgs
 from .kv_cache import is_scale
-from .registry import LOW_RANK, format_that_wrote, low_rank_spec
+from .registry import Reader, reader_of
 from .source import open_source
 
 UNRELATED = "the checkpoint and its config do not belong together"
-
-
-@dataclass(frozen=True)
-class Reader:
-    """How one format is read; `optional` tensors of a layer may be absent. `inputs` says how layers' inputs are quantized.
-
-    arguments  of every layer that a `quantization_config` and the specs of the stored tensors speak of
-    specs      of a layer's tensors, from its name, arguments, rows and columns
-    """
-
-    arguments: Callable[[Mapping[str, Any], Mapping[str, TensorSpec]], Mapping[str, WeightArgs]]
-    specs: Callable[[str, Any, int, int], dict[str, TensorSpec]]
-    unpack: Callable[[str, Mapping[str, Tensor], Any], Compressed]
-    optional: tuple[str, ...] = ()
-    inputs: QuantArgs | None = None
-
-
-def _reader(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> Reader:
-    """The reader of a checkpoint with this `quantization_config` and these tensors. Raises `ValueError` without one."""
-    if config.get("format") == LOW_RANK:
-        return _with_low_rank(_reader(config["base"], stored))
-    if config.get("quant_method") == "gptq":
-        unpack = partial(gptq.unpack, offset=gptq.offset_of(config))
-        return Reader(gptq.read_config, gptq.spec, unpack, optional=("g_idx",))
-    if config.get("quant_method") == "awq":
-        return Reader(awq.read_config, awq.spec, awq.unpack)
-    if bitsandbytes.wrote(config):
-        specs = bitsandbytes.as_stored(stored)
-        return Reader(bitsandbytes.read_config, specs, bitsandbytes.unpack, optional=("weight_format",))
-    ours = format_that_wrote(config)
-    if ours not in (int_quantized, llm_int8):
-        return Reader(ours.read_config, ours.spec, ours.unpack)
-    layers = ours.of_config(config, stored)
-    return Reader(ours.read_config, layers.spec, layers.unpack, inputs=layers.inputs)
-
-
-def _with_low_rank(base: Reader) -> Reader:
-    """The reader of a checkpoint whose layers have a low-rank term beside what `base` reads."""
-
-    def arguments(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, WeightArgs]:
-        ranks = {name: group["rank"] for group in config["config_groups"] for name in group["targets"]}
-        return {name: replace(args, rank=ranks[name]) for name, args in base.arguments(config["base"], stored).items()}
-
-    def specs(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
-        return base.specs(name, replace(args, rank=0), rows, columns) | low_rank_spec(name, args, rows, columns)
-
-    def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> LowRankTensor:
-        quantized: Any = base.unpack(name, tensors, replace(args, rank=0))
-        return LowRankTensor(quantized, tensors[f"{name}.weight_left"], tensors[f"{name}.weight_right"])
-
-    return Reader(arguments, specs, unpack, base.optional, base.inputs)
 
 
 @dataclass(frozen=True)
@@ -92,22 +35,13 @@ class Checkpoint:
     def open(cls, path: str | Path | Source, dtype: torch.dtype = torch.float32) -> "Checkpoint":
         """The checkpoint at `path`; a dense model has no `layers`. Loads nothing.
 
-        Raises `UsageError` for a format that lmpress does not read, `CompressError` for layers that the model lacks.
+        Raises `UsageError` for a format that lmpress does not read, `CompressError` for layers that the model does not have.
         """
         source = path if isinstance(path, Source) else open_source(path)
         model = build(source, dtype)
         if "quantization_config" not in source.config:
             return cls(source, model, {}, None)
-        try:
-            config = source.config["quantization_config"]
-            stored = {name: tensor.spec for name, tensor in source.tensors.items()}
-            reader = _reader(config, stored)
-            found = reader.arguments(config, stored)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(
-                f"{source.path} is quantized in a way that lmpress does not read ({error})",
-                "load it with the tool that made it, or start from the original model",
-            ) from error
+        reader, found = read_layers(source)
         linears = [
             name for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D | nn.Embedding)
         ]
@@ -117,13 +51,13 @@ class Checkpoint:
         source = replace(source, tensors={own.get(name, name): tensor for name, tensor in source.tensors.items()})
         foreign = next(iter(found.keys() - set(linears)), None)
         if foreign is not None:
-            raise CompressError(f"{source.path} packs {foreign}, which is no layer of its config.json", UNRELATED)
+            raise CompressError(f"{source.path} packs {foreign}, which is not a layer of its config.json", UNRELATED)
         return cls(source, model, {name: found[name] for name in linears if name in found}, reader)
 
     def layer(self, name: str) -> Compressed:
         """The compressed layer `name`, once all its tensors are there and have the shapes that the model asks for.
 
-        Raises `CompressError` where they are absent, damaged or of another shape.
+        Raises `CompressError` if they are absent, damaged or of another shape.
         """
         assert self.reader is not None
         shape, args = self.shape(name), self.layers[name]
@@ -155,7 +89,7 @@ class Checkpoint:
 
     @property
     def tied_head(self) -> str | None:
-        """The linear layer that computes with the packed embedding; None where the embedding is dense or stands alone."""
+        """The linear layer that computes with the packed embedding; None if the embedding is dense or stands alone."""
         tied = self.model.config.tie_word_embeddings and self.embedding in self.layers
         return self._name(self.model.get_output_embeddings()) if tied else None
 
@@ -177,9 +111,9 @@ class Checkpoint:
 
     @property
     def others(self) -> dict[str, str]:
-        """The tensors that are no part of a quantized layer or of the cache: the model's name of each -> the checkpoint's name.
+        """The tensors that belong to no quantized layer or of the cache: the model's name of each -> the checkpoint's name.
 
-        Where embeddings are tied, the head's second copy is left out.
+        If embeddings are tied, the head's second copy is left out.
         """
         names = Names(self.model, self.source)
         parts = {
@@ -205,3 +139,20 @@ class Checkpoint:
         """The dotted name of the list of decoder blocks, and their number."""
         name, blocks = find_blocks(self.model)
         return name, len(blocks)
+
+
+def read_layers(source: Source) -> tuple[Reader, dict[str, WeightArgs]]:
+    """The reader of a quantized checkpoint, and the arguments of its layers by the checkpoint's own names.
+
+    Raises `UsageError` for a format that lmpress does not read.
+    """
+    try:
+        config = source.config["quantization_config"]
+        stored = {name: tensor.spec for name, tensor in source.tensors.items()}
+        reader = reader_of(config, stored)
+        return reader, dict(reader.arguments(config, stored))
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"{source.path} is quantized in a way that lmpress does not read ({error})",
+            "load it with the tool that made it, or start from the original model",
+        ) from error

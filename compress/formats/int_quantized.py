@@ -1,5 +1,5 @@
 """compressed-tensors' layouts of layers whose inputs are quantized too: `int-quantized` (W8A8) and, for other weights,
-`pack-quantized` as `pack_quantized.py` has it.
+`pack-quantized` (see `pack_quantized.py`).
 
 P.weight            int8 [out, in]                   codes - 128: w = scale * code                      (int-quantized only)
 P.weight_scale      [out, 1] in the scale's dtype    a scale of the whole matrix is repeated            (int-quantized only)
@@ -18,18 +18,19 @@ import torch
 from torch import Tensor
 
 from ...calibrate.model.safetensors_io import NAMES, TensorSpec
-from ...kernels.tensor import Compressed, CompressedTensor
-from ...recipes.scheme import QuantArgs, WeightArgs
+from ...kernels.tensor import CompressedTensor
+from ...recipes.scheme import QuantArgs
 from . import pack_quantized
+from .registry import Format
 
 NAME = "int-quantized"
 MIXED = "mixed-precision"  # what compressed-tensors calls a checkpoint whose groups have different formats
 OFFSET = 128  # of the unsigned codes in memory
 
 
-def holds_int8(args: WeightArgs) -> bool:
-    """Whether weights of `args` are stored as int8, and not packed."""
-    return isinstance(args, QuantArgs) and args.bits == 8 and args.strategy in ("channel", "tensor") and args.symmetric
+def holds_int8(args: QuantArgs) -> bool:
+    """Whether weights of `args` are stored as int8, not packed."""
+    return args.kind == "grid" and args.bits == 8 and args.strategy in ("channel", "tensor") and args.symmetric
 
 
 @dataclass(frozen=True)
@@ -38,15 +39,14 @@ class IntQuantized:
 
     inputs: QuantArgs
 
-    def supports(self, args: WeightArgs) -> str | None:
-        """Why the format cannot hold a weight compressed by `args`, or None where it can."""
-        if not isinstance(args, QuantArgs) or args.scale_dtype == "bilevel":
-            return f"{NAME} holds codes with plain scales only"
+    def supports(self, args: QuantArgs) -> str | None:
+        """Why the format cannot hold a weight compressed by `args`, or None if it can."""
+        if args.kind != "grid":
+            return f"{NAME} holds codes with plain scales only, not {args.kind} weights"
         return None if holds_int8(args) else pack_quantized.supports(args)
 
-    def spec(self, name: str, args: WeightArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
+    def spec(self, name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, TensorSpec]:
         """The tensors that `pack` will give for a `rows` x `columns` weight."""
-        assert isinstance(args, QuantArgs)
         if holds_int8(args):
             tensors = {
                 f"{name}.weight": TensorSpec("I8", (rows, columns)),
@@ -60,9 +60,8 @@ class IntQuantized:
                 tensors[f"{name}.input_zero_point"] = TensorSpec("I8", (1,))
         return tensors
 
-    def pack(self, name: str, tensor: Compressed) -> dict[str, Tensor]:
-        """The tensors of one quantized weight and, where it is static, the grid of its inputs."""
-        assert isinstance(tensor, CompressedTensor)
+    def pack(self, name: str, tensor: CompressedTensor) -> dict[str, Tensor]:
+        """The tensors of one quantized weight and, if it is static, the grid of its inputs."""
         if holds_int8(tensor.args):
             packed = {
                 f"{name}.weight": (tensor.codes.to(torch.int16) - OFFSET).to(torch.int8),
@@ -77,9 +76,8 @@ class IntQuantized:
                 packed[f"{name}.input_zero_point"] = (zero - self._middle).to(torch.int8)
         return packed
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: WeightArgs) -> CompressedTensor:
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> CompressedTensor:
         """The inverse of `pack`."""
-        assert isinstance(args, QuantArgs)
         if holds_int8(args):
             codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
             weight = CompressedTensor(codes, tensors[f"{name}.weight_scale"], None, args)
@@ -92,11 +90,10 @@ class IntQuantized:
             grid = scale, zero + self._middle
         return replace(weight, inputs=self.inputs, input_grid=grid)
 
-    def quantization_config(self, compressed: Mapping[str, WeightArgs], ignored: Iterable[str]) -> dict[str, Any]:
+    def quantization_config(self, compressed: Mapping[str, QuantArgs], ignored: Iterable[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json."""
-        quantized = {name: args for name, args in compressed.items() if isinstance(args, QuantArgs)}
-        config: dict[str, Any] = pack_quantized.quantization_config(quantized, ignored)
-        for group, args in zip(config["config_groups"].values(), dict.fromkeys(quantized.values()), strict=True):
+        config: dict[str, Any] = pack_quantized.quantization_config(compressed, ignored)
+        for group, args in zip(config["config_groups"].values(), dict.fromkeys(compressed.values()), strict=True):
             group["format"] = NAME if holds_int8(args) else pack_quantized.NAME
             group["input_activations"] = {
                 "num_bits": self.inputs.bits,
@@ -114,8 +111,13 @@ class IntQuantized:
         return 2 ** (self.inputs.bits - 1)
 
 
+def of_inputs(plain: Format, inputs: QuantArgs | None) -> Format:
+    """The format of weights that `plain` stores if inputs stay as they are; with quantized inputs one that refuses them."""
+    return plain if inputs is None else IntQuantized(inputs)
+
+
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a checkpoint's `quantization_config` speaks of layers with quantized inputs."""
+    """Whether a checkpoint's `quantization_config` has layers with quantized inputs."""
     if config.get("quant_method") != "compressed-tensors":
         return False
     inputs = any(group.get("input_activations") for group in config.get("config_groups", {}).values())
@@ -123,7 +125,7 @@ def wrote(config: Mapping[str, Any]) -> bool:
 
 
 def of_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> IntQuantized:
-    """The format as a checkpoint speaks of it. Raises `ValueError` as `read_inputs` does."""
+    """The format as a checkpoint describes it. Raises `ValueError` as `read_inputs` does."""
     return IntQuantized(read_inputs(config, stored))
 
 
@@ -141,7 +143,7 @@ def read_inputs(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
         strategy=kinds[0]["strategy"],
         group_size=None,
         formula="signed" if kinds[0]["symmetric"] else "gptq",
-        scale_dtype=str(static).removeprefix("torch."),  # type: ignore[arg-type]
+        scale_dtype=str(static).removeprefix("torch."),
         dynamic=bool(kinds[0]["dynamic"]),
     )
 
@@ -155,14 +157,14 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     ]:
         weights = pack_quantized.weights_of(name, groups)
         if weights is None or weights["type"] != "int" or not weights["symmetric"]:
-            raise ValueError(f"{name} belongs to no group of symmetric integers")
+            raise ValueError(f"{name} is in none of the groups of symmetric integers")
         scale = stored.get(f"{name}.weight_scale")
         found[name] = QuantArgs(
             bits=weights["num_bits"],
             strategy=weights["strategy"],
             group_size=None,
             formula="signed",
-            scale_dtype=str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch."),  # type: ignore[arg-type]
+            scale_dtype=str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch."),
         )
     if any(name.endswith(".weight_packed") for name in stored):
         weights_alone = {key: group | {"input_activations": None} for key, group in config["config_groups"].items()}

@@ -34,7 +34,7 @@ IN_FULL = "load it with kv_bits=16"
 
 
 def attentions(model: PreTrainedModel) -> list[str]:
-    """The dotted names of the attention layers, one a block, that compressed-tensors would give scales; none where it would
+    """The dotted names of the attention layers, one per block, that compressed-tensors would give scales; none if it would
     not know those of some block."""
     prefix, blocks = find_blocks(model)
     found = []
@@ -75,23 +75,23 @@ def kv_cache_scheme(scheme: CacheScheme) -> dict[str, Any]:
 
 
 def kv_scheme_from_config(quantization: Mapping[str, Any]) -> CacheScheme | None:
-    """The scheme that a `quantization_config` speaks of, None without one. Raises `UsageError` for other ones than ours."""
-    told = quantization.get("kv_cache_scheme")
-    if not told:
+    """The scheme that a `quantization_config` describes, None without one. Raises `UsageError` for other ones than ours."""
+    found = quantization.get("kv_cache_scheme")
+    if not found:
         return None
-    kind = " ".join(str(told.get(key)) for key in ("num_bits", "type", "strategy"))
-    shared = (told.get("type"), told.get("symmetric"), told.get("strategy"), bool(told.get("dynamic")))
+    kind = " ".join(str(found.get(key)) for key in ("num_bits", "type", "strategy"))
+    shared = (found.get("type"), found.get("symmetric"), found.get("strategy"), bool(found.get("dynamic")))
     if shared != ("int", True, "tensor", False):
         raise UsageError(f"its cache is kept as {kind}, not in integers with one static, symmetric scale", IN_FULL)
-    return CacheScheme.shared(told["num_bits"], scale_dtype="float32")  # holds what is stored in any dtype
+    return CacheScheme.shared(found["num_bits"], scale_dtype="float32")  # holds what is stored in any dtype
 
 
 def stored_ranges(source: Source, model: PreTrainedModel, scheme: CacheScheme) -> list[KVRanges]:
-    """The calibrated ranges of all layers, in their order. Raises `CompressError` where they are not there or damaged."""
+    """The calibrated ranges of all layers, in their order. Raises `CompressError` if they are not there or damaged."""
     if not any(map(is_scale, source.tensors)):
         return read_ranges(source.path / CACHE_RANGES)
-    told = kv_scheme_from_config(source.config["quantization_config"]) or scheme
-    largest = 2 ** (told.keys.bits - 1) - 1
+    found = kv_scheme_from_config(source.config["quantization_config"]) or scheme
+    largest = 2 ** (found.keys.bits - 1) - 1
     return [
         KVRanges(*(_around_zero(source, f"{name}.{part}", largest) for part in SCALES)) for name in attentions(model)
     ]
@@ -119,7 +119,7 @@ def write_ranges(file: Path, ranges: Sequence[KVRanges]) -> None:
 
 
 def read_ranges(file: Path) -> list[KVRanges]:
-    """The ranges of all layers, in their order. Raises `CompressError` where they are not there or not whole."""
+    """The ranges of all layers, in their order. Raises `CompressError` if they are not there or not whole."""
     remedy = f"fetch the checkpoint again, or {IN_FULL}"
     if not file.is_file():
         raise CompressError(f"{file} is missing: the checkpoint's cache has calibrated ranges", remedy)

@@ -17,20 +17,20 @@ from torch import Tensor
 from ...calibrate.model.safetensors_io import NAMES, TensorSpec
 from ...kernels.packing.bitstream import pack_rows, unpack_rows
 from ...kernels.tensor import CompressedTensor
-from ...recipes.scheme import QuantArgs, ScaleDtype
+from ...recipes.scheme import QuantArgs
 
 NAME = "pack-quantized"
 EXPERT = re.compile(r".*\.experts\.\d+\..*")
 
 
 def supports(args: QuantArgs) -> str | None:
-    """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+    """Why the format cannot hold a weight quantized by `args`, or None if it can."""
     if args.strategy not in ("group", "channel", "tensor"):
         return f"{NAME} stores no scales per {args.strategy}"
     if args.formula == "spqr":
         return f"{NAME} stores integer zeros only, the spqr grid has real ones"
     if args.kind != "grid":
-        return f"{NAME} stores integers, not {args.formula}"
+        return f"{NAME} stores plain integers, not {args.kind} weights"
     return None
 
 
@@ -119,14 +119,14 @@ def group(args: QuantArgs, targets: list[str]) -> dict[str, Any]:
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` speaks of this layout."""
+    """Whether a `quantization_config` is of this layout."""
     return config["quant_method"] == "compressed-tensors"
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
     """The arguments of every packed layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
 
-    Raises `ValueError` for groups that are no packed integer weights.
+    Raises `ValueError` for groups that are not packed integer weights.
     """
     groups = [group for group in config["config_groups"].values() if _is_packed(group, config.get("format"))]
     if not groups:
@@ -147,18 +147,18 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
 
 
 def weights_of(name: str, groups: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The weights of the group that speaks of the layer: by its name, by a pattern, or of all linears; None without one."""
+    """The weights of the group that describes the layer: by its name, by a pattern, or of all linears; None without one."""
 
     def by_pattern(target: str) -> bool:
         return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
 
-    speaks: tuple[Callable[[str], bool], ...] = (name.__eq__, by_pattern, "Linear".__eq__)
-    return next((g["weights"] for way in speaks for g in groups if any(map(way, g["targets"]))), None)
+    describes: tuple[Callable[[str], bool], ...] = (name.__eq__, by_pattern, "Linear".__eq__)
+    return next((g["weights"] for way in describes for g in groups if any(map(way, g["targets"]))), None)
 
 
-def _scale_dtype(scale: TensorSpec | None) -> ScaleDtype:
-    """The stored dtype of scales; where they are missing, the loader says so itself."""
-    return str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch.")  # type: ignore[return-value]
+def _scale_dtype(scale: TensorSpec | None) -> str:
+    """The stored dtype of scales; if they are missing, the loader raises an error itself."""
+    return str(torch.float16 if scale is None else scale.torch_dtype).removeprefix("torch.")
 
 
 def _is_packed(group: Mapping[str, Any], default: str | None) -> bool:

@@ -11,7 +11,7 @@ from .gguf.source import open_gguf
 def open_source(model: str | Path) -> Source:
     """The local directory, GGUF file or hub id `model`.
 
-    Raises `UsageError` where there is no such directory or it is no model directory, `CompressError` for damaged files.
+    Raises `UsageError` if there is no such directory or it is no model directory, `CompressError` for damaged files.
     """
     path = Path(model)
     if not path.exists():

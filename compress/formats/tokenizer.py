@@ -1,4 +1,4 @@
-"""The tokenizer of a model: its files, or what a GGUF file says of it."""
+"""The tokenizer of a model: its files, or the metadata of a GGUF file."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 
 
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a model; code that comes with it is never run. Raises CompressError when there is none."""
+    """The tokenizer of a model; code that comes with it is never run. Raises CompressError when there is none."""
     if not has_tokenizer(path):
         raise CompressError(f"{path} has no tokenizer", "copy the original model's tokenizer files into this folder")
     file = gguf_file(Path(path)) if Path(path).exists() else None
@@ -29,7 +29,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerBase:
 
 
 def has_tokenizer(path: str | Path) -> bool:
-    """Whether the folder holds a tokenizer's vocabulary; what is no folder is given the benefit of the doubt."""
+    """Whether the folder holds a tokenizer's vocabulary; a path that is not a folder is assumed to hold one."""
     return not Path(path).is_dir() or _tokenizer_files(Path(path)) or gguf_file(Path(path)) is not None
 
 

@@ -1,4 +1,4 @@
-"""Students with packed zeros: unfolded to be trained, and stored again as they were, the same weights present."""
+"""Students with packed zeros: unfolded for training, and stored again with the same weights present."""
 
 from pathlib import Path
 
@@ -9,10 +9,9 @@ from transformers import PreTrainedModel
 from ...calibrate.model.architecture import find_linears, weight_of
 from ...calibrate.model.source import Source
 from ...errors import UsageError
-from ...kernels.tensor import PrunedTensor
 from ..export import export
-from ..formats import sparse
 from ..formats.checkpoint import Checkpoint
+from ..formats.kinds import pruned
 from ..formats.source import open_source
 from .drop_layers import write_model
 
@@ -20,10 +19,10 @@ from .drop_layers import write_model
 def is_sparse(source: Source) -> bool:
     """Whether the checkpoint's zeros are packed. Raises `UsageError` for quantized ones: codes cannot be trained so."""
     quantization = source.config.get("quantization_config")
-    if quantization is None or sparse.wrote(quantization):
+    if quantization is None or pruned.wrote(quantization):
         return quantization is not None
     raise UsageError(
-        f"{source.path} is quantized: whatever is trained would have to be quantized anew",
+        f"{source.path} is quantized: what is trained would have to be quantized again",
         "train the model that it was made from and quantize behind it (recipe smaller-w4); the passes tune and lkd train codes",
     )
 
@@ -41,9 +40,7 @@ def refold(folder: Path, source: Source, student: PreTrainedModel) -> None:
     parameters, linears = dict(student.named_parameters()), find_linears(student)
     tensors: dict[str, Tensor] = {}
     for name in checkpoint.layers:
-        old = checkpoint.layer(name)
-        assert isinstance(old, PrunedTensor)
-        tensors |= sparse.pack(name, PrunedTensor.of(weight_of(linears[name]).detach().cpu(), ~old.kept, old.args))
+        tensors |= pruned.pack_again(name, checkpoint.layer(name), weight_of(linears[name]).detach().cpu())
     for name, stored in checkpoint.others.items():
         if name in parameters:
             tensors[stored] = parameters[name].detach().cpu().to(source.tensors[stored].spec.torch_dtype)

@@ -104,7 +104,7 @@ def kernel(instructions: str) -> Kernel:
         name=f"c-{instructions}",
         serves=Capabilities(
             bits=frozenset(range(2, 9)),
-            tables=frozenset({TABLE_BITS}),
+            codebook_bits=frozenset({TABLE_BITS}),
             activations=frozenset({"float", "group", "token"}),
             devices=frozenset({"cpu"}),
             values=FLOAT_DTYPES,

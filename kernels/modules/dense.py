@@ -22,7 +22,7 @@ HELD = (nn.Linear, nn.Embedding)
 
 
 def can_hold(module: nn.Module, stored: torch.dtype, device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether a layer or table that is `stored` so can stay so where the model computes in `dtype` on `device`."""
+    """Whether a layer or table that is `stored` in this dtype can stay so if the model computes in `dtype` on `device`."""
     fits = type(module) in HELD and stored in NARROW and dtype == torch.float32 and device.type == "cpu"
     return fits and dispatch.choose(KernelSpec.pruned(stored)).kernel is not REFERENCE
 

@@ -13,7 +13,7 @@ class PackedEmbedding(nn.Module):
     """Rows of a quantized table `[rows, width]`, kept in memory as packed codes.
 
     words        int32 `[rows, ceil(width * bits / 32)]`
-    scale, zero  as the tensor stores them; `zero` is None where the grid is symmetric
+    scale, zero  as the tensor stores them; `zero` is None if the grid is symmetric
     """
 
     def __init__(self, tensor: CompressedTensor, dtype: torch.dtype) -> None:

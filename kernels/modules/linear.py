@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...recipes.scheme import QuantArgs
+from ...recipes.scheme import QuantArgs, kinds
 from .. import dispatch
 from ..kernel import STEPS, Activations, CodedProduct, KernelSpec, Product, PrunedProduct
 from ..outliers import WithResidual, prepare
-from ..tensor import CompressedTensor, MixedTensor, PrunedTensor, Served, SpQRTensor, parts, settings
+from ..tensor import Compressed, PrunedTensor, Quantized, SpQRTensor, parts, settings
 from ..weight import Levels, PrunedWeight, Weight
 
 
@@ -41,14 +41,12 @@ class ServedLinear(nn.Module, ABC):
     product    the weight in the layout of the kernel that serves it
     is_packed  whether `serve` chooses its kernel, and `kernels_of` counts it
 
-    Raises `UsageError` where `serving` names a kernel that cannot serve.
+    Raises `UsageError` if `serving` names a kernel that cannot serve.
     """
 
     is_packed = True
 
-    def __init__(
-        self, tensor: Served | SpQRTensor | PrunedTensor, bias: nn.Parameter | None, serving: Serving | None = None
-    ) -> None:
+    def __init__(self, tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = tensor.shape
         self.bias: nn.Parameter | None
@@ -58,7 +56,7 @@ class ServedLinear(nn.Module, ABC):
 
     @property
     @abstractmethod
-    def compressed(self) -> Served | SpQRTensor | PrunedTensor:
+    def compressed(self) -> Compressed:
         """What the module serves."""
 
     @property
@@ -72,7 +70,7 @@ class ServedLinear(nn.Module, ABC):
         return STEPS
 
     def serve(self, serving: Serving) -> None:
-        """Choose a kernel anew and arrange the weight for it."""
+        """Choose a kernel again and arrange the weight for it."""
         self._arrange(self.compressed, serving)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -86,20 +84,24 @@ class ServedLinear(nn.Module, ABC):
     def _keep(self, tensor: Any) -> None:
         """Register what `compressed` needs besides the product: buffers that no cast changes."""
 
-    def _arrange(self, tensor: Served | SpQRTensor | PrunedTensor, serving: Serving) -> None:
+    def _arrange(self, tensor: Compressed, serving: Serving) -> None:
         self.serving = serving
         weight = self._weight(tensor)
         need = KernelSpec.of(weight, self.activations, serving.dtype, self.steps)
         chosen = dispatch.choose(need, serving.kernel).kernel
         self.product: Product = prepare(chosen, weight, need)
         self.kernel = chosen.name
+        self._release(tensor, weight)
+
+    def _release(self, tensor: Any, weight: Any) -> None:
+        """Let go of what the product holds as well."""
 
     @abstractmethod
     def _weight(self, tensor: Any) -> Weight | PrunedWeight:
         """What the kernels are given."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
-        """Moves and casts choose the kernel anew for where they lead; what is stored keeps its dtype."""
+        """Moves and casts choose the kernel again for where they lead; what is stored keeps its dtype."""
         kept = dict(self.named_buffers(recurse=False))
         before = next(self.product.buffers()).device
         place = fn(torch.empty(0, dtype=self.serving.dtype, device=before))
@@ -120,16 +122,16 @@ class PackedLinear(ServedLinear):
     grid, `absmax` of NF4. A `scale` that the product holds is None here.
     """
 
-    def __init__(self, tensor: Served | SpQRTensor, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
+    def __init__(self, tensor: Quantized, bias: nn.Parameter | None, serving: Serving | None = None) -> None:
         self.args: QuantArgs = tensor.args
         super().__init__(tensor, bias, serving)
 
     @property
-    def compressed(self) -> Served | SpQRTensor:
+    def compressed(self) -> Quantized:
         """What the module serves."""
         stored: dict[str, Any] = {name: self._buffers[name] for name in self._stored}
-        if "scale" in stored:
-            stored["scale"] = self._scale
+        if "scale" in stored and stored["scale"] is None:
+            stored["scale"] = self._held_scale
         return self._kind(codes=self.codes, **stored, **self._settings)
 
     @property
@@ -138,11 +140,9 @@ class PackedLinear(ServedLinear):
         return self._coded.codes()
 
     @property
-    def _scale(self) -> Tensor:
-        """As it is stored, wherever it is held."""
-        held = self._buffers["scale"]
-        if held is None:
-            held = self._coded.held_scale()
+    def _held_scale(self) -> Tensor:
+        """The scale that the product holds, as it is stored."""
+        held = self._coded.held_scale()
         assert held is not None
         return held.to(self._scale_dtype)
 
@@ -151,35 +151,34 @@ class PackedLinear(ServedLinear):
         assert isinstance(self.product, CodedProduct)
         return self.product
 
-    @property
-    def activations(self) -> Activations:
-        """How inputs enter the product."""
-        return "token" if self._kind is MixedTensor else self.serving.activations
-
     def extra_repr(self) -> str:
-        args = self.args
-        kind = "symmetric" if args.symmetric else "asymmetric"
-        grid = f"int{args.bits} {kind}" if args.kind == "grid" else args.kind
-        shape = f"{self.in_features}, {self.out_features}, {grid}, group_size={args.group_size}"
+        label = kinds.kind_of(self.args).label(self.args)
+        shape = f"{self.in_features}, {self.out_features}, {label}, group_size={self.args.group_size}"
         return f"{shape}, kernel={self.kernel}, activations={self.activations}"
 
-    def _keep(self, tensor: Served | SpQRTensor) -> None:
-        assert not isinstance(tensor, SpQRTensor)
-        self._kind: type[Served] = type(tensor)
+    def _keep(self, tensor: Any) -> None:
+        self._kind: type[Any] = type(tensor)
         self._settings = settings(tensor)
         self._stored = [name for name in parts(tensor) if name != "codes"]
         for name in self._stored:
             self.register_buffer(name, parts(tensor)[name], persistent=False)
 
-    def _arrange(self, tensor: Any, serving: Serving) -> None:
-        """Scales that the product holds are held once."""
-        super()._arrange(tensor, serving)
-        if isinstance(tensor, CompressedTensor | MixedTensor):
+    def _release(self, tensor: Any, weight: Weight) -> None:
+        if "scale" in self._stored and weight.scale is tensor.scale:
             self._scale_dtype = tensor.scale.dtype
             self._buffers["scale"] = tensor.scale if self._coded.held_scale() is None else None
 
-    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+    def _weight(self, tensor: Any) -> Weight:
         return Weight.of(tensor)
+
+
+class OutlierColumnsLinear(PackedLinear):
+    """A `PackedLinear` whose inputs are quantized per token, except for columns in 16 bits (LLM.int8)."""
+
+    @property
+    def activations(self) -> Activations:
+        """How inputs enter the product: the checkpoint decides."""
+        return "token"
 
 
 class PrunedLinear(ServedLinear):
@@ -208,7 +207,7 @@ class PrunedLinear(ServedLinear):
 
 
 class SpQRLinear(PackedLinear):
-    """`y = x (W + S)^T + bias` with W kept as codes of two-level scales and real zeros, and S sparse.
+    """`y = x (W + S)^T + bias` with W kept as codes of bilevel scales and real zeros, and S sparse.
 
     levels, grids  the scales and zeros (see `Levels`), which compiled kernels read as they are
     """
@@ -222,24 +221,21 @@ class SpQRLinear(PackedLinear):
         levels = Levels(self.get_buffer("levels"), self.get_buffer("grids"))
         return SpQRTensor(self.codes, *levels.two(self.out_features), *residual, self.args)
 
-    @property
-    def activations(self) -> Activations:
-        """How inputs enter the product."""
-        return self.serving.activations
-
-    def _keep(self, tensor: Served | SpQRTensor) -> None:
-        assert isinstance(tensor, SpQRTensor)
+    def _keep(self, tensor: SpQRTensor) -> None:
         levels = Levels.of(tensor.scale, tensor.zero)
         self.register_buffer("levels", levels.codes, persistent=False)
         self.register_buffer("grids", levels.grids, persistent=False)
 
-    def _weight(self, tensor: Served | SpQRTensor) -> Weight:
+    def _release(self, tensor: SpQRTensor, weight: Weight) -> None:
+        """The scales are held here alone."""
+
+    def _weight(self, tensor: SpQRTensor) -> Weight:
         """With the levels that are held here."""
         return replace(super()._weight(tensor), levels=Levels(self.get_buffer("levels"), self.get_buffer("grids")))
 
 
 def serve(model: nn.Module, serving: Serving) -> None:
-    """Choose the kernels of all packed layers of `model` anew."""
+    """Choose the kernels of all packed layers of `model` again."""
     for layer in _packed(model):
         layer.serve(serving)
 

@@ -1,4 +1,4 @@
-"""The module of a weight with a low-rank term beside it (LoRC)."""
+"""The module of a quantized weight with a low-rank term (LoRC)."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from ..tensor import LowRankTensor
 class LowRankLinear(nn.Module):
     """`y = inner(x) + x right^T left^T`: `inner` serves the quantized weight and the bias by a kernel of its own.
 
-    The term meets the inputs as they are, also where `inner` rounds them.
+    The term multiplies the inputs as they are, even if `inner` rounds them.
     """
 
     def __init__(self, inner: nn.Module, tensor: LowRankTensor) -> None:

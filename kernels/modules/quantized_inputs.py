@@ -1,11 +1,11 @@
-"""The module that takes a linear layer's place where inputs are quantized too: integer codes meet integer codes."""
+"""The module that takes a linear layer's place if inputs are quantized too: integer codes meet integer codes."""
 
 from torch import Tensor
 
 from ...recipes.scheme import QuantArgs
 from ..activations import encode, extremes, grid_of
 from ..kernel import STEPS, Activations
-from ..tensor import CompressedTensor, Served, SpQRTensor
+from ..tensor import CompressedTensor
 from .linear import PackedLinear
 
 
@@ -26,14 +26,16 @@ class IntegerLinear(PackedLinear):
     and so are sums up to 2**24, beyond which their rounding is 1e-7.
 
     inputs                   how inputs are quantized
-    input_scale, input_zero  `[1]`: their grid where it is static, else None
+    input_scale, input_zero  `[1]`: their grid if it is static, else None
     """
 
     @property
     def compressed(self) -> CompressedTensor:
         """What the module serves."""
         static = None if self.input_scale is None or self.input_zero is None else (self.input_scale, self.input_zero)
-        return CompressedTensor(self.codes, self._scale, self._buffers["zero"], self.args, self.inputs, static)
+        scale = self._buffers["scale"]
+        scale = self._held_scale if scale is None else scale
+        return CompressedTensor(self.codes, scale, self._buffers["zero"], self.args, self.inputs, static)
 
     @property
     def activations(self) -> Activations:
@@ -61,9 +63,9 @@ class IntegerLinear(PackedLinear):
         kind = "dynamic" if self.inputs.dynamic else "static"
         return f"{super().extra_repr()}, {kind} int{self.inputs.bits} inputs per {self.inputs.strategy}"
 
-    def _keep(self, tensor: Served | SpQRTensor) -> None:
+    def _keep(self, tensor: CompressedTensor) -> None:
         super()._keep(tensor)
-        assert isinstance(tensor, CompressedTensor) and tensor.inputs is not None
+        assert tensor.inputs is not None
         self.inputs = tensor.inputs
         scale, zero = tensor.input_grid or (None, None)
         self.input_scale: Tensor | None

@@ -3,39 +3,36 @@
 import torch
 from torch import nn
 
-from ..tensor import Compressed, CompressedTensor, LowRankTensor, NF4Tensor, PrunedTensor, SpQRTensor
-from .embedding import PackedEmbedding
-from .linear import PackedLinear, PrunedLinear, Serving, SpQRLinear
-from .low_rank import LowRankLinear
-from .quantized_inputs import IntegerLinear
-from .stored import StoredLinear
+from ...errors import CompressError
+from ...recipes.scheme import kinds
+from ..tensor import Compressed
+from .linear import Serving
 
 
 def replace_linear(
     model: nn.Module, name: str, tensor: Compressed, serving: Serving | None = None, device: torch.device | str = "cpu"
 ) -> None:
-    """Put a module that serves `tensor` on `device` at the dotted `name`, of a linear layer, whose bias is kept, or a table."""
+    """Put a module that serves `tensor` on `device` at the dotted `name`, of a linear layer, whose bias is kept, or a table.
+
+    Raises `CompressError` if `name` is a table and tables of this kind of weight are not served.
+    """
     parent, _, leaf = name.rpartition(".")
-    old = model.get_submodule(name)
+    old, served = model.get_submodule(name), tensor.to(device)
     if isinstance(old, nn.Embedding):
-        assert isinstance(tensor, CompressedTensor)
-        new: nn.Module = PackedEmbedding(tensor.to(device), (serving or Serving()).dtype)
+        new = _table(name, served, serving or Serving())
     else:
-        new = _module(tensor, getattr(old, "bias", None), serving, device)
+        new = packed_linear(served, getattr(old, "bias", None), serving)
     setattr(model.get_submodule(parent), leaf, new)
 
 
-def _module(
-    tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None, device: torch.device | str
-) -> nn.Module:
-    if isinstance(tensor, LowRankTensor):
-        return LowRankLinear(_module(tensor.base, bias, serving, device), tensor).to(device)
-    if isinstance(tensor, NF4Tensor) and not tensor.rows_are_blocks:
-        return StoredLinear(tensor, bias)
-    if isinstance(tensor, PrunedTensor):
-        return PrunedLinear(tensor.to(device), bias, serving)
-    if isinstance(tensor, SpQRTensor):
-        return SpQRLinear(tensor.to(device), bias, serving)
-    if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
-        return IntegerLinear(tensor.to(device), bias, serving)
-    return PackedLinear(tensor.to(device), bias, serving)
+def packed_linear(tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None) -> nn.Module:
+    """The module that takes the place of a linear layer with the weight `tensor`."""
+    return kinds.kind_of_tensor(tensor).module(tensor, bias, serving)
+
+
+def _table(name: str, tensor: Compressed, serving: Serving) -> nn.Module:
+    kind = kinds.kind_of_tensor(tensor)
+    if kind.table is None:
+        label = kinds.kind_of(tensor.args).label(tensor.args)
+        raise CompressError(f"{name} is a table of {label} weights, which is not served", "keep it dense")
+    return kind.table(tensor, serving.dtype)

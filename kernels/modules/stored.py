@@ -1,4 +1,4 @@
-"""The module of weights that no kernel multiplies as they are stored: NF4 with blocks over row ends."""
+"""The module of weights that no kernel multiplies as they are stored: NF4 with blocks that cross row ends."""
 
 from collections.abc import Callable
 

@@ -1,4 +1,4 @@
-"""What a pass leaves in place of a weight: one of the kinds of `Compressed`. Formats write it, kernels serve it."""
+"""What a pass leaves in place of a weight: an instance of `Compressed`. Formats write it, kernels serve it."""
 
 from torch import Tensor
 
@@ -6,10 +6,11 @@ from .bilevel import LEVEL, TILE, Bilevel, SpQRTensor
 from .gguf_blocks import BlockTensor
 from .grid import Grid
 from .integer import CompressedTensor, InputGrid, joined
-from .low_rank import LowRankTensor, Quantized
+from .low_rank import LowRankTensor
 from .nf4 import NF4Tensor
-from .outlier_columns import MixedTensor
+from .outlier_columns import OutlierColumnsTensor
 from .parts import parts, settings
+from .protocol import Compressed, Quantized
 from .pruned import PrunedTensor
 
 __all__ = [
@@ -21,19 +22,16 @@ __all__ = [
     "CompressedTensor",
     "InputGrid",
     "LowRankTensor",
-    "MixedTensor",
     "NF4Tensor",
+    "OutlierColumnsTensor",
     "PrunedTensor",
-    "Served",
+    "Quantized",
     "SpQRTensor",
     "joined",
     "of_grid",
     "parts",
     "settings",
 ]
-
-Compressed = Quantized | PrunedTensor | LowRankTensor
-Served = CompressedTensor | BlockTensor | NF4Tensor | MixedTensor  # those whose codes a kernel multiplies
 
 
 def of_grid(codes: Tensor, grid: Grid) -> "CompressedTensor | BlockTensor":

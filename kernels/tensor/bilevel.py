@@ -53,12 +53,12 @@ class Bilevel:
 
 @dataclass(frozen=True)
 class SpQRTensor:
-    """Codes with two-level scales and zeros, plus a sparse residual: `scale * (codes - zero) + residual`, `[out, in]`.
+    """Codes with bilevel scales and zeros, plus a sparse residual: `scale * (codes - zero) + residual`, `[out, in]`.
 
     codes    uint8 `[out, in]`; groups of `args.group_size` columns, the last one may be shorter
     counts   int64 `[out]`, entries of the residual per row
     columns  int64 `[entries]`, row after row
-    values   float16 `[entries]`: what the dense part lacks, so that the sum of both is what was evaluated
+    values   float16 `[entries]`: the error of the dense part, so that the sum of both is what was evaluated
     """
 
     codes: Tensor

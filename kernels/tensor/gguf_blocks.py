@@ -15,9 +15,9 @@ class BlockTensor:
     """A weight matrix `[out, in]` in GGUF's blocks: `scale * codes - minimum`, or `scale * (codes - 2**(bits - 1))`.
 
     codes    uint8 `[out, in]`
-    unit     float16 `[out, blocks]`: a group's scale is its unit times its factor, or the unit itself where blocks are groups
-    factors  int8 `[out, groups]`, never 0; None where blocks are groups
-    least    float16 `[out, blocks]` and `minima` uint8 `[out, groups]`: the minimum likewise; None where it is symmetric
+    unit     float16 `[out, blocks]`: a group's scale is its unit times its factor, or the unit itself if blocks are groups
+    factors  int8 `[out, groups]`, never 0; None if blocks are groups
+    least    float16 `[out, blocks]` and `minima` uint8 `[out, groups]`: the minimum likewise; None if it is symmetric
     """
 
     codes: Tensor
@@ -51,11 +51,11 @@ class BlockTensor:
         return _times(self.unit, self.factors, dtype)
 
     def minimums(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """Of every group, `[out, groups]`; exact in float32. None where it is symmetric."""
+        """Of every group, `[out, groups]`; exact in float32. None if it is symmetric."""
         return None if self.least is None else _times(self.least, self.minima, dtype)
 
     def zeros(self, dtype: torch.dtype = torch.float32) -> Tensor | None:
-        """The minima in steps, real numbers `[out, groups]`; None where it is symmetric."""
+        """The minima in steps, real numbers `[out, groups]`; None if it is symmetric."""
         minimum = self.minimums(dtype)
         return None if minimum is None else minimum / self.scales(dtype)
 

@@ -38,7 +38,7 @@ LARGEST = {
     True: 127,
     False: 63,
 }  # multiples of a super-block's units, by whether it is symmetric: signed bytes, or six bits
-NEARBY = (-4, -3, -2, -1, 1, 2, 3, 4)  # multiples tried around the nearest one where the observer searches
+NEARBY = (-4, -3, -2, -1, 1, 2, 3, 4)  # multiples tried around the nearest one if the observer searches
 NOT_GRIDS = (NF4, OUTLIER_COLUMNS)  # kinds that have no groups of their own to be fitted
 
 
@@ -46,7 +46,7 @@ NOT_GRIDS = (NF4, OUTLIER_COLUMNS)  # kinds that have no groups of their own to 
 class Units:
     """What the scales of super-blocks, and their minima `scale * zero`, are whole multiples of.
 
-    scale, minimum  `[rows, blocks]`, exact in float16, in the compute dtype of the weight; no `minimum` where it is symmetric
+    scale, minimum  `[rows, blocks]`, exact in float16, in the compute dtype of the weight; no `minimum` if it is symmetric
     """
 
     scale: Tensor
@@ -109,7 +109,7 @@ class Grid:
     def fit(cls, weight: Tensor, args: QuantArgs, importance: Tensor | None = None) -> "Grid":
         """Fit the grid of `weight` `[out, in]`; `args.group_size` must divide `in` (see `QuantArgs.for_width`).
 
-        `importance` `[in]` weighs the errors of the columns where the observer searches.
+        `importance` `[in]` weighs the errors of the columns if the observer searches.
         """
         rows = weight.reshape(1, -1) if args.strategy == "tensor" else weight
         groups = rows.unflatten(1, (-1, args.columns_per_scale(rows.shape[1])))
@@ -153,7 +153,7 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor, args: QuantArgs) -> Tens
 def fit_groups(groups: Tensor, args: QuantArgs, importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Scale and zero of every group: `groups [..., n]` gives two tensors `[...]`; `importance` broadcasts to `groups`.
 
-    Raises `CompressError` where a scale does not fit its stored dtype, `UsageError` for other kinds of weights.
+    Raises `CompressError` if a scale does not fit its stored dtype, `UsageError` for other kinds of weights.
     """
     if args.kind in NOT_GRIDS:
         raise UsageError(f"{args.kind} weights have no plain grid, which is all that can be fitted")
@@ -191,7 +191,7 @@ def stored(scale: Tensor, args: QuantArgs) -> Tensor:
     """`scale` rounded to `args.scale_dtype` and never zero, back in its compute dtype; those of super-blocks are rounded
     together (`Units`).
 
-    Raises `CompressError` where a scale overflows that dtype.
+    Raises `CompressError` if a scale overflows that dtype.
     """
     dtype = args.torch_scale_dtype
     if scale.isfinite().all() and scale.max() > torch.finfo(dtype).max:
@@ -202,7 +202,7 @@ def stored(scale: Tensor, args: QuantArgs) -> Tensor:
 
 
 def rounded_up_from_zero(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """`scale` rounded to `dtype`, the smallest number of that where it would be none, back in its own dtype."""
+    """`scale` rounded to `dtype`, the smallest number of that if it would be 0, back in its own dtype."""
     smallest = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps  # the smallest subnormal number
     return scale.clamp(min=smallest).to(dtype).to(scale.dtype)
 

@@ -1,4 +1,4 @@
-"""A term of low rank beside a quantized weight."""
+"""A low-rank term added to a quantized weight."""
 
 from dataclasses import dataclass, replace
 
@@ -6,18 +6,12 @@ import torch
 from torch import Tensor
 
 from ...recipes.scheme import QuantArgs
-from .bilevel import SpQRTensor
-from .gguf_blocks import BlockTensor
-from .integer import CompressedTensor
-from .nf4 import NF4Tensor
-from .outlier_columns import MixedTensor
-
-Quantized = CompressedTensor | BlockTensor | SpQRTensor | NF4Tensor | MixedTensor
+from .protocol import Quantized
 
 
 @dataclass(frozen=True)
 class LowRankTensor:
-    """A quantized weight with what it lacks most, as a product of two narrow matrices: `base + left @ right`, `[out, in]`.
+    """A quantized weight `[out, in]` with most of its error as a product of two narrow matrices: `base + left @ right`.
 
     left   float16 `[out, rank]`
     right  float16 `[rank, in]`
@@ -36,6 +30,10 @@ class LowRankTensor:
     def shape(self) -> tuple[int, int]:
         """(out_features, in_features)"""
         return self.base.shape
+
+    def to(self, device: torch.device | str) -> "LowRankTensor":
+        """The same on `device`."""
+        return LowRankTensor(self.base.to(device), self.left.to(device), self.right.to(device))
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight `[out, in]` that is served, computed in `dtype`."""

@@ -15,8 +15,8 @@ class NF4Tensor:
     """A weight matrix in NF4 `[out, in]`: `absmax * NF4[code]`, with an absmax for every block of the flattened matrix.
 
     codes   uint8 `[out, in]`, values 0 .. 15
-    absmax  `[blocks]`: float32, or uint8 where it is quantized itself, to `nested * DYNAMIC[absmax] + offset`
-    nested  float32 `[blocks / 256]`, `offset` float32 `[]`; None where the absmax is not quantized
+    absmax  `[blocks]`: float32, or uint8 if it is quantized itself, to `nested * DYNAMIC[absmax] + offset`
+    nested  float32 `[blocks / 256]`, `offset` float32 `[]`; None if the absmax is not quantized
     args    `args.group_size` values make a block, `args.dtype` is that of the original weight
     """
 

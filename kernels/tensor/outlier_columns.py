@@ -1,4 +1,4 @@
-"""LLM.int8: 8 bits, and 16 for the input columns that are loud."""
+"""LLM.int8: 8 bits, and 16 for the input columns with outlier values."""
 
 from dataclasses import dataclass, replace
 
@@ -11,7 +11,7 @@ from .parts import moved
 
 
 @dataclass(frozen=True)
-class MixedTensor:
+class OutlierColumnsTensor:
     """A weight matrix `[out, in]` in 8 bits with some input columns in 16 (LLM.int8), for inputs that are quantized too.
 
     codes    uint8 `[out, in]`, those of the 16-bit columns among them: other runtimes have only these
@@ -37,7 +37,7 @@ class MixedTensor:
         """The 8-bit part alone, which covers all columns."""
         return CompressedTensor(self.codes, self.scale, None, replace(self.args, outliers=0.0))
 
-    def to(self, device: torch.device | str) -> "MixedTensor":
+    def to(self, device: torch.device | str) -> "OutlierColumnsTensor":
         """The same on `device`."""
         return moved(self, device)
 

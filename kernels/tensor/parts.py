@@ -13,7 +13,7 @@ Instance = TypeVar("Instance", bound="DataclassInstance")
 
 
 def parts(tensor: "DataclassInstance") -> dict[str, Tensor | None]:
-    """The tensors of `tensor` by their fields' names, `None` where one is left out."""
+    """The tensors of `tensor` by their fields' names, `None` if one is left out."""
     return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.type in (Tensor, Tensor | None)}
 
 

@@ -67,7 +67,7 @@ TRITON = Kernel(
     name="triton",
     serves=Capabilities(
         bits=frozenset(range(2, 9)),
-        tables=frozenset({2, 3, 4}),
+        codebook_bits=frozenset({2, 3, 4}),
         activations=frozenset({"float", "group", "token"}),
         devices=frozenset({"cuda"}),
     ),

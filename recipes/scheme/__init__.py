@@ -1,23 +1,17 @@
-"""How a layer is quantized, as a value: `QuantArgs` for one tensor, `Scheme` for a layer (`prune/args.py` for pruning).
-
-Field names follow compressed-tensors where it has one. All validation of bits, groups and grids lives here.
-"""
+"""How a layer is quantized, as a value: `QuantArgs` for one tensor, `Scheme` for a layer (`prune_args.py` for pruning)."""
 
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ...errors import UsageError
+from . import kinds
 from .kv_cache import CACHE_KEY, CacheScheme, cache_args
 from .prune_args import PruneArgs
 from .quant_args import (
-    FLAT_SIZES,
-    GRIDS,
     REAL_ZEROS,
     STRATEGIES,
     SUPER_BLOCK,
-    Kind,
     QuantArgs,
-    ScaleDtype,
     Strategy,
     float_name,
     group_strategy,
@@ -28,8 +22,6 @@ from .taxonomy import CACHED, INPUTS, WEIGHTS, Role, refuse
 __all__ = [
     "CACHED",
     "CACHE_KEY",
-    "FLAT_SIZES",
-    "GRIDS",
     "INPUTS",
     "LEVELS",
     "REAL_ZEROS",
@@ -37,11 +29,9 @@ __all__ = [
     "SUPER_BLOCK",
     "WEIGHTS",
     "CacheScheme",
-    "Kind",
     "PruneArgs",
     "QuantArgs",
     "Role",
-    "ScaleDtype",
     "Scheme",
     "Strategy",
     "WeightArgs",
@@ -49,6 +39,7 @@ __all__ = [
     "float_name",
     "group_strategy",
     "inputs_per",
+    "kinds",
     "nearest_divisor",
     "signed_weights",
 ]
@@ -69,13 +60,12 @@ class Scheme:
 
     def __post_init__(self) -> None:
         refuse(WEIGHTS, self.weights)
-        columns = self.weights.kind == "columns"
-        if columns and (self.weights.bits != 8 or self.inputs is None or not self.inputs.decomposes):
-            raise UsageError("16-bit columns are kept beside 8-bit weights for 8-bit tokens", "use --method llm-int8")
-        if self.inputs is None:
-            return
-        refuse(INPUTS, self.inputs)
-        if self.inputs.threshold and not columns:
+        if self.inputs is not None:
+            refuse(INPUTS, self.inputs)
+        kind = None if self.weights.kind == kinds.PLAIN else kinds.kind_of(self.weights)
+        if kind is not None and kind.check_inputs is not None:
+            kind.check_inputs(self.weights, self.inputs)
+        elif self.inputs is not None and self.inputs.threshold:
             raise UsageError("a threshold of the inputs needs weights with 16-bit columns", "use --method llm-int8")
 
 
@@ -87,9 +77,7 @@ def inputs_per(
     return QuantArgs(bits, symmetric, strategy, None, formula=formula, dynamic=dynamic, threshold=threshold)
 
 
-def signed_weights(
-    strategy: Strategy, bits: int = 8, outliers: float = 0.0, scale_dtype: ScaleDtype = "float16"
-) -> QuantArgs:
+def signed_weights(strategy: Strategy, bits: int = 8, outliers: float = 0.0, scale_dtype: str = "float16") -> QuantArgs:
     """Weights that meet quantized inputs: the signed grid, a scale per row (`channel`) or for the matrix (`tensor`)."""
     return QuantArgs(
         bits=bits, strategy=strategy, group_size=None, formula="signed", scale_dtype=scale_dtype, outliers=outliers

@@ -1,13 +1,11 @@
-"""The names of the kinds of compressed weights."""
+"""The names of the kinds of compressed weights that lmpress comes with (see `kinds.py`)."""
 
 from typing import Final
 
-from .quant_args import Kind
-
-GRID: Final[Kind] = "grid"
-BILEVEL: Final[Kind] = "two-level"
-NF4: Final[Kind] = "nf4"
-OUTLIER_COLUMNS: Final[Kind] = "columns"
-GGUF_BLOCKS: Final[Kind] = "blocks"
-LOW_RANK: Final[Kind] = "low-rank"
+GRID: Final = "grid"
+BILEVEL: Final = "bilevel"
+NF4: Final = "nf4"
+OUTLIER_COLUMNS: Final = "outlier_columns"
+GGUF_BLOCKS: Final = "gguf_blocks"
+LOW_RANK: Final = "low_rank"
 PRUNED: Final = "pruned"

@@ -6,11 +6,11 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from ...errors import UsageError
-from .quant_args import QuantArgs, ScaleDtype, Strategy
+from .quant_args import QuantArgs, Strategy
 from .taxonomy import CACHED, refuse
 
 CACHE_KEY = "lmpress_kv_cache"  # of config.json: other loaders pass over it and keep their cache in full precision
-CACHE_STEP = 32  # tokens packed at a time where no group of them shares a scale
+CACHE_STEP = 32  # tokens packed at a time if no group of them shares a scale
 
 
 def cache_args(bits: int, strategy: Strategy, group_size: int | None = None) -> QuantArgs:
@@ -39,7 +39,7 @@ class CacheScheme:
             refuse(CACHED, args)
         if self.values.strategy == "channel":
             raise UsageError(
-                "values are loud in some tokens, not in some channels", "use strategy tensor, token or group"
+                "per-channel scales are not supported for cached values", "use strategy tensor, token or group"
             )
         if self.step % 8:
             raise UsageError(f"groups of {self.step} tokens do not fill bytes", "use a multiple of 8")
@@ -52,7 +52,7 @@ class CacheScheme:
         return cls(cache_args(bits, "group", 32), cache_args(bits, "group", 32), window)
 
     @classmethod
-    def shared(cls, bits: int = 8, window: int = 0, scale_dtype: ScaleDtype = "float16") -> "CacheScheme":
+    def shared(cls, bits: int = 8, window: int = 0, scale_dtype: str = "float16") -> "CacheScheme":
         """Symmetric, with one calibrated scale for all keys of a layer and one for its values."""
         args = QuantArgs(bits, True, "tensor", None, formula="signed", scale_dtype=scale_dtype)
         return cls(args, args, window)
@@ -64,7 +64,7 @@ class CacheScheme:
         try:
             return None if carried is None else TypeAdapter(cls).validate_python(carried)
         except ValidationError as error:
-            raise UsageError(f"{CACHE_KEY} of config.json is no cache scheme", "load with kv_bits=16") from error
+            raise UsageError(f"{CACHE_KEY} of config.json is not a cache scheme", "load with kv_bits=16") from error
 
     def at(self, bits: int) -> "CacheScheme":
         """This scheme at `bits` bits."""

@@ -30,7 +30,7 @@ class PruneArgs:
     `dtype` is that of the stored values (None: the model's own for `dense`, else 16 bits). `transposed`: dense weights lie
     as `[in, out]`, which the plan finds out.
 
-    Raises `UsageError` where the values contradict each other.
+    Raises `UsageError` if the values contradict each other.
     """
 
     sparsity: float = 0.5
@@ -48,6 +48,16 @@ class PruneArgs:
             object.__setattr__(self, "sparsity", zeros / group)
         if self.storage == "2:4" and self.pattern != "2:4":
             raise UsageError("2:4 storage needs the pattern 2:4", "use --pattern 2:4, or --format bitmask")
+
+    @property
+    def kind(self) -> str:
+        """The name of the kind of weight (see `kinds.py`)."""
+        return "pruned"
+
+    @property
+    def figures(self) -> dict[str, int | str]:
+        """What a report says of the arguments of each layer."""
+        return {"storage": self.storage}
 
     @property
     def n_of_m(self) -> tuple[int, int] | None:

@@ -4,22 +4,28 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ...errors import UsageError
-from .quant_args import STRATEGIES, Formula, Observer, QuantArgs, Strategy
+from . import kinds
+from .quant_args import STRATEGIES, Observer, QuantArgs, Strategy
 
 
 @dataclass(frozen=True)
 class Role:
     """What a quantized tensor is, and the cells of the taxonomy that it has: `ranges` by whether they are dynamic hold the
-    strategies, those left out are in `reasons`; `observers` likewise by dynamic."""
+    strategies, those left out are in `reasons`; `observers` likewise by dynamic; `only` are its formulas (empty: all)."""
 
     name: str
     ranges: Mapping[bool, tuple[Strategy, ...]]
     observers: Mapping[bool, tuple[Observer, ...]]
-    formulas: tuple[Formula, ...]
+    only: tuple[str, ...]
     reasons: Mapping[tuple[str, bool], str]
 
+    @property
+    def formulas(self) -> tuple[str, ...]:
+        """The formulas that the role has."""
+        return self.only or tuple(kinds.formulas())
+
     def reason(self, strategy: Strategy, dynamic: bool) -> str | None:
-        """Why the role has no such scales, None where it has."""
+        """Why the role has no such scales, None if it has."""
         reason = self.reasons.get((strategy, dynamic), "blocks of a flattened matrix are static scales of NF4 weights")
         return None if strategy in self.ranges[dynamic] else reason
 
@@ -32,7 +38,7 @@ WEIGHTS = Role(
     "weights",
     {False: ("tensor", "channel", "group", "flat"), True: ()},
     {False: ("minmax", "mse"), True: ()},
-    ("gptq", "signed", "ds", "awq", "spqr", "nf4", "ggml"),
+    (),
     {("token", False): "weights have no tokens: use strategy group, channel or tensor"}
     | {(strategy, True): EVERY_CALL for strategy in STRATEGIES},
 )
@@ -55,7 +61,7 @@ CACHED = Role(
 
 
 def refuse(role: Role, args: QuantArgs) -> None:
-    """Raise `UsageError` where `args` are no cell of the taxonomy for this role."""
+    """Raise `UsageError` if `args` are no cell of the taxonomy for this role."""
     reason = role.reason(args.strategy, args.dynamic)
     if reason is not None:
         kind = "dynamic" if args.dynamic else "static"

@@ -200,7 +200,7 @@ def test_a_packed_layer_that_the_model_lacks_is_named(llama: Path) -> None:
     out = compressed(llama)
     config = json.loads((out / "config.json").read_text()) | {"num_hidden_layers": 1}
     (out / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CompressError, match=r"packs model\.layers\.1\S+, which is no layer"):
+    with pytest.raises(CompressError, match=r"packs model\.layers\.1\S+, which is not a layer"):
         lmpress.load(out)
 
 
@@ -242,5 +242,5 @@ def test_integer_weights_are_not_taken_for_real_ones(llama: Path) -> None:
 
 def test_dense_models_lacking_a_tensor_are_refused(llama: Path) -> None:
     damage(llama, lambda tensors: tensors.pop("model.norm.weight"))
-    with pytest.raises(CompressError, match=r"lacks or mismatches model\.norm\.weight"):
+    with pytest.raises(CompressError, match=r"has missing or mismatched tensors: model\.norm\.weight"):
         lmpress.load(llama)

@@ -101,7 +101,9 @@ def test_wrong_requests_are_refused(checkpoint: Path) -> None:
     with pytest.raises(UsageError, match="unknown runtime 'vllm'; runtimes: transformers"):
         lmpress.verify(checkpoint, runtime=["vllm"])
     dense = checkpoint.parent / "model"
-    with pytest.raises(UsageError, match=r"neither .*model nor what it is held against is quantized.*compress eval"):
+    with pytest.raises(
+        UsageError, match=r"neither .*model nor the model that it is compared with is quantized.*compress eval"
+    ):
         lmpress.verify(dense, against=dense)
 
 

@@ -102,7 +102,7 @@ def test_why_nothing_better_runs_is_said_once(caplog: pytest.LogCaptureFixture) 
         ({"bits": 3}, "bits 3"),
         ({"group": 64}, "group 64"),
         ({"symmetric": False}, "symmetric False"),
-        ({"codebook": True}, "tables of bits 4"),
+        ({"codebook": True}, "codebook bits 4"),
         ({"activations": "token"}, "activations token"),
         ({"device": "cuda"}, "device cuda"),
         ({"dtype": torch.bfloat16}, "dtype torch.bfloat16"),

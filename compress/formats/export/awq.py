@@ -22,7 +22,7 @@ ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 def supports(args: QuantArgs, shape: tuple[int, int]) -> str | None:
-    """Why AWQ cannot store the weight, or None where it can."""
+    """Why AWQ cannot store the weight, or None if it can."""
     rows, columns = shape
     if args.bits != 4:
         return f"AWQ stores 4 bits, not {args.bits}"
@@ -62,7 +62,7 @@ def _in_order(words: Tensor) -> Tensor:
 
 
 def config(layers: Mapping[str, QuantArgs], dense: Sequence[str]) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Raises `CompressError` where layers differ in their settings."""
+    """The `quantization_config` of config.json. Raises `CompressError` if layers differ in their settings."""
     args = uniform("AWQ", layers)
     return {
         "quant_method": "awq",
@@ -82,7 +82,7 @@ def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, Tenso
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
     """The arguments of every layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
 
-    Raises `ValueError` for other layouts and where nothing is stored so.
+    Raises `ValueError` for other layouts and if nothing is stored so.
     """
     version = str(config.get("version", config.get("format", "gemm"))).lower()
     if config["bits"] != 4 or version != "gemm":

@@ -26,18 +26,19 @@ from torch import Tensor
 from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.codebook import NESTED_BLOCK, dynamic_values, nf4_values
-from ....kernels.tensor import CompressedTensor, MixedTensor, NF4Tensor
-from ....recipes.scheme import FLAT_SIZES, QuantArgs, signed_weights
+from ....kernels.tensor import CompressedTensor, NF4Tensor, OutlierColumnsTensor
+from ....recipes.scheme import QuantArgs, signed_weights
 from ..int_quantized import OFFSET
 from .layout import LayerFormat
 
 NAME = "bitsandbytes"
 STATE = "quant_state.bitsandbytes__nf4"
+FLAT_SIZES = tuple(2**n for n in range(5, 13))  # values per block
 LONGEST = -1.1754943508222875e-38  # no float32 has more digits
 
 
 def supports(args: QuantArgs) -> str | None:
-    """Why the format cannot hold a weight quantized by `args`, or None where it can."""
+    """Why the format cannot hold a weight quantized by `args`, or None if it can."""
     if args.kind == "nf4" or (args.bits == 8 and args.symmetric and args.strategy in ("channel", "tensor")):
         return None
     return f"{NAME} stores NF4, and 8 bits symmetric with a scale per row"
@@ -66,7 +67,7 @@ def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, Tenso
     return {_full(name, part): each for part, each in found.items()}
 
 
-def pack(name: str, tensor: NF4Tensor | MixedTensor | CompressedTensor) -> dict[str, Tensor]:
+def pack(name: str, tensor: NF4Tensor | OutlierColumnsTensor | CompressedTensor) -> dict[str, Tensor]:
     """The tensors of one quantized weight; of a mixed one the 8-bit part, which covers all columns."""
     if not isinstance(tensor, NF4Tensor):
         return _pack_int8(name, tensor)
@@ -85,9 +86,11 @@ def pack(name: str, tensor: NF4Tensor | MixedTensor | CompressedTensor) -> dict[
     return {_full(name, part): each for part, each in found.items()}
 
 
-def _pack_int8(name: str, tensor: MixedTensor | CompressedTensor) -> dict[str, Tensor]:
+def _pack_int8(name: str, tensor: OutlierColumnsTensor | CompressedTensor) -> dict[str, Tensor]:
     codes, scale = tensor.codes.to(torch.int16) - OFFSET, tensor.scale.float()
-    if isinstance(tensor, MixedTensor):  # a loud column may have needed a wider scale: its rows are rounded anew
+    if isinstance(
+        tensor, OutlierColumnsTensor
+    ):  # an outlier column may have needed a wider scale: its rows are rounded again
         reach = torch.maximum(
             codes.abs().amax(1, keepdim=True) * scale, tensor.outliers.float().abs().amax(1, keepdim=True)
         )
@@ -145,7 +148,7 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` speaks of this layout."""
+    """Whether a `quantization_config` is of this layout."""
     return config.get("quant_method") == NAME
 
 
@@ -169,7 +172,8 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
     return found
 
 
-BITSANDBYTES = LayerFormat(NAME, lambda args, shape: supports(args), pack, quantization_config, spec=spec)
+KINDS = ("nf4", "grid", "outlier_columns")
+BITSANDBYTES = LayerFormat(NAME, lambda args, shape: supports(args), pack, quantization_config, spec=spec, kinds=KINDS)
 
 
 def as_stored(stored: Mapping[str, TensorSpec]) -> Callable[[str, QuantArgs, int, int], dict[str, TensorSpec]]:
@@ -204,7 +208,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     except (ValueError, KeyError, TypeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
     if state.get("quant_type") != "nf4" or rows * columns > 2 * tensors[_full(name, "")].numel():
-        raise CompressError(f"{_full(name, STATE)} speaks of another weight", "the checkpoint is damaged")
+        raise CompressError(f"{_full(name, STATE)} describes another weight", "the checkpoint is damaged")
     return state
 
 

@@ -114,7 +114,7 @@ def _announce(gguf: Any, writer: Any, name: str, shape: tuple[int, ...], kind: s
 
 
 def _row_order(name: str, rows: int, config: Any) -> Tensor | None:
-    """The order in which GGUF keeps the rows of the parameter `name`; None where it is ours."""
+    """The order in which GGUF keeps the rows of the parameter `name`; None if it is ours."""
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(name.split(".")[-2])
     if heads is None or not PERMUTED[config.model_type]:
         return None

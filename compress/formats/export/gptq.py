@@ -18,7 +18,7 @@ from torch import Tensor
 from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.bitstream import pack_rows, unpack_rows
-from ....kernels.tensor import CompressedTensor
+from ....kernels.tensor import Compressed, CompressedTensor
 from ....recipes.scheme import QuantArgs, group_strategy
 from .layout import LayerFormat, blank, specs_of, uniform
 
@@ -27,7 +27,7 @@ V1, V2 = "gptq", "gptq_v2"
 
 
 def supports(args: QuantArgs, shape: tuple[int, int]) -> str | None:
-    """Why GPTQ cannot store the weight, or None where it can."""
+    """Why GPTQ cannot store the weight, or None if it can."""
     rows, columns = shape
     if args.bits not in BITS:
         return f"GPTQ stores 2, 3, 4 or 8 bits, not {args.bits}"
@@ -58,6 +58,11 @@ def zeros_of(tensor: CompressedTensor) -> Tensor:
     return torch.full_like(tensor.scale, 2 ** (tensor.args.bits - 1), dtype=torch.uint8)
 
 
+def has_zero_of_zero(tensor: Compressed) -> bool:
+    """Whether a zero of the grid is 0, which version 1 cannot store."""
+    return isinstance(tensor, CompressedTensor) and tensor.zero is not None and bool((tensor.zero == 0).any())
+
+
 def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset: int) -> CompressedTensor:
     """The inverse of `pack`. Raises `CompressError` for groups that are scattered over the columns (act-order)."""
     qweight, scales = tensors[f"{name}.qweight"], tensors[f"{name}.scales"]
@@ -77,7 +82,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset:
 
 
 def config(layers: Mapping[str, QuantArgs], dense: Sequence[str], *, version: str) -> dict[str, Any]:
-    """The `quantization_config` of config.json. Raises `CompressError` where layers differ in their settings."""
+    """The `quantization_config` of config.json. Raises `CompressError` if layers differ in their settings."""
     args = uniform("GPTQ", layers)
     found: dict[str, Any] = {
         "quant_method": "gptq",
@@ -122,7 +127,7 @@ def spec(name: str, args: QuantArgs, rows: int, columns: int) -> dict[str, Tenso
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, QuantArgs]:
     """The arguments of every layer, by the `quantization_config` of a checkpoint and its `stored` tensors.
 
-    Raises `ValueError` for other bits and where nothing is stored so.
+    Raises `ValueError` for other bits and if nothing is stored so.
     """
     if config["bits"] not in BITS:
         raise ValueError(f"GPTQ of {config['bits']} bits")
@@ -141,7 +146,7 @@ def stored_args(config: Mapping[str, Any], symmetric: bool, stored: Mapping[str,
             symmetric=symmetric,
             strategy=strategy,
             group_size=size,
-            scale_dtype=dtype,  # type: ignore[arg-type]
+            scale_dtype=dtype,
         )
     if not found:
         raise ValueError(f"its config says {config['quant_method']}, but no layer is packed so")

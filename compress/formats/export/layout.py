@@ -22,13 +22,14 @@ Specs = Mapping[str, TensorSpec]
 class LayerFormat:
     """A format that stores layer by layer. Stateless: it may be asked in any order.
 
-    supports  why a weight quantized by these arguments, of shape (out, in), cannot be stored; None where it can
+    supports  why a weight quantized by these arguments, of shape (out, in), cannot be stored; None if it can
     pack      the tensors of one layer, by their full names
     config    `quantization_config`, from the quantized layers in order and the names of the linear layers left dense;
-              None where the result is an ordinary dense checkpoint
+              None if the result is an ordinary dense checkpoint
     dtype     of all other floating-point tensors; None leaves each as it is
     dense     whether a layer is stored as plain numbers, so that pruned ones and transformers' `Conv1D` are held too
-    spec      of the tensors of one layer, from its name, arguments, rows and columns; None where packing blanks tells
+    spec      of the tensors of one layer, from its name, arguments, rows and columns; None: those that packing blanks gives
+    kinds     the kinds of weights that may be stored; `supports` is asked about these
     """
 
     name: str
@@ -38,6 +39,7 @@ class LayerFormat:
     dtype: torch.dtype | None = None
     dense: bool = False
     spec: Callable[[str, Any, int, int], dict[str, TensorSpec]] | None = None
+    kinds: tuple[str, ...] = ("grid", "gguf_blocks")
 
 
 def uniform(format_name: str, layers: Mapping[str, QuantArgs]) -> QuantArgs:
@@ -121,7 +123,7 @@ def _spec(spec: TensorSpec, dtype: torch.dtype | None) -> TensorSpec:
 
 
 def cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` in `dtype`. Raises `CompressError` where a value is too large for it."""
+    """`tensor` in `dtype`. Raises `CompressError` if a value is too large for it."""
     result = tensor.to(dtype)
     if dtype.is_floating_point and dtype != tensor.dtype and not is_finite(result):
         raise CompressError(f"{name} holds values too large for {dtype}", "export to bf16 or fp32 instead")

@@ -38,7 +38,7 @@ def supports(args: WeightArgs, width: int) -> bool:
 
 
 def pack(tensor: CompressedTensor) -> dict[str, Tensor]:
-    """The initializers of one layer: `B`, `scales` and, where they are needed, `zero_points`."""
+    """The initializers of one layer: `B`, `scales` and, if they are needed, `zero_points`."""
     bits, groups = tensor.args.bits, tensor.scale.shape[1]
     parts = {"B": _bytes(tensor.codes, bits).unflatten(1, (groups, -1)), "scales": tensor.scale.float()}
     if bits != 4 or tensor.zero is not None:

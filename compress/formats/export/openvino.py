@@ -22,13 +22,15 @@ FILE = "openvino_model.xml"
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
     """Write `folder/openvino_model.xml`, its .bin and config.json. Returns what is not as asked.
 
-    Raises `UsageError` where the package is missing, and for the models that ONNX export does not know.
+    Raises `UsageError` if the package is missing, and for the models that ONNX export does not know.
     """
     openvino = _library()
     with tempfile.TemporaryDirectory(prefix=".onnx-", dir=folder) as between:
         notes = onnx.write(checkpoint, Path(between))
         core = openvino.Core()
-        core.set_property({"ENABLE_MMAP": False})  # maps of the files would count beside the constants made of them
+        core.set_property(
+            {"ENABLE_MMAP": False}
+        )  # maps of the files would count in addition to the constants made of them
         openvino.save_model(core.read_model(Path(between) / onnx.FILE), folder / FILE, compress_to_fp16=False)
     config = {key: value for key, value in checkpoint.source.config.items() if key != "quantization_config"}
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")

@@ -42,9 +42,9 @@ SIZES: dict[Kind, tuple[int, int]] = {  # columns, bytes
 
 def kind(args: WeightArgs, width: int) -> Kind:
     """The block that holds a row of `width` columns; F16 (its numbers, rounded) where none does."""
-    if isinstance(args, PruneArgs) or args.kind not in ("grid", "blocks"):
+    if isinstance(args, PruneArgs) or args.kind not in ("grid", "gguf_blocks"):
         return "F16"
-    if args.kind == "blocks":
+    if args.kind == "gguf_blocks":
         return next(block for block in BLOCKS if block == args.block)
     group = args.columns_per_scale(width)
     if args.scale_dtype != "float16" or group % BLOCK or args.formula == "spqr":
@@ -57,7 +57,7 @@ def kind(args: WeightArgs, width: int) -> Kind:
 
 
 def arguments(block: Kind) -> QuantArgs:
-    """How a weight stored in blocks of codes is quantized: a plain grid of ours where there is one."""
+    """How a weight stored in blocks of codes is quantized: a plain grid of ours if there is one."""
     if block == "Q4_K":
         return QuantArgs(4, False, group_size=32, formula="ggml", scale_dtype="super")
     if block == "Q6_K":
@@ -67,7 +67,7 @@ def arguments(block: Kind) -> QuantArgs:
 
 
 def rounding(block: Kind, args: WeightArgs) -> str | None:
-    """What the block loses against the exact numbers, in words; None where it loses nothing."""
+    """What the block loses against the exact numbers, in words; None if it loses nothing."""
     if block == "F16":
         return "no GGUF block has this grid: written as float16 numbers, rounded"
     integer_zeros = isinstance(args, QuantArgs) and args.kind == "grid"
@@ -106,7 +106,7 @@ def pack(name: str, tensor: Compressed) -> Tensor:
 def unpack(block: Kind, packed: Tensor) -> CompressedTensor | BlockTensor:
     """The weight in uint8 `[out, bytes of a row]`: the inverse of `pack`, and of what others wrote.
 
-    Where a scale is 0 all codes mean the same: they become 0, and the scale something that is not.
+    If a scale is 0, all codes mean the same: they become 0, and the scale something that is not.
     """
     args = arguments(block)
     fields = packed.unflatten(1, (-1, SIZES[block][1]))

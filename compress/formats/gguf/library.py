@@ -12,7 +12,7 @@ DENSE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def library(doing: str = "writing") -> Any:
-    """The package gguf. Raises `UsageError` where it is not installed."""
+    """The package gguf. Raises `UsageError` if it is not installed."""
     try:
         import gguf
     except ModuleNotFoundError as error:

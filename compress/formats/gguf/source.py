@@ -1,7 +1,7 @@
 """A GGUF file that anyone made, as a source: its metadata as a config, its tensors by transformers' names and in its order.
 
-Linear layers in blocks that `blocks.py` knows stay packed, as `stored.py` has them. Whatever else is in blocks, an embedding,
-becomes float32 when it is read. Metadata are read by the library gguf.
+Linear layers in blocks that `blocks.py` knows stay packed, as `../kinds/gguf_blocks.py` has them. Any other tensor in blocks,
+such as an embedding, becomes float32 when it is read. Metadata are read by the library gguf.
 """
 
 import json
@@ -20,7 +20,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ....calibrate.model.safetensors_io import NAMES, StoredTensor, TensorSpec
 from ....calibrate.model.source import Source
 from ....errors import CompressError, UsageError
-from . import blocks, stored
+from ..kinds import gguf_blocks
+from . import blocks
 from .library import DENSE, PERMUTED, library
 
 NUMBERS = {name: NAMES[dtype] for dtype, name in DENSE.items()}  # GGUF's name of a float type -> that of safetensors
@@ -30,7 +31,7 @@ INNER = (
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
 )
 AGAIN = "fetch it again"
-ONE_SPACE = [  # what sentencepiece does to spaces where it is told to, and transformers leaves out
+ONE_SPACE = [  # what sentencepiece does to spaces if it is configured so, and transformers leaves out
     {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
     for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
 ]
@@ -49,7 +50,7 @@ class GGUFSource(Source):
     """A source whose `path` is the file itself."""
 
     def copy_companions(self, folder: Path) -> None:
-        """Write the tokenizer of the metadata into `folder`, where transformers can make one of them."""
+        """Write the tokenizer of the metadata into `folder`, if transformers can make one of them."""
         # The model is complete without a tokenizer; an error is raised when one is needed.
         with suppress(CompressError, OSError, ValueError, KeyError, ImportError):
             tokenizer_of(self.path).save_pretrained(folder)
@@ -60,7 +61,7 @@ class FileTensor(StoredTensor):
     """A tensor of a GGUF file as transformers has it.
 
     heads  of a projection whose rows lie in pairs of rotary channels; 0: they lie in transformers' order
-    block  what its numbers are packed in and unfolded from when they are read; None where they are as `spec` says
+    block  what its numbers are packed in and unfolded from when they are read; None if they are as `spec` says
     """
 
     heads: int = 0
@@ -87,7 +88,7 @@ def open_gguf(file: Path) -> Source:
         lists = gguf.GGUFValueType.ARRAY  # of tokens, which take long
         metadata = {name: field.contents() for name, field in reader.fields.items() if lists not in field.types}
     except (ValueError, IndexError, KeyError, struct.error, OSError) as error:
-        raise CompressError(f"{file} is no whole GGUF file ({error})", AGAIN) from error
+        raise CompressError(f"{file} is not a complete GGUF file ({error})", AGAIN) from error
     tensors = {tensor.name: tensor for tensor in reader.tensors}
     config = _config(file, metadata, tensors)
     names = {theirs: ours for ours, theirs in _names(gguf, config)}
@@ -104,14 +105,14 @@ def open_gguf(file: Path) -> Source:
         else:
             found[names[name]] = placed
     if packed:
-        config["quantization_config"] = stored.config_of(packed, [])
+        config["quantization_config"] = gguf_blocks.config_of(packed, [])
     return GGUFSource(file, metadata.get("general.name", file.stem), config, found)
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
     """The tokenizer in the metadata, as transformers converts it, without the tokens that it adds of its own.
 
-    Raises what transformers raises where it cannot.
+    Raises what transformers raises if it cannot.
     """
     from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
 
@@ -137,7 +138,7 @@ def _config(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
         heads = config["num_attention_heads"]
         vocabulary = int(tensors["token_embd.weight"].shape[1])
     except KeyError as error:
-        raise CompressError(f"{file} lacks {error.args[0]}", AGAIN) from error
+        raise CompressError(f"{file} has no {error.args[0]}", AGAIN) from error
     special = {
         f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")
     }

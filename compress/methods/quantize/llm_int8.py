@@ -17,14 +17,14 @@ from torch import Tensor
 
 from ....calibrate.recording import inputs_seen
 from ....errors import UsageError
-from ....kernels.tensor import CompressedTensor, MixedTensor
+from ....kernels.tensor import CompressedTensor, OutlierColumnsTensor
 from ....kernels.tensor.grid import Grid
 from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme, inputs_per, signed_weights
 from ....recipes.scheme.kind_names import OUTLIER_COLUMNS
 from ...block import Block, Linear
 from ...formats.int_quantized import OFFSET
-from ...formats.llm_int8 import kept_columns
+from ...formats.kinds.outlier_columns import kept_columns
 from .gptq import GPTQ, prepare, solve
 from .rtn import round_to_nearest
 
@@ -51,7 +51,7 @@ class LLMInt8:
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.scheme.weights.kind != "columns":
+        if self.scheme.weights.kind != "outlier_columns":
             raise UsageError("llm-int8 keeps a share of the columns in 16 bits", "use outliers above 0, such as 0.02")
         if self.tokens < 1:
             raise UsageError(f"tokens must be at least 1, got {self.tokens}", "use for example tokens=8192")
@@ -101,13 +101,13 @@ def choose_columns(values: Tensor, channels: Tensor, count: int, width: int) -> 
     return torch.tensor(sorted(chosen), device=values.device)
 
 
-def quantize_with_outliers(linear: Linear, columns: Tensor, inputs: QuantArgs) -> MixedTensor:
+def quantize_with_outliers(linear: Linear, columns: Tensor, inputs: QuantArgs) -> OutlierColumnsTensor:
     """The weight of `linear` in int8, with `columns` int64 `[kept]` in 16 bits too; by GPTQ if it has a Hessian."""
     args, weight = replace(linear.grid_args, outliers=0.0), linear.weight
     if linear.hessian is None:
         grid, kept = round_to_nearest(weight, args), weight[:, columns]
         assert isinstance(grid, CompressedTensor)
-        return MixedTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
+        return OutlierColumnsTensor(grid.codes, grid.scale, columns, kept.half(), linear.grid_args, inputs)
     hessian = linear.hessian.matrix()
     others = torch.ones_like(hessian[0], dtype=torch.bool).index_fill_(0, columns, False)
     compensation, schur = eliminate_columns(hessian, columns, others)
@@ -119,7 +119,7 @@ def quantize_with_outliers(linear: Linear, columns: Tensor, inputs: QuantArgs) -
     codes[:, columns] = Grid(grid.scale.float(), torch.full_like(grid.scale, OFFSET).float(), args).quantize(
         kept.float()
     )
-    return MixedTensor(codes, grid.scale, columns, kept, linear.grid_args, inputs)
+    return OutlierColumnsTensor(codes, grid.scale, columns, kept, linear.grid_args, inputs)
 
 
 def eliminate_columns(hessian: Tensor, columns: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:

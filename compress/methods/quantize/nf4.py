@@ -4,17 +4,15 @@ No calibration: each weight is rounded to the nearest of 16 values times the sca
 float32, by default quantized to 8 bits (double quantization): 4.127 bits per weight instead of 4.5.
 """
 
-from dataclasses import replace
 from typing import ClassVar
 
-import torch
 from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 
 from ....errors import UsageError
 from ....kernels.tensor import NF4Tensor
 from ....recipes.methods import Method, Needs
-from ....recipes.scheme import QuantArgs, Scheme, float_name
+from ....recipes.scheme import QuantArgs, Scheme
 from ....recipes.scheme.kind_names import NF4 as KIND
 from ...block import Block
 
@@ -30,15 +28,10 @@ class NF4:
     true_sequential: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        if self.scheme.weights.kind != "nf4":
+        if self.scheme.weights.kind != KIND:
             raise UsageError(f"nf4 has no {self.scheme.weights.formula!r} grid", "leave the scheme out, or use rtn")
         if self.scheme.inputs is not None:
             raise UsageError("no format holds NF4 weights with quantized inputs", "leave the scheme of the inputs out")
-
-
-def adapt(config: NF4, args: QuantArgs, shape: tuple[int, int], before: torch.dtype) -> QuantArgs:
-    """The arguments of a layer with the dtype `before` of its weight, which the format stores."""
-    return replace(args, dtype=float_name(before))
 
 
 def apply(config: NF4, block: Block) -> None:
@@ -47,4 +40,4 @@ def apply(config: NF4, block: Block) -> None:
         linear.result = NF4Tensor.of(linear.weight, linear.grid_args)
 
 
-METHOD = Method(NF4, apply, kinds=frozenset({KIND}), scheme=SCHEME, adapt=adapt)
+METHOD = Method(NF4, apply, kinds=frozenset({KIND}), scheme=SCHEME)

@@ -1,4 +1,4 @@
-"""RTN: round every weight to the nearest point of its grid. Needs no calibration; the baseline of all other methods."""
+"""RTN: round every weight to the nearest one of its kind, such as a point of its grid. No calibration: the baseline."""
 
 from dataclasses import replace
 from typing import ClassVar
@@ -7,11 +7,10 @@ from pydantic import ConfigDict
 from pydantic.dataclasses import dataclass
 from torch import Tensor
 
-from ....kernels.tensor import BlockTensor, CompressedTensor, NF4Tensor, of_grid
+from ....kernels.tensor import BlockTensor, Compressed, CompressedTensor, of_grid
 from ....kernels.tensor.grid import Grid
 from ....recipes.methods import Method, Needs
-from ....recipes.scheme import QuantArgs, Scheme
-from ....recipes.scheme.kind_names import GGUF_BLOCKS, GRID
+from ....recipes.scheme import QuantArgs, Scheme, kinds
 from ...block import Block
 
 
@@ -25,9 +24,18 @@ class RTN:
 
 
 def apply(config: RTN, block: Block) -> None:
-    """Quantize every linear of the block."""
+    """Compress every linear of the block."""
     for linear in block.linears:
-        linear.result = round_to_nearest(linear.weight, linear.grid_args)
+        linear.result = nearest(linear.weight, linear.grid_args)
+
+
+def nearest(weight: Tensor, args: QuantArgs) -> Compressed:
+    """The nearest weight to `weight` `[out, in]` of the kind that `args` ask for, without a low-rank term.
+
+    Raises `UsageError` if the kind is not found by rounding.
+    """
+    codes = replace(args, rank=0)
+    return kinds.kind_of(codes).round(weight, codes)
 
 
 def round_to_nearest(
@@ -39,11 +47,8 @@ def round_to_nearest(
 
 
 def rounded(weight: Tensor, args: QuantArgs) -> Tensor:
-    """`weight` `[out, in]` after rounding to nearest, for any kind of `args`; 16-bit outlier columns are rounded too."""
-    args = replace(args, rank=0)
-    if args.kind == "nf4":
-        return NF4Tensor.of(weight, args).dequantize(weight.dtype)
-    return round_to_nearest(weight, replace(args, outliers=0.0) if args.kind == "columns" else args).dequantize()
+    """`weight` `[out, in]` after rounding to nearest, for any kind of `args`; 16-bit outliers are rounded too."""
+    return nearest(weight, replace(args, outliers=0.0)).dequantize(weight.dtype)
 
 
-METHOD = Method(RTN, apply, kinds=frozenset({GRID, GGUF_BLOCKS}), scheme=Scheme())
+METHOD = Method(RTN, apply, scheme=Scheme())

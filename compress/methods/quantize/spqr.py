@@ -22,7 +22,7 @@ from ....recipes.methods import Method, Needs
 from ....recipes.scheme import QuantArgs, Scheme
 from ....recipes.scheme.kind_names import BILEVEL
 from ...block import Block
-from ...formats.spqr import entries
+from ...formats.kinds.bilevel import entries
 from ...solver.refine import refine
 from ...solver.sweep import sweep
 from ...solver.target import AsymmetricTarget

@@ -10,7 +10,7 @@ span of A.
 """
 
 from dataclasses import replace
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from pydantic import ConfigDict
@@ -18,9 +18,9 @@ from pydantic.dataclasses import dataclass
 from torch import Tensor
 
 from ....errors import UsageError
-from ....kernels.tensor import LowRankTensor, PrunedTensor
+from ....kernels.tensor import LowRankTensor
 from ....recipes.methods import Method, Needs
-from ....recipes.scheme import QuantArgs
+from ....recipes.scheme import PruneArgs, QuantArgs
 from ...block import Block
 from ...solver.loss import layer_loss
 
@@ -47,7 +47,7 @@ class LoRC:
             raise UsageError(f"rank must be at least 1, got {self.rank}", "use for example rank=8")
 
 
-def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int], before: torch.dtype) -> QuantArgs:
+def adapt(config: LoRC, args: QuantArgs, shape: tuple[int, int]) -> QuantArgs:
     """The arguments of a layer of shape `(out, in)` with the rank of its low-rank term."""
     return replace(args, rank=min(config.rank, *shape))
 
@@ -60,7 +60,7 @@ def apply(config: LoRC, block: Block) -> None:
     """
     for linear in block.linears:
         assert linear.hessian is not None and linear.result is not None
-        if isinstance(linear.result, PrunedTensor | LowRankTensor):
+        if isinstance(linear.args, PruneArgs) or isinstance(linear.result, LowRankTensor):
             raise UsageError(
                 f"lorc needs a quantized weight without a low-rank term, and {linear.name} is not one",
                 "use lorc once, after a quantizer",
@@ -70,7 +70,8 @@ def apply(config: LoRC, block: Block) -> None:
         left, right = low_rank(
             error, hessian if config.weighted else torch.eye(len(hessian)).to(hessian), linear.grid_args.rank
         )
-        base = replace(linear.result, args=replace(linear.result.args, rank=0))
+        codes: Any = linear.result
+        base = replace(codes, args=replace(codes.args, rank=0))
         linear.result = LowRankTensor(base, left, right)
         before, after = layer_loss(error, hessian), layer_loss(error - left.float() @ right.float(), hessian)
         linear.figures |= {"uncompensated_loss": before, "loss": after}

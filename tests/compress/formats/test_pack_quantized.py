@@ -13,7 +13,7 @@ from lmpress.calibrate.model.safetensors_io import NAMES, TensorSpec
 from lmpress.compress.formats import pack_quantized as packed
 from lmpress.compress.methods.quantize.rtn import round_to_nearest
 from lmpress.kernels.tensor import CompressedTensor
-from lmpress.recipes.scheme import QuantArgs, ScaleDtype, Strategy
+from lmpress.recipes.scheme import QuantArgs, Strategy
 
 ROWS, COLUMNS = 19, 172  # odd sizes: streams along both axes end inside a word
 STRATEGIES: list[tuple[Strategy, int | None]] = [("group", 43), ("group", 4), ("channel", None), ("tensor", None)]
@@ -28,9 +28,7 @@ def quantized(args: QuantArgs) -> CompressedTensor:
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize(("strategy", "size"), STRATEGIES)
 @pytest.mark.parametrize("scale", ["float16", "float32"])
-def test_round_trip_and_spec(
-    bits: int, symmetric: bool, strategy: Strategy, size: int | None, scale: ScaleDtype
-) -> None:
+def test_round_trip_and_spec(bits: int, symmetric: bool, strategy: Strategy, size: int | None, scale: str) -> None:
     args = QuantArgs(bits, symmetric, strategy, size, scale_dtype=scale)
     tensor = quantized(args)
     tensors = packed.pack("layer", tensor)

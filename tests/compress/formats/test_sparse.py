@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lmpress.calibrate.model.safetensors_io import TensorSpec
-from lmpress.compress.formats import sparse
+from lmpress.compress.formats.kinds import pruned as sparse
 from lmpress.compress.methods.prune.masks import smallest
 from lmpress.errors import CompressError, UsageError
 from lmpress.kernels.modules.linear import PrunedLinear

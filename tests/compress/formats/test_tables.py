@@ -87,7 +87,7 @@ def test_other_runtimes_read_the_table_from_gguf_and_onnx(tmp_path: Path, letter
     assert found.ok, found
     lmpress.export(tmp_path / "out", tmp_path / "again", format="pack-quantized")
     assert torch.equal(lmpress.load(tmp_path / "again")(IDS).logits, lmpress.load(tmp_path / "out")(IDS).logits)
-    with pytest.raises(UsageError, match="embed_tokens cannot be exported: gptq readers know no packed embedding"):
+    with pytest.raises(UsageError, match="embed_tokens cannot be exported: gptq cannot read a packed embedding"):
         lmpress.export(tmp_path / "out", tmp_path / "gptq", format="gptq")
     with pytest.raises(UsageError, match=r"transformers cannot serve model\.embed_tokens"):
         lmpress.run(tmp_path / "model", tmp_path / "no", recipe(bits=8, group_size=32), target=["transformers"])

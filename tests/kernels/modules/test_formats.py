@@ -19,7 +19,7 @@ from lmpress.kernels.activations import decompose, fake_quantize
 from lmpress.kernels.modules.embedding import PackedEmbedding
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.modules.low_rank import LowRankLinear
-from lmpress.kernels.tensor import CompressedTensor, MixedTensor
+from lmpress.kernels.tensor import CompressedTensor, OutlierColumnsTensor
 from lmpress.recipes.schema import build
 
 SAMPLE = Path(__file__).parents[3] / "examples" / "sample_model"
@@ -133,7 +133,7 @@ def _plain(tensor: Any, packed: nn.Module) -> nn.Module:
     if isinstance(tensor, CompressedTensor) and tensor.inputs is not None:
         rounding = (tensor.inputs, tensor.input_grid)
         linear.register_forward_pre_hook(lambda module, args: (fake_quantize(args[0], *rounding),))
-    if isinstance(tensor, MixedTensor):
+    if isinstance(tensor, OutlierColumnsTensor):
         linear.register_forward_pre_hook(lambda module, args: (decompose(args[0], tensor.inputs, tensor.columns),))
     return linear
 

@@ -14,7 +14,7 @@ from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.modules.linear import Serving, kernels_of, serve
 from lmpress.kernels.outliers import prepare
-from lmpress.kernels.tensor import MixedTensor
+from lmpress.kernels.tensor import OutlierColumnsTensor
 from lmpress.kernels.weight import Weight
 
 NEED = KernelSpec(8, 200, activations="token", parts=("columns",))
@@ -49,7 +49,7 @@ def test_whole_numbers_are_multiplied_exactly(kernel, threshold: float, batch: i
 class Documented(nn.Module):
     """The product as docs/methods/llm-int8.md has it, in float64; without `parts` of it, for comparison."""
 
-    def __init__(self, tensor: MixedTensor, parts: frozenset[str]) -> None:
+    def __init__(self, tensor: OutlierColumnsTensor, parts: frozenset[str]) -> None:
         super().__init__()
         self.tensor, self.parts = tensor, parts
         self.weight = tensor.codes.double() - 128
@@ -76,7 +76,7 @@ def documented(path: Path, *parts: str) -> PreTrainedModel:
     for name in stored.layers:
         parent, _, leaf = name.rpartition(".")
         tensor = stored.layer(name)
-        assert isinstance(tensor, MixedTensor)
+        assert isinstance(tensor, OutlierColumnsTensor)
         setattr(model.get_submodule(parent), leaf, Documented(tensor, frozenset(parts)))
     return model
 

@@ -21,7 +21,7 @@ from lmpress.calibrate.model.architecture import set_weight
 from lmpress.compress.formats.export import bitsandbytes as ours
 from lmpress.compress.methods.quantize import llm_int8
 from lmpress.compress.methods.quantize.nf4 import SCHEME
-from lmpress.kernels.tensor import MixedTensor, NF4Tensor
+from lmpress.kernels.tensor import NF4Tensor, OutlierColumnsTensor
 
 functional = pytest.importorskip("bitsandbytes.functional")
 
@@ -174,7 +174,7 @@ def test_loud_columns_widen_the_exported_scales_where_they_must() -> None:
     others = torch.arange(64) != 5
     scale = weight[:, others].abs().amax(1, keepdim=True) / 127
     codes = ((weight / scale).round().clamp(-128, 127) + 128).to(torch.uint8)
-    tensor = MixedTensor(codes, scale, torch.tensor([5]), weight[:, [5]].half(), args, llm_int8.SCHEME.inputs)
+    tensor = OutlierColumnsTensor(codes, scale, torch.tensor([5]), weight[:, [5]].half(), args, llm_int8.SCHEME.inputs)
     packed = ours.pack("p", tensor)
     served = packed["p.weight"].float() * packed["p.SCB"].unsqueeze(1) / 127
     assert ((served - weight).abs() <= 1.01 * packed["p.SCB"].unsqueeze(1) / 127).all()

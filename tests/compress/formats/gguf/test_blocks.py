@@ -5,7 +5,8 @@ import pytest
 import torch
 from gguf.quants import dequantize, quantize
 
-from lmpress.compress.formats.gguf import blocks, stored
+from lmpress.compress.formats.gguf import blocks
+from lmpress.compress.formats.kinds import gguf_blocks
 from lmpress.kernels.tensor import BlockTensor, CompressedTensor
 
 
@@ -32,7 +33,7 @@ def test_any_bytes_are_read_as_the_library_reads_them(block: blocks.Kind) -> Non
     assert torch.equal(tensor.dequantize(), theirs(packed, block))
     assert isinstance(tensor, CompressedTensor if block in blocks.MIDDLE else BlockTensor)
     again = blocks.pack("P", tensor)
-    assert again.shape == packed.shape == stored.spec("P", tensor.args, *tensor.shape)["P.weight_blocks"].shape
+    assert again.shape == packed.shape == gguf_blocks.spec("P", tensor.args, *tensor.shape)["P.weight_blocks"].shape
     assert torch.equal(theirs(again, block), theirs(packed, block))
 
 

@@ -145,7 +145,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
         lmpress.quantize(odd, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
     with pytest.raises(UsageError, match="no block of 4 bits in groups of 128"):
         QuantizeOptions(method="rtn", bits=4, symmetric=False, options=SUPER).recipe()
-    with pytest.raises(UsageError, match="scales of super-blocks need the 'ggml' grid"):
+    with pytest.raises(UsageError, match="scale_dtype 'super' needs gguf_blocks weights"):
         QuantizeOptions(method="rtn", options={"scale_dtype": "super"}).recipe()
     with pytest.raises(UsageError, match=r"zeroquant does not make .* weights; use method gptq or rtn or obq"):
         QuantizeOptions(method="zeroquant", options=SUPER, **Q6_K).recipe()
@@ -161,7 +161,7 @@ def test_targets_know_which_runtimes_read_blocks() -> None:
 
     layers = [LayerPlan("m.0.up_proj", 0, "Linear", (512, 256), args("Q4_K"), 0)]
     check(layers, ["lmpress", "llamacpp", "gguf-transformers"])
-    with pytest.raises(UsageError, match="it holds no blocks weights"):
+    with pytest.raises(UsageError, match="it holds no gguf_blocks weights"):
         check(layers, ["vllm"])
 
 

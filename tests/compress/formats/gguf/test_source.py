@@ -148,8 +148,8 @@ def test_what_is_not_read_is_refused_by_name(llama: LlamaForCausalLM, tmp_path: 
         lmpress.load(tmp_path / "o.gguf")
     whole = (tmp_path / "n.gguf").read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CompressError, match="is no whole GGUF file"):
+    with pytest.raises(CompressError, match="is not a complete GGUF file"):
         lmpress.load(tmp_path / "cut.gguf")
     (tmp_path / "not.gguf").write_bytes(b"no such thing")
-    with pytest.raises(CompressError, match="is no whole GGUF file"):
+    with pytest.raises(CompressError, match="is not a complete GGUF file"):
         lmpress.load(tmp_path / "not.gguf")

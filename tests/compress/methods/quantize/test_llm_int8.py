@@ -12,15 +12,15 @@ from transformers import AutoModelForCausalLM
 import lmpress
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Linear
-from lmpress.compress.formats.llm_int8 import LLMInt8 as Format
-from lmpress.compress.formats.llm_int8 import kept_columns
+from lmpress.compress.formats.kinds.outlier_columns import LLMInt8 as Format
+from lmpress.compress.formats.kinds.outlier_columns import kept_columns
 from lmpress.compress.methods.quantize.llm_int8 import SCHEME, LLMInt8, choose_columns, quantize_with_outliers
 from lmpress.compress.solver.loss import layer_loss
 from lmpress.errors import UsageError
 from lmpress.kernels.activations import decompose
 from lmpress.kernels.modules.linear import PackedLinear, kernels_of
 from lmpress.kernels.modules.replace import replace_linear
-from lmpress.kernels.tensor import MixedTensor
+from lmpress.kernels.tensor import OutlierColumnsTensor
 from lmpress.recipes.schema import build
 from lmpress.recipes.scheme import QuantArgs, Scheme
 
@@ -37,7 +37,9 @@ def layer() -> tuple[Tensor, Tensor]:
     return weight, x
 
 
-def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None) -> MixedTensor:
+def mixed(
+    weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: Hessian | None = None
+) -> OutlierColumnsTensor:
     args = replace(SCHEME.weights, outliers=max(len(columns), 1) / WIDTH)
     linear = Linear("layer", weight, args, hessian)
     return quantize_with_outliers(
@@ -45,7 +47,7 @@ def mixed(weight: Tensor, columns: list[int], threshold: float = 6.0, hessian: H
     )
 
 
-def module(tensor: MixedTensor) -> nn.Module:
+def module(tensor: OutlierColumnsTensor) -> nn.Module:
     model = nn.Sequential(nn.Linear(WIDTH, 48, bias=False))
     replace_linear(model, "0", tensor)
     return model
@@ -240,11 +242,11 @@ PER_TOKEN = {"bits": 8, "strategy": "token", "group_size": None, "formula": "sig
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"method": "llm-int8", "bits": 4}, "8-bit weights"),
+        ({"method": "llm-int8", "bits": 4}, "need weights of 8 bits"),
         ({"method": "llm-int8", "options": {"outliers": 0}}, "needs weights with 16-bit columns"),
-        ({"method": "llm-int8", "options": {"threshold": -1}}, "negative"),
+        ({"method": "llm-int8", "options": {"threshold": -1}}, "must be 0 or more"),
         ({"method": "gptq", "options": {"threshold": 3}}, "leaves the inputs as they are"),
-        ({"method": "rtn", "options": {"outliers": 0.1}}, "outliers are kept"),
+        ({"method": "rtn", "options": {"outliers": 0.1}}, "have no outliers"),
     ],
     ids=str,
 )
@@ -257,7 +259,7 @@ def test_invalid_options_are_refused(tiny: Path, tmp_path: Path, options: dict, 
 def test_schemes_and_configs_are_checked() -> None:
     with pytest.raises(UsageError, match="share of the columns"):
         LLMInt8(Scheme())
-    with pytest.raises(UsageError, match="8-bit tokens"):
+    with pytest.raises(UsageError, match="inputs of 8 bits per token"):
         Scheme(SCHEME.weights)
-    with pytest.raises(UsageError, match="8-bit tokens"):
+    with pytest.raises(UsageError, match="inputs of 8 bits per token"):
         Scheme(SCHEME.weights, QuantArgs(8, True, "tensor", None, "signed"))

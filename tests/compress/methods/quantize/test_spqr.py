@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 import lmpress
 from lmpress.calibrate.statistics.hessian import Hessian
 from lmpress.compress.block import Block, Linear
-from lmpress.compress.formats import spqr as stored
+from lmpress.compress.formats.kinds import bilevel as stored
 from lmpress.compress.methods.quantize import spqr
 from lmpress.compress.methods.quantize.gptq import GPTQ, Prepared, prepare
 from lmpress.compress.methods.quantize.spqr import SpQR, choose_outliers, search_levels, solve
@@ -197,7 +197,7 @@ def test_apply_records_and_refuses() -> None:
     assert linear.result is not None
     assert linear.figures["outliers"] == round(0.02 * 24 * 64)
     assert linear.figures["loss"] <= linear.figures["rtn_loss"]
-    with pytest.raises(UsageError, match="two-level"):
+    with pytest.raises(UsageError, match="bilevel scales need"):
         QuantArgs(scale_dtype="bilevel")
     with pytest.raises(UsageError, match="outliers"):
         QuantArgs(outliers=0.01)

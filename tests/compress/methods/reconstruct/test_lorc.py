@@ -141,7 +141,7 @@ def test_the_module_computes_the_sum(tiny: Path, tmp_path: Path, calibration: di
 def test_exports_keep_the_sum_or_are_refused(tiny: Path, tmp_path: Path, calibration: dict[str, object]) -> None:
     passes = [{"method": "rtn", "scheme": GRID}, {"method": "lorc"}]
     lmpress.run(tiny, tmp_path / "out", build({"passes": passes, "calibration": calibration}))
-    with pytest.raises(UsageError, match="no low-rank terms"):
+    with pytest.raises(UsageError, match="does not store low_rank weights"):
         lmpress.export(tmp_path / "out", tmp_path / "gptq", format="gptq")
     lmpress.export(tmp_path / "out", tmp_path / "fp32", format="fp32")
     ids = torch.arange(2, 10).unsqueeze(0)

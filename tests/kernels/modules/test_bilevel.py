@@ -6,7 +6,7 @@ import random
 import pytest
 import torch
 
-from lmpress.compress.formats import spqr
+from lmpress.compress.formats.kinds import bilevel
 from lmpress.errors import UsageError
 from lmpress.kernels import dispatch
 from lmpress.kernels.kernel import KernelSpec
@@ -58,5 +58,5 @@ def test_memory_holds_what_the_disk_holds() -> None:
     tensor = random_tensor(256, 1024, 4, 32, 0.01, 0)
     module = SpQRLinear(tensor, None)
     held = {buffer.data_ptr(): buffer.nbytes for buffer in module.buffers()}
-    stored = sum(part.nbytes for part in spqr.pack("layer", tensor).values())
+    stored = sum(part.nbytes for part in bilevel.pack("layer", tensor).values())
     assert sum(held.values()) < 1.03 * stored  # nibbles for 3-bit codes, row starts in 8 bytes

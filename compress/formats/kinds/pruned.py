@@ -7,7 +7,7 @@
 both       P.weight_shape    int64 [2]                  (out, in)
 `dense`    P.weight          [out, in]                  zeros and all: what plain transformers loads
 
-A bitmask takes 1 bit a weight and 16 bits a stored value, 2:4 takes 1 and 8 bits a weight: at half sparsity both 9 of 16.
+A bitmask takes 1 bit per weight and 16 bits per stored value, 2:4 takes 1 and 8 bits per weight: at half sparsity both 9 of 16.
 """
 
 import math
@@ -16,16 +16,27 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ...calibrate.model.safetensors_io import NAMES, TensorSpec
-from ...errors import CompressError
-from ...kernels.packing.bitmask import from_mask, join, split
-from ...kernels.tensor import PrunedTensor
-from ...kernels.tensor.pruned import by_mask
-from ...recipes.scheme import PruneArgs
+from ....calibrate.model.safetensors_io import NAMES, TensorSpec
+from ....errors import CompressError
+from ....kernels.kernel import KernelSpec
+from ....kernels.modules.linear import PrunedLinear, Serving
+from ....kernels.packing.bitmask import from_mask, join, split
+from ....kernels.tensor import Compressed, PrunedTensor
+from ....kernels.tensor.pruned import by_mask
+from ....kernels.weight import PrunedWeight
+from ....recipes.scheme import PruneArgs, QuantArgs
+from ....recipes.scheme.kinds import Kind, Written
+from ..registry import Layout, Reader, Specs
 
 NAME = "lmpress-sparse"
+SPARSE = """\
+No other runtime reads sparse weights of this layout (`compress/formats/kinds/pruned.py` describes it): transformers refuses it.
+"""
+DENSE = """\
+`AutoModelForCausalLM.from_pretrained(path)` loads it in plain transformers. The zeros are stored: the files are not smaller.
+"""
 
 
 def supports(args: PruneArgs) -> str | None:
@@ -66,7 +77,7 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedTensor:
-    """The inverse of `pack`. Raises `CompressError` where mask and values do not belong together."""
+    """The inverse of `pack`. Raises `CompressError` if mask and values do not belong together."""
     if args.storage == "dense":
         values = tensors[f"{name}.weight"].T if args.transposed else tensors[f"{name}.weight"]
         return PrunedTensor(values, values != 0, args)
@@ -87,7 +98,7 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedT
 
 
 def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str]) -> dict[str, Any] | None:
-    """What config.json says, None where all is dense.
+    """The `quantization_config` of config.json, None if all is dense.
 
     transformers skips a `quant_method` that it does not know with a warning, and then serves random weights. Under the name
     of compressed-tensors, whose groups are a mapping and not a list, it refuses the checkpoint instead.
@@ -103,10 +114,85 @@ def quantization_config(pruned: Mapping[str, PruneArgs], ignored: Iterable[str])
 
 
 def wrote(config: Mapping[str, Any]) -> bool:
-    """Whether a `quantization_config` speaks of this layout."""
+    """Whether a `quantization_config` is of this layout."""
     return config.get("format") == NAME
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, PruneArgs]:
     """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
     return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
+
+
+def read(config: Mapping[str, Any], stored: Specs) -> Reader | None:
+    """The reader of a checkpoint in this layout."""
+    return Reader(read_config, spec, unpack) if wrote(config) else None
+
+
+def pack_again(name: str, old: Compressed, weight: Tensor) -> dict[str, Tensor]:
+    """The tensors of `weight` `[out, in]` in the layout of the pruned layer `old`, which says what is stored."""
+    assert isinstance(old, PrunedTensor)
+    return pack(name, PrunedTensor.of(weight, ~old.kept, old.args))
+
+
+def round_to_nearest(weight: Tensor, args: PruneArgs) -> PrunedTensor:
+    """The smallest magnitudes of the layer are pruned (`--method magnitude` has scopes and patterns)."""
+    flat = weight.abs().flatten()
+    pruned = torch.zeros_like(flat, dtype=torch.bool)
+    pruned[flat.argsort(stable=True)[: args.zeros(*weight.shape)]] = True
+    return PrunedTensor.of(weight, pruned.view_as(weight), args)
+
+
+def kernel_spec(args: PruneArgs, width: int) -> KernelSpec:
+    """What layers need of a kernel."""
+    return KernelSpec.pruned(getattr(torch, str(args.dtype)))
+
+
+def module(tensor: PrunedTensor, bias: nn.Parameter | None, serving: Serving | None) -> nn.Module:
+    """A layer that keeps a bitmask and the values that are left."""
+    return PrunedLinear(tensor, bias, serving)
+
+
+def label(args: PruneArgs) -> str:
+    """`50.0% pruned, float16`"""
+    blocks = f" in blocks {args.pattern}" if args.pattern else ""
+    amount = args.pattern if args.n_of_m else f"{args.sparsity:.1%}{blocks}"
+    return f"{amount} pruned, {args.dtype}"
+
+
+def listed(args: PruneArgs, width: int) -> str:
+    """The storage."""
+    return args.storage
+
+
+def stored_as(written: Written) -> str:
+    """The storage."""
+    return f"`{written.layers[0].storage}`"
+
+
+def loading(written: Written) -> str:
+    """transformers loads dense zeros."""
+    return DENSE if all(args.storage == "dense" for args in written.layers) else SPARSE
+
+
+def format_of(args: PruneArgs, inputs: QuantArgs | None) -> Layout:
+    """One layout for every storage."""
+    return FORMAT
+
+
+FORMAT = Layout(NAME, supports, spec, pack, unpack, quantization_config)
+KIND = Kind(
+    tensor=PrunedTensor,
+    round=round_to_nearest,
+    format=format_of,
+    read=read,
+    operand=PrunedWeight.of,
+    spec=kernel_spec,
+    module=module,
+    label=label,
+    listed=listed,
+    tags="pruned",
+    stored_as=stored_as,
+    loading=loading,
+    taxonomy="`formats.md` (zeros, in a bitmask or 2:4)",
+    method="magnitude",
+)

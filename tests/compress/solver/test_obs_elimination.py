@@ -22,7 +22,9 @@ def problem(rows: int, width: int, seed: int = 0) -> tuple[Tensor, Tensor, Tenso
     return torch.randn(rows, width, generator=generator, dtype=torch.float64), hessian, torch.linalg.inv(hessian)
 
 
-def obs_from_scratch(weight: Tensor, hessian: Tensor, steps: int, pattern: tuple[int, int] | None = None, block: int = 1):
+def obs_from_scratch(
+    weight: Tensor, hessian: Tensor, steps: int, pattern: tuple[int, int] | None = None, block: int = 1
+):
     """One row: the next block is the one whose removal, solved from scratch for every candidate, costs least."""
     kept = list(range(len(weight)))
     order, losses, total = [], [], 0.0

@@ -21,6 +21,7 @@ from ...calibrate.model.architecture import weight_of
 from ...calibrate.model.safetensors_io import storage_errors
 from ...calibrate.model.skeleton import context_length
 from ...calibrate.model.source import Source
+from ...calibrate.statistics.sensitivity import Sensitivity
 from ...errors import UsageError
 from ...kernels.tensor.grid import Grid
 from ...recipes.schema import Allocation, Recipe
@@ -31,7 +32,6 @@ from ..methods.prune.masks import smallest
 from ..plan import LayerPlan, Plan, make_plan
 from ..report.progress import Event, Observer, silent
 from ..solver.allocate import Option, allocate
-from .sensitivity import Sensitivity
 
 BITS = (2, 3, 4, 5, 6, 8)
 STEPS = (-0.2, -0.1, -0.05, 0.0, 0.05, 0.1, 0.2)  # of sparsity around the average

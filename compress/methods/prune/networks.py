@@ -3,7 +3,7 @@
 For classifiers and other small networks, whose loss can be differentiated pattern by pattern. `batches` are pairs
 `(inputs, targets)`: integer targets `[patterns]` are classes and the loss of a pattern is the cross entropy; float targets
 `[patterns, outputs]` give the sum of squared errors. All parameters with at least two dimensions compete for one budget;
-biases and norms stay. See `compress/solver/curvature.py` for the estimators.
+biases and norms stay. See `calibrate/statistics/curvature.py` for the estimators.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ....errors import UsageError
-from ....recipes.scheme.prune_args import layer_zeros
-from ...solver.curvature import (
+from ....calibrate.statistics.curvature import (
     backpropagated_diagonal,
     cross_entropy_root,
     fisher_diagonal,
@@ -25,6 +23,8 @@ from ...solver.curvature import (
     recursive_inverse,
     squared_error_root,
 )
+from ....errors import UsageError
+from ....recipes.scheme.prune_args import layer_zeros
 from .masks import lowest
 from .obd import saliency
 

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, hessian, vmap
 
 import lmpress
-from lmpress.compress.methods.prune.networks import delete_weights
-from lmpress.compress.solver.curvature import (
+from lmpress.calibrate.statistics.curvature import (
     backpropagated_diagonal,
     cross_entropy_root,
     fisher_diagonal,
@@ -21,6 +20,7 @@ from lmpress.compress.solver.curvature import (
     recursive_inverse,
     squared_error_root,
 )
+from lmpress.compress.methods.prune.networks import delete_weights
 from lmpress.errors import UsageError
 
 DOUBLE = torch.float64

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ...calibrate.model.architecture import set_weight, weight_of
+from ..model.architecture import set_weight, weight_of
 
 
 class Sensitivity:

@@ -7,7 +7,7 @@ import torch
 
 import lmpress
 from lmpress.calibrate.model.architecture import weight_of
-from lmpress.compress.allocation.sensitivity import Sensitivity
+from lmpress.calibrate.statistics.sensitivity import Sensitivity
 
 LAYER = "model.layers.1.mlp.down_proj"
 

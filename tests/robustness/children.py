@@ -23,7 +23,7 @@ WALL_SECONDS = 60  # the machine may be busy with other things
 FILE_BYTES = 2**28
 EXIT_CODES = {0, 1, 2, 3}
 ALLOCATION = re.compile(r"MemoryError|can't allocate memory|not enough memory|Cannot allocate memory|bad_alloc")
-UNEXPECTED = re.compile(r"unexpected (\w+)|report it\b")
+UNEXPECTED = re.compile(r"\bunexpected ([A-Z]\w*)|report it\b")
 
 
 @dataclass(frozen=True)
@@ -78,6 +78,7 @@ def _serve(action: Callable[[], int], folder: Path, cpu_seconds: int) -> NoRetur
         for number, name in ((1, "stdout"), (2, "stderr")):
             os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
         _limit(cpu_seconds)
         code = action()
     except SystemExit as left:

@@ -27,6 +27,7 @@ os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALL
 
 from children import Outcome, faults, run_child
 from containers import mutators
+from known import check
 from mutations import order
 
 FIXED = 120  # cases of the short run
@@ -246,30 +247,11 @@ def summarize(findings: Iterator[Finding], samples: Path, scratch: Path) -> dict
     return {"cases": total, "per_second": rate, "slowest": slowest, "faults": ordered, "accepted": dict(accepted)}
 
 
-def known_failures(file: Path) -> dict[str, list[str]]:
-    """The cases that are known to fail, each with its faults."""
-    return json.loads(file.read_text()) if file.exists() else {}
-
-
 def check_fixed(file: Path, samples: Path, scratch: Path, update: bool) -> int:
-    """Run the fixed cases; print every difference from the known failures, or write them down."""
+    """Run the fixed cases and hold what fails against the table of known failures."""
     cases = fixed_cases(samples)
     found = {str(each.case): each.faults for each in attempts(iter(cases), samples, scratch, 1e9) if each.faults}
-    if update:
-        file.write_text(json.dumps(found, indent=1) + "\n")
-    known = known_failures(file)
-    print(json.dumps({"cases": len(cases), "known": len(known), "differences": differences(known, found)}, indent=1))
-    return int(known != found)
-
-
-def differences(known: dict[str, list[str]], found: dict[str, list[str]]) -> dict[str, str]:
-    """For every case that does not end as the table says: how it should and how it did."""
-    cases = sorted(known.keys() | found.keys())
-    return {
-        case: f"known {known.get(case, [])}, found {found.get(case, [])}"
-        for case in cases
-        if known.get(case) != found.get(case)
-    }
+    return check(file, found, len(cases), update)
 
 
 def show(case: Case, samples: Path, folder: Path) -> int:

@@ -43,6 +43,7 @@ COMMANDS = {
     "chain": ["run", "{dense}", "--recipe", "{chain}"],
     "export": ["export", "{packed}", "--format", "gptq"],
 }
+RESUMED = COMMANDS.keys() - {"export"}  # an export begins again
 FIXED = {
     "gptq": ("kill/60%", "eio/60%", "enospc/60%", "kill/named"),
     "best": ("kill/60%", "eio/60%"),
@@ -170,7 +171,8 @@ def attempt(point: str, samples: Path, scratch: Path, base: Undisturbed) -> Find
     else:  # the failure was no reason to stop
         operations = []
         found += leftovers(folder / "root")
-    if end != KILL and at >= len(base.operations) / 2 and len(operations) >= len(base.operations):
+    half = len(base.operations) / 2
+    if end != KILL and command in RESUMED and at >= half and len(operations) >= len(base.operations):
         found.append("finished work was thrown away")
     shutil.rmtree(folder)
     kind, path = base.operations[at]

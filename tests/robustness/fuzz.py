@@ -30,7 +30,8 @@ from containers import mutators
 from known import check
 from mutations import order
 
-FIXED = 120  # cases of the short run
+FIXED = 80  # cases of the short run that are spread over all places
+FOUND = Path(__file__).parent / "fuzz_found.txt"  # and those that long runs have found, one for each kind of fault
 DENSE, SEALED = ("dense", "sharded"), ("packed", "int8", "spqr", "bitmask", "2-4", "llm-int8", "nf4")
 FOREIGN = ("gptq", "awq", "bitsandbytes", "gguf")
 COMMANDS = {
@@ -93,9 +94,10 @@ def places(samples: Path) -> list[tuple[str, str, str, str]]:
 
 
 def fixed_cases(samples: Path) -> list[Case]:
-    """The cases of the short run: spread over all places, and the same ones until places are added."""
+    """The cases of the short run: some of all places, the same ones until places are added, and what was found before."""
     cases = [Case(sample, file, change, 0, command) for sample, file, change, command in places(samples)]
-    return sorted(sorted(cases, key=lambda case: order("fixed", case))[:FIXED], key=str)
+    found = [Case.parse(line) for line in FOUND.read_text().split()]
+    return sorted({*sorted(cases, key=lambda case: order("fixed", case))[:FIXED], *found}, key=str)
 
 
 def all_cases(samples: Path, start: int, worker: int, workers: int) -> Iterator[Case]:
@@ -209,7 +211,7 @@ def attempts(cases: Iterator[Case], samples: Path, scratch: Path, seconds: float
 
 def signature(finding: Finding) -> str:
     """What cases with the same cause have in common: the command, the faults, and the message without its particulars."""
-    raised = re.findall(r"^[\w.]+(?:Error|Exception)\b.*", finding.outcome.stderr, re.MULTILINE)[-1:]
+    raised = re.findall(r"^[\w.]*(?:Error|Exception)\b.*", finding.outcome.stderr, re.MULTILINE)[-1:]
     said = finding.outcome.error_lines or raised or finding.outcome.stderr.strip().splitlines()[-1:] or [""]
     words = re.sub(r"'[^']*'|\"[^\"]*\"|/\S+|\d[\d,.]*|n{20,}|\([^)]*\)", "_", said[0].removeprefix("error: "))
     return f"{finding.case.command}: {', '.join(finding.faults)}: {words[:120]}"
@@ -239,7 +241,8 @@ def summarize(findings: Iterator[Finding], samples: Path, scratch: Path) -> dict
         if finding.faults:
             kind = kinds.setdefault(signature(finding), {"count": 0, "case": str(finding.case)})
             kind["count"] += 1
-            kind.setdefault("says", finding.outcome.stderr.strip()[-300:])
+            if kind["count"] == 1:
+                print(finding.case, finding.faults, file=sys.stderr, flush=True)
     for kind in kinds.values():
         kind["where"] = traced(Case.parse(kind["case"]), samples, scratch)
     rate = total / max(1e-9, time.monotonic() - started)

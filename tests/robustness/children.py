@@ -137,6 +137,6 @@ def faults(outcome: Outcome) -> list[str]:
 def _last_word(stderr: str) -> str:
     """The class of the exception that a traceback ends with."""
     raised = [
-        line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt|Warning)\b", line)
+        line for line in stderr.splitlines() if re.match(r"[\w.]*(Error|Exception|Exit|Interrupt|Warning)(:|$)", line)
     ]
     return raised[-1].split(":")[0].split(".")[-1] if raised else "unknown"

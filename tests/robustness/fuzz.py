@@ -37,7 +37,7 @@ FOREIGN = ("gptq", "awq", "bitsandbytes", "gguf")
 COMMANDS = {
     "dense": ("inspect", "eval", "load", "rtn", "plan"),
     "sharded": ("inspect", "load", "rtn"),
-    "gguf": ("inspect", "eval", "load", "export"),
+    "gguf": ("inspect", "eval", "load", "export", "rtn"),
     "recipe": ("show", "run"),
     "text": ("read", "calibrate"),
 }
@@ -100,11 +100,12 @@ def fixed_cases(samples: Path) -> list[Case]:
     return sorted({*sorted(cases, key=lambda case: order("fixed", case))[:FIXED], *found}, key=str)
 
 
-def all_cases(samples: Path, start: int, worker: int, workers: int) -> Iterator[Case]:
-    """Every place with one seed after the other, those of one worker out of several."""
+def all_cases(samples: Path, only: list[str], start: int, worker: int, workers: int) -> Iterator[Case]:
+    """Every place of the samples `only`, or of all, with one seed after the other; those of one worker out of several."""
+    chosen = [place for place in places(samples) if place[0] in only or not only]
     seed = start
     while True:
-        cases = [Case(sample, file, change, seed, command) for sample, file, change, command in places(samples)]
+        cases = [Case(sample, file, change, seed, command) for sample, file, change, command in chosen]
         yield from sorted(cases, key=lambda case: order("all", case))[worker::workers]
         seed += 1
 
@@ -277,6 +278,7 @@ def main() -> int:
     parser.add_argument("--case")
     parser.add_argument("--keep", type=Path, help="folder for the files of --case")
     parser.add_argument("--seed", type=int, default=1, help="the first one")
+    parser.add_argument("--only", default="", help="samples, separated by commas: gguf,recipe,text")
     parser.add_argument("--worker", default="0/1", help="number of this worker and of all: 0/2")
     given = parser.parse_args()
     import torch
@@ -294,7 +296,7 @@ def main() -> int:
         if given.fixed:
             return check_fixed(given.fixed, samples, Path(scratch), given.update)
         worker, workers = (int(each) for each in given.worker.split("/"))
-        cases = all_cases(samples, given.seed, worker, workers)
+        cases = all_cases(samples, given.only.split(",") if given.only else [], given.seed, worker, workers)
         found = summarize(attempts(cases, samples, Path(scratch), given.seconds), samples, Path(scratch))
     print(json.dumps(found, indent=1))
     return int(bool(found["faults"]))

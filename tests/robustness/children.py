@@ -26,6 +26,14 @@ ALLOCATION = re.compile(r"MemoryError|can't allocate memory|not enough memory|Ca
 UNEXPECTED = re.compile(r"\bunexpected ([A-Z]\w*)|report it\b")
 
 
+def settle() -> None:
+    """Make this process one that can be forked: a single thread, no network, messages of one width."""
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
+    import torch
+
+    torch.set_num_threads(1)
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a child ended: `code` is its exit code, or minus the signal that ended it."""

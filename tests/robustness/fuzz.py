@@ -23,9 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
-
-from children import Outcome, faults, run_child
+from children import Outcome, faults, run_child, settle
 from containers import mutators
 from known import check
 from mutations import order
@@ -281,9 +279,7 @@ def main() -> int:
     parser.add_argument("--only", default="", help="samples, separated by commas: gguf,recipe,text")
     parser.add_argument("--worker", default="0/1", help="number of this worker and of all: 0/2")
     given = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    settle()
     from samples import make_samples
 
     with tempfile.TemporaryDirectory(prefix="lmpress-fuzz-") as scratch:

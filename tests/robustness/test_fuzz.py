@@ -53,3 +53,44 @@ def test_a_key_that_is_added_leaves_most_other_changes_where_they_were(helper) -
         first, second = (mutations.remove(dict(document), str(seed)) for document in (old, old | {"new": 1}))
         same += first == {name: value for name, value in second.items() if name != "new"}
     assert 40 <= same < 50
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # other tests' threads are of no concern to the child
+@pytest.mark.parametrize(
+    ("made", "code", "expected"),
+    [
+        ([], 0, ["damage accepted"]),
+        (["out"], 1, ["a result in spite of the error"]),
+        (["ran"], 1, ["code was run"]),
+        ([], 1, []),
+    ],
+    ids=["accepted", "published", "code", "refused"],
+)
+def test_what_a_command_does_with_a_damaged_result_is_judged(
+    helper,
+    samples: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    made: list[str],
+    code: int,
+    expected: list[str],
+) -> None:
+    fuzz, folder = helper("fuzz"), tmp_path / "case"
+    (samples / "dense").rename(samples / "packed")  # which has sums to check, as a result of ours
+
+    def act(*_: object) -> int:
+        for name in made:
+            (folder / name).mkdir()
+        print("error: x" if code else "", file=sys.stderr)
+        return code
+
+    monkeypatch.setattr(fuzz, "perform", act)
+    folder.mkdir()
+    finding = fuzz.attempt(fuzz.Case.parse("packed/model.safetensors/data/0/inspect"), samples, folder)
+    assert (finding.faults, finding.accepted) == (expected, code == 0)
+
+
+def test_a_name_gives_its_case_again(helper, tmp_path: Path) -> None:
+    fuzz = helper("fuzz")
+    names = fuzz.FOUND.read_text().split()
+    assert names == sorted(set(names)) == [str(fuzz.Case.parse(name)) for name in names]

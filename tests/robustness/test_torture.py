@@ -21,6 +21,39 @@ def test_fixed_points_end_as_the_table_says() -> None:
     assert found["differences"] == {}
 
 
+@pytest.fixture
+def base(helper):
+    """A run of four operations that writes two files, one of them with the time in it."""
+    operations = [("open", ".out/a.partial"), ("rename", ".out/a.partial"), ("rename", ".out"), ("unlink", "rest")]
+    return helper("torture").Undisturbed(0, operations, {"a": b"1", "time": b"2"}, {"time"})
+
+
+@pytest.mark.parametrize(
+    ("files", "code", "stderr", "expected"),
+    [
+        ({"out/a": "1", "out/time": "3", "out.log": ""}, 0, "", []),
+        ({"out/a": "x", "out/time": "2"}, 0, "", ["repeated: other bytes in a"]),
+        ({"out/a": "1", "out/b": "1"}, 0, "", ["repeated: other bytes in b"]),
+        ({"out/a": "1", ".out.partial/a": "1"}, 0, "", ["left behind: .out.partial"]),
+        ({"out/a": "1"}, 2, "error: /x/y/out exists", ["repeated: exit code 2: error: out exists"]),
+    ],
+    ids=["equal", "other", "more", "rest", "refused"],
+)
+def test_a_repetition_is_judged(
+    helper, base, tmp_path: Path, files: dict[str, str], code: int, stderr: str, expected: list[str]
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content)
+    outcome = helper("children").Outcome(code, "", stderr, 1.0, 1)
+    assert helper("torture").judged_repetition(outcome, base, tmp_path) == expected
+
+
+@pytest.mark.parametrize(("number", "at"), [("0", 0), ("0%", 0), ("50%", 2), ("99%", 3), ("100%", 3), ("named", 3)])
+def test_points_are_numbers_shares_or_the_one_behind_the_name(helper, base, number: str, at: int) -> None:
+    assert helper("torture").resolve(number, base) == at
+
+
 def write_files(root: Path) -> int:
     """Six ways to the disk, the last of them caught."""
     import os

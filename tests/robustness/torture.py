@@ -11,7 +11,6 @@ points a share of all operations, `50%`, or `named`, the first one after the res
 import argparse
 import contextlib
 import json
-import os
 import re
 import shutil
 import sys
@@ -21,9 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "COLUMNS": "100"}
-
-from children import Outcome, faults, run_child
+from children import Outcome, faults, run_child, settle
 from disk import EIO, ENOSPC, FILLS, KILL, Disk, install
 from known import check
 
@@ -138,7 +135,7 @@ def undisturbed(command: str, samples: Path, scratch: Path) -> Undisturbed:
     )
 
 
-def resolve(command: str, number: str, base: Undisturbed) -> int:
+def resolve(number: str, base: Undisturbed) -> int:
     """The operation that a point names: a number, a share, or the first one after the result got its name."""
     count = len(base.operations)
     if number == "named":  # the last rename of a sibling gives it
@@ -154,7 +151,7 @@ def resolve(command: str, number: str, base: Undisturbed) -> int:
 def attempt(point: str, samples: Path, scratch: Path, base: Undisturbed) -> Finding:
     """End a run at a point, repeat it, and judge both."""
     command, end, number = point.split("/")
-    at = resolve(command, number, base)
+    at = resolve(number, base)
     folder = scratch / point.replace("/", "-")
     folder.mkdir()
     out = folder / "root" / OUT
@@ -259,9 +256,7 @@ def main() -> int:
     parser.add_argument("--update", action="store_true")
     parser.add_argument("--point")
     given = parser.parse_args()
-    import torch
-
-    torch.set_num_threads(1)
+    settle()
     from samples import make_samples
 
     with tempfile.TemporaryDirectory(prefix="lmpress-torture-") as folder:

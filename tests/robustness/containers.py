@@ -240,7 +240,7 @@ def in_yaml(change: Callable[[Any, str], Any]) -> Mutator:
 
 def odd(data: bytes, seed: str) -> bytes:
     """What YAML can do and a recipe never should, in front of it or alone."""
-    return choose(seed, ODD_YAML).encode() + choose(f"{seed}+", [b"", data])
+    return choose(seed, ODD_YAML).encode() + data * choose(f"{seed}+", [0, 1])
 
 
 RECIPES: dict[str, Mutator] = BYTES | {name: in_yaml(change) for name, change in DOCUMENTS.items()} | {"odd": odd}

@@ -119,6 +119,7 @@ def prepare(case: Case, samples: Path, folder: Path) -> tuple[Path, bool]:
     data = (source / case.file).read_bytes()
     changed = mutators(case.file)[case.change](data, str(case))
     (target / case.file).write_bytes(changed)
+    os.link(samples / "text.txt", folder / "text.txt")  # which recipes read
     return (target if source != samples else target / case.file), changed != data
 
 

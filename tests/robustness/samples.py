@@ -79,10 +79,9 @@ def save_texts(folder: Path) -> None:
 
 
 def save_recipes(folder: Path) -> None:
-    """Every recipe as YAML, its texts by their full paths."""
+    """Every recipe as YAML; it reads text.txt in the current folder, so that its bytes are the same everywhere."""
     for name, content in RECIPES.items():
-        text = yaml.safe_dump(content).replace("text.txt", str(folder / "text.txt"))
-        (folder / f"{name}.yaml").write_text(text)
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
 
 
 def make_samples(folder: Path) -> None:

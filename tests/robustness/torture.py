@@ -111,6 +111,7 @@ def execute(
     """Run `command` into `folder`/root in a child whose disk ends at an operation; its outcome and operations."""
     root, record = folder / "root", folder / "operations.json"
     root.mkdir(exist_ok=True)
+    shutil.copyfile(samples / "text.txt", folder / "text.txt")  # which the chain reads
     record.unlink(missing_ok=True)
     outcome = run_child(
         lambda: perform(command, samples, Disk(root, end, at), record), folder, cpu_seconds=120, wall_seconds=600

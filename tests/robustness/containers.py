@@ -199,7 +199,7 @@ def field(data: bytes, seed: str) -> bytes:
 
 
 def count(data: bytes, seed: str) -> bytes:
-    """A number that says how much follows, or how large something is, becomes huge or nothing."""
+    """A count, a length or a size becomes huge or zero."""
     sizes = [
         each for each in gguf_fields(data) if any(word in each[0] for word in ("length", "count", "tensors", "entries"))
     ]

@@ -23,7 +23,7 @@ DESCRIPTORS = ("fsync", "fdatasync", "ftruncate", "sendfile", "write", "pwrite",
 
 @dataclass
 class Disk:
-    """Everything below `root`; `mode` says what happens at operation number `at`, counted from 0, and `at` -1 is never.
+    """Everything below `root`; `mode` is what happens at operation number `at`, counted from 0; with -1 nothing does.
 
     kill    the process is gone before the operation, a write is half done
     eio     this operation fails, later ones work again
@@ -62,7 +62,7 @@ class Disk:
 
 
 def install(disk: Disk) -> None:
-    """Replace this process's ways to the disk; for good, so only in a child."""
+    """Replace this process's ways to the disk. It cannot be undone: call it in a child."""
     for name in (*ONE_PATH, *TWO_PATHS):
         setattr(os, name, _counted_path(disk, name, getattr(os, name)))
     for name in DESCRIPTORS:

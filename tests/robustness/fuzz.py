@@ -66,7 +66,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Finding:
-    """What came of a case: its faults, and whether data that were changed were taken for good."""
+    """What came of a case: its faults, and whether changed data were accepted with exit code 0."""
 
     case: Case
     faults: list[str]

@@ -1,4 +1,4 @@
-"""The tables of what is known to fail: a case and its faults. Whoever mends one takes it out, or the test says so."""
+"""The tables of what is known to fail: a case and its faults. A test compares them with what fails, so that a fix must take its cases out."""
 
 import json
 from pathlib import Path
@@ -16,7 +16,7 @@ def check(file: Path, found: Failures, count: int, update: bool) -> int:
 
 
 def differences(known: Failures, found: Failures) -> dict[str, str]:
-    """For every case that does not end as the table says: how it should, and how it did."""
+    """For every case that differs from the table: its known faults and those that were found."""
     cases = sorted(known.keys() | found.keys())
     return {
         case: f"known {known.get(case, [])}, found {found.get(case, [])}"

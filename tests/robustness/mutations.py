@@ -128,7 +128,7 @@ def change_text(document: Any, seed: str) -> Any:
 
 
 def explode(document: Any, seed: str) -> Any:
-    """A string in a list, where patterns of names stand, becomes a regular expression that takes for ever."""
+    """A string in a list, where patterns of names stand, becomes a regular expression that needs exponential time."""
     texts = [path for path in paths(document) if isinstance(path[-1], int) and isinstance(at(document, path), str)]
     if not texts:
         return change_text(document, seed)

@@ -10,7 +10,7 @@ import pytest
 FOLDER = Path(__file__).parent
 
 
-def test_fixed_points_end_as_the_table_says() -> None:
+def test_fixed_points_fail_as_listed_and_no_others() -> None:
     table = FOLDER / "torture_known.json"
     done = subprocess.run(
         [sys.executable, FOLDER / "torture.py", "--fixed", table], capture_output=True, text=True, check=False

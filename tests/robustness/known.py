@@ -1,4 +1,7 @@
-"""The tables of what is known to fail: a case and its faults. A test compares them with what fails, so that a fix must take its cases out."""
+"""The tables of what is known to fail: a case and its faults.
+
+A test compares them with what fails, so that a fix must take its cases out.
+"""
 
 import json
 from pathlib import Path

@@ -3,6 +3,8 @@
 
 PYTHON ?= python3
 WORKERS ?= 2
+FUZZ_SECONDS ?= 3600
+POINTS ?= 50
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -11,7 +13,7 @@ INSTALLED := .venv/installed
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint bench interop clean
+.PHONY: demo test lint bench interop fuzz torture clean
 
 # Compress the sample model four ways and compare the results.
 demo: $(INSTALLED)
@@ -33,6 +35,14 @@ bench: $(INSTALLED)
 # Load every export in its runtime, each in an environment of its own; takes many minutes.
 interop: $(INSTALLED)
 	$(BIN)/python benchmarks/others/interop.py --docs docs/interop.md --readme README.md
+
+# Changed checkpoints, recipes and texts for an hour, or FUZZ_SECONDS; the faults by their kind, each with a case that shows it.
+fuzz: $(INSTALLED)
+	$(BIN)/python tests/robustness/fuzz.py --seconds $(FUZZ_SECONDS)
+
+# Kills and failing disks at POINTS operations of each command; takes most of an hour.
+torture: $(INSTALLED)
+	$(BIN)/python tests/robustness/torture.py --points $(POINTS)
 
 clean:
 	rm -rf .venv .ruff_cache build dist *.egg-info

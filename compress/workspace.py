@@ -96,6 +96,11 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         safetensors_io.write(self._part(OUTSIDE), tensors)
 
+    def outside(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks that were rewritten; none if there are none."""
+        part = self._part(OUTSIDE)
+        return safetensors_io.read(part) if part.exists() else {}
+
     def write_cache_ranges(self, index: int, ends: KVRanges) -> None:
         """Store the calibrated ranges of the cache of block `index`: before the block, so that every block has them."""
         if self.plan.attentions and self.plan.kv is not None:
@@ -116,15 +121,19 @@ class Workspace:
         tensors = safetensors_io.read(self._part(f"block-{index:05d}"))
         return {name: tensor for name, tensor in tensors.items() if name in self.plan.copied}
 
-    def finish(self) -> list[Figures]:
-        """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
+    def layers(self) -> list[Figures]:
+        """The figures of every compressed layer of the finished blocks."""
+        return [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
+
+    def finish(self, judged: Mapping[str, Any] = MappingProxyType({})) -> list[Figures]:
+        """Complete the checkpoint and put it in place, `judged` in its report. Returns the figures of every quantized layer."""
         inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
         outside = self._part(OUTSIDE)
         rewritten = safetensors_io.read_header(outside) if outside.exists() else {}
         for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
             if not name.startswith(inside) and name not in rewritten:
                 safetensors_io.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
-        figures = [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
+        figures = self.layers()
         complete = self.path / "complete"
         with safetensors_io.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
@@ -133,12 +142,12 @@ class Workspace:
             if self.plan.kv is not None and self.plan.kv.static and not self.plan.attentions:
                 ranges = [read_ranges(self._cache_ranges(index))[0] for index in range(self.plan.blocks)]
                 write_ranges(complete / CACHE_RANGES, ranges)
-            self._write_documents(complete, figures)
+            self._write_documents(complete, figures, judged)
             put_in_place(complete, self.out)
             shutil.rmtree(self.path)
         return figures
 
-    def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
+    def _write_documents(self, complete: Path, figures: list[Figures], judged: Mapping[str, Any]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
         called = self.plan.called
         dense = [called.get(name, name) for name in (*self.plan.dense, *self.plan.heads, *self.plan.routers)]
@@ -156,7 +165,9 @@ class Workspace:
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
-        (complete / "report.json").write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
+        (complete / "report.json").write_text(
+            json.dumps({**self._provenance(), **judged, "layers": figures}, indent=2) + "\n"
+        )
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
 
     def _tables_group(self) -> dict[str, Any]:

@@ -286,8 +286,8 @@ class Runner:
                 return
             if type(module) is nn.Embedding:
                 hooks.append(self._embed_in_stored_dtype(module, name))
-            elif module is head and type(module) is nn.Linear:
-                self._read_out_in_stored_dtype(module, name)
+            elif module is head:
+                materialise(module, name, self.source, self.names, self.device, widen=False)
             else:
                 materialise(module, name, self.source, self.names, self.device)
             loaded.append(module)
@@ -296,6 +296,9 @@ class Runner:
                     assign(module, leaf, rewritten[f"{name}.{leaf}"].to(self.device))
 
         head = self.model.get_output_embeddings()
+        head = head if type(head) is nn.Linear else None
+        if head is not None:
+            head.forward = partial(_linear_in_slices, head)
         modules = list(outside(self.model, self.blocks))
         hooks = [module.register_forward_pre_hook(partial(load, name=name)) for name, module in modules]
         for _, module in modules:
@@ -306,22 +309,11 @@ class Runner:
         finally:
             for hook in hooks:
                 hook.remove()
+            if head is not None:
+                del head.forward
             for module in loaded:
-                module.__dict__.pop("forward", None)
                 release(module)
                 module.to(self._dtype)  # embeddings and heads were loaded in their stored dtype
-
-    def _read_out_in_stored_dtype(self, head: nn.Module, name: str) -> None:
-        """Load a head in its stored dtype and convert it slice by slice: converted, it would be the largest tensor."""
-        materialise(head, name, self.source, self.names, self.device, widen=False)
-
-        def forward(x: Tensor) -> Tensor:
-            slices = head.get_parameter("weight").split(HEAD_ROWS)
-            y = torch.cat([nn.functional.linear(x, rows.to(x.dtype)) for rows in slices], -1)
-            bias = head._parameters.get("bias")
-            return y if bias is None else y + bias.to(x.dtype)
-
-        head.forward = forward
 
     def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
         """Load an embedding in its stored dtype and convert its outputs: converted, it would be the largest tensor."""
@@ -373,6 +365,13 @@ class Runner:
             hook.remove()
             self.unload(0)
         return answer[0]
+
+
+def _linear_in_slices(head: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - the name of the method that it replaces
+    """`head(input)` with the weight in its stored dtype, converted slice by slice: converted, it would be the largest tensor."""
+    parts = [nn.functional.linear(input, rows.to(input.dtype)) for rows in head.weight.split(HEAD_ROWS)]
+    y = torch.cat(parts, -1)
+    return y if head.bias is None else y + head.bias.to(input.dtype)
 
 
 def _batch(ids: Tensor, small: bool) -> int:

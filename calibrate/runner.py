@@ -368,7 +368,7 @@ class Runner:
 
 
 def _linear_in_slices(head: nn.Linear, input: Tensor) -> Tensor:  # noqa: A002 - the name of the method that it replaces
-    """`head(input)` with the weight in its stored dtype, converted slice by slice: converted, it would be the largest tensor."""
+    """`head(input)`, its weight converted slice by slice: the whole of it would be the largest tensor in memory."""
     parts = [nn.functional.linear(input, rows.to(input.dtype)) for rows in head.weight.split(HEAD_ROWS)]
     y = torch.cat(parts, -1)
     return y if head.bias is None else y + head.bias.to(input.dtype)

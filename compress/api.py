@@ -1,4 +1,4 @@
-"""The Python API: the command line's words as arguments."""
+"""The Python API: the options of the command line as keywords."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -136,6 +136,6 @@ def run(
         ready = Run.of(model, wanted, out, targets=target, device=device, overwrite=overwrite)
         return ready.execute(observer)
     if target:
-        raise UsageError("a chain takes no target", "end it with an export")
+        raise UsageError("target does not apply to a chain", "end the chain with an export stage")
     place = chain.default_out(model, wanted) if out is None else Path(out)
     return run_chain(model, place, wanted, overwrite=overwrite, device=device, observer=observer)

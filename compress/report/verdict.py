@@ -7,8 +7,7 @@ from typing import Literal
 BROKEN_ERROR = 0.9  # a layer whose output is off by nine tenths of its norm carries no signal
 OUTLYING_ERROR = 10.0  # times the median layer's error
 
-
-BEFORE_TRAINING = "_before_training"  # what the name of a figure ends in where a layer was trained after it was solved
+BEFORE_TRAINING = "_before_training"  # suffix of the figures that a layer had before it was trained
 Figures = dict[str, float | int | str]
 
 
@@ -21,8 +20,10 @@ class Verdict:
 
 
 def output_errors(layers: Sequence[Figures]) -> dict[str, float]:
-    """The relative output error of every layer that was solved for, by its name: where it was trained, from before that,
-    since training a block to give the right output has no error of one layer to go by."""
+    """The relative output error of every solved layer, by its name.
+
+    If a layer was trained afterwards, it is the error before the training: training a block defines no error of one layer.
+    """
     found = {}
     for layer in layers:
         error = layer.get("relative_error", layer.get(f"relative_error{BEFORE_TRAINING}"))
@@ -32,7 +33,7 @@ def output_errors(layers: Sequence[Figures]) -> dict[str, float]:
 
 
 def judge(layers: Sequence[Figures]) -> Verdict:
-    """Judge by the relative output errors and by what the solver had to resort to."""
+    """Judge by the relative output errors and by the fallbacks of the solver."""
     errors = output_errors(layers)
     if not errors:
         return Verdict("HEALTHY")
@@ -48,7 +49,7 @@ def judge(layers: Sequence[Figures]) -> Verdict:
     fallen = [str(layer["name"]) for layer in layers if "fallback" in layer]
     if fallen:
         return Verdict(
-            "SUSPECT", f"{len(fallen)} layers were rounded, solving made them worse: {', '.join(fallen[:3])}"
+            "SUSPECT", f"{len(fallen)} layers were rounded, because solving made them worse: {', '.join(fallen[:3])}"
         )
     if errors[worst] > OUTLYING_ERROR * median and errors[worst] > 0.1:
         return Verdict("SUSPECT", f"{worst} has a relative output error of {errors[worst]:.2f} (median {median:.3f})")

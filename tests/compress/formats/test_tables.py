@@ -106,7 +106,7 @@ def test_the_config_names_tables_beside_all_linears(tiny: Path, tmp_path: Path) 
 
 def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
     notes = Run.of(tiny, recipe(group_size=128)).plan.notes
-    assert notes == ["group size 128 does not divide 16, uses one scale per row: model.embed_tokens, lm_head"]
+    assert notes == ["group size 128 does not divide 16: one scale per row is used: model.embed_tokens, lm_head"]
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ class Linear:
 
     name     the full name of the module
     weight   float32 `[out, in]`, also if the module stores its transpose. It is the module's own tensor and changes with every
-             pass, unless a pass needs the `original`: then it is a copy of the weight that the first compressing pass started from
+             pass, unless a pass needs the `original`: then it is a copy of what the first compressing pass started from
     args     the weight arguments, resolved for this layer
-    hessian  of its inputs, and `drift` of its inputs from those of the original model; None unless the pass needs them
+    hessian  of its inputs, and their `drift` from the original model's inputs; None unless the pass needs them
     held_out Hessian and drift of the held-out tokens, which `hessian` and `drift` include too
     result   what the pass leaves
     figures  what the report lists about the layer

@@ -38,8 +38,8 @@ class RuntimeFormat:
     experts      the experts of a mixture are read
     mixed        experts may have different schemes
     inputs       how inputs are quantized, in the words of `input_words`; empty if they are not
-    cache        bits of a packed cache whose scales are read: one scale for all keys of a layer and one for its values, symmetric
-                 and calibrated (`CacheScheme.is_shared`); None for any cache, empty for none
+    cache        bits of a packed cache whose scales are read: one scale for all keys of a layer and one for its values,
+                 symmetric and calibrated (`CacheScheme.is_shared`); None for any cache, empty for none
     """
 
     format: str

@@ -63,7 +63,7 @@ def test_the_page_has_all_parts() -> None:
     assert parts().keys() == HELD_BY.keys() | {"compress/methods/quantize/stochastic.py"}
 
 
-def test_a_method_added_as_the_page_says_passes_the_tests(copy: Path) -> None:
+def test_a_method_added_by_the_page_passes_the_tests(copy: Path) -> None:
     generated = run(copy, "docs/generate.py")
     assert generated.returncode == 0, generated.stderr
     for page in ("README.md", "docs/index.md", "docs/taxonomy.md"):

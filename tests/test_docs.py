@@ -47,7 +47,7 @@ def test_the_generated_pages_are_up_to_date(generator: ModuleType) -> None:
     assert stale == [], "run: python docs/generate.py"
 
 
-def test_a_page_without_its_markers_is_noticed(generator: ModuleType) -> None:
+def test_a_page_without_its_markers_is_refused(generator: ModuleType) -> None:
     with pytest.raises(ValueError, match="the page lacks"):
         generator.with_section("no markers", "text")
     page = f"before {generator.BEGIN} old {generator.END} after"
@@ -62,7 +62,7 @@ def test_every_command_line_parses(page: Path, parsed_only: None) -> None:
 
 
 @pytest.mark.parametrize("line", ["quantize --bitz 4 MODEL", "quantize MODEL --bits four", "prune", "shrink MODEL"])
-def test_a_wrong_command_line_is_noticed(line: str, parsed_only: None) -> None:
+def test_a_wrong_command_line_is_refused(line: str, parsed_only: None) -> None:
     assert invoke(f"compress {line}").exit_code == 2
 
 
@@ -86,17 +86,17 @@ def test_every_recipe_that_a_command_line_asks_for_can_be_built(page: Path, monk
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_has_a_target(page: Path) -> None:
     for target in links(page):
         assert target.exists(), target
 
 
-def test_the_map_leads_to_every_page() -> None:
+def test_the_index_links_to_every_page() -> None:
     listed = {target.resolve() for target in links(DOCS / "index.md")}
     assert {page for page in PAGES if page.is_relative_to(DOCS)} - listed == {DOCS / "index.md"}
 
 
-def test_the_page_of_formats_says_what_runtimes_accept() -> None:
+def test_the_page_of_formats_lists_what_runtimes_accept() -> None:
     page = (DOCS / "formats.md").read_text(encoding="utf-8").splitlines()
     for runtime, containers in TARGETS.items():
         for container in containers:

@@ -86,7 +86,7 @@ def test_siblings_are_imported_relatively(path):
 # --- rule 3: our `kernels` never stands in for Hugging Face's ----------------------------------------------------------
 
 
-def test_kernels_is_no_regular_package():
+def test_kernels_is_not_a_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -111,7 +111,7 @@ def test_the_root_holds_only_the_api_and_the_command():
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py", "errors.py"}
 
 
-def test_tests_are_no_package():
+def test_tests_are_not_a_package():
     assert [path for path in python_files() if path.parts[0] == "tests" and path.name == "__init__.py"] == []
 
 

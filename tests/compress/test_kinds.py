@@ -111,7 +111,7 @@ def test_what_works_on_any_kind_works_on_a_new_one(ternary: ModuleType, tiny: Pa
         assert torch.allclose(layer(x), x @ tensor.dequantize().T, atol=1e-5)
 
 
-def test_runtimes_that_do_not_know_it_are_refused(ternary: ModuleType, tiny: Path, tmp_path: Path) -> None:
+def test_runtimes_that_cannot_read_a_new_kind_are_refused(ternary: ModuleType, tiny: Path, tmp_path: Path) -> None:
     lmpress.run(tiny, tmp_path / "out", recipe(), target=["lmpress"])
     with pytest.raises(UsageError, match="holds no ternary weights"):
         lmpress.run(tiny, tmp_path / "other", recipe(), target=["vllm"])
@@ -181,7 +181,7 @@ def _told_apart(path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
 
 
-def test_no_other_code_tells_kinds_apart() -> None:
+def test_no_other_code_distinguishes_kinds() -> None:
     floors = ("recipes", "kernels", "calibrate", "compress", "eval")
     files = [path for floor in floors for path in (ROOT / floor).rglob("*.py")]
     assert [place for path in files for place in _told_apart(path) if not place.startswith(OWN)] == []

@@ -62,6 +62,6 @@ def test_a_difference_outside_the_packed_layers_is_found_in_its_block(tmp_path: 
 
 
 @pytest.mark.skipif(INSTALLED, reason="llama-cpp-python is installed")
-def test_its_absence_is_said() -> None:
+def test_a_missing_llama_cpp_is_reported() -> None:
     with pytest.raises(UsageError, match="needs the package llama-cpp-python; pip install llama-cpp-python"):
         llamacpp.library()

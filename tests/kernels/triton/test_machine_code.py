@@ -68,7 +68,7 @@ def test_weights_are_loaded_16_bytes_at_a_time(found: dict[str, Any], case: str)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_code_is_as_long_as_it_was(found: dict[str, Any], case: str) -> None:
+def test_the_machine_code_has_the_recorded_length(found: dict[str, Any], case: str) -> None:
     """Fails if a new Triton makes other code: look at the code, then regenerate machine_code.json."""
     if triton.__version__ != EXPECTED["triton"]:
         pytest.skip(f"machine_code.json was written with Triton {EXPECTED['triton']}")

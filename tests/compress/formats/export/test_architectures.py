@@ -71,7 +71,7 @@ def test_what_is_exported_computes_the_same_or_is_refused(
         assert torch.allclose(logits(out), expected[source], rtol=0, atol=tolerance), name
 
 
-def test_experts_that_stay_fused_are_taken_over_as_they_are(tmp_path: Path) -> None:
+def test_experts_that_stay_fused_are_copied_unchanged(tmp_path: Path) -> None:
     """Transposed experts with biases in three dimensions have no place for packed weights: they stay dense, and so does an
     export; the attention beside them is packed."""
     from transformers import GptOssConfig, GptOssForCausalLM

@@ -67,7 +67,7 @@ def weights(case: int) -> Tensor:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_every_byte_is_bitsandbytes_own(nested: bool) -> None:
+def test_every_byte_equals_what_bitsandbytes_writes(nested: bool) -> None:
     args = replace(SCHEME.weights, dtype="float32", scale_dtype="nested" if nested else "float32")
     for case in range(60):
         weight = weights(case)
@@ -81,7 +81,7 @@ def test_every_byte_is_bitsandbytes_own(nested: bool) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_what_is_served_is_what_it_dequantizes(nested: bool) -> None:
+def test_served_weights_equal_what_bitsandbytes_dequantizes(nested: bool) -> None:
     args = replace(SCHEME.weights, scale_dtype="nested" if nested else "float32")
     weight = torch.randn(48, 320, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
@@ -102,7 +102,7 @@ def test_plain_transformers_gives_the_same_logits(llama: Path, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path, nested: bool) -> None:
+def test_checkpoints_that_bitsandbytes_wrote_are_served(llama: Path, tmp_path: Path, nested: bool) -> None:
     dtype = json.loads((llama / "config.json").read_text())["dtype"]
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
     AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, quantization_config=kind).save_pretrained(tmp_path / "own")
@@ -149,7 +149,7 @@ def test_llm_int8_is_exported_and_served_by_bitsandbytes(
     assert (logits(model) - expected).abs().max() < 0.2 * expected.std()  # it rounds the inputs too
 
 
-def test_llm_int8_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path) -> None:
+def test_llm_int8_checkpoints_that_bitsandbytes_wrote_are_served(llama: Path, tmp_path: Path) -> None:
     kind = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=kind).save_pretrained(tmp_path / "own")
     expected = logits(by_hand(llama, tmp_path / "own"))
@@ -167,7 +167,7 @@ def by_hand(model: Path, out: Path) -> nn.Module:
     return dense
 
 
-def test_loud_columns_widen_the_exported_scales_where_they_must() -> None:
+def test_outlier_columns_widen_the_exported_scales_if_necessary() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     weight[:8, 5] *= 30
     args = replace(llm_int8.SCHEME.weights, outliers=1 / 64)

@@ -119,7 +119,7 @@ def test_what_is_solved_is_stored_loaded_and_exported_bit_for_bit(
     assert torch.allclose(foreign(IDS).logits, logits, rtol=0, atol=1e-5)
 
 
-def test_a_process_of_its_own_reads_the_codes_as_they_are_stored(letters: Path, tmp_path: Path) -> None:
+def test_another_process_reads_the_codes_as_they_are_stored(letters: Path, tmp_path: Path) -> None:
     lmpress.quantize(letters, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
     (finding,) = lmpress.verify(tmp_path / "q", runtime=["lmpress"]).findings
     assert finding.ok and finding.steps is not None and finding.steps < 1e-4
@@ -139,7 +139,7 @@ def test_rows_that_no_super_block_fills_get_the_block_that_llama_cpp_gives_them(
     assert QuantArgs(**Q6_K, **SUPER).for_width(96).block == "Q8_0"
 
 
-def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_impossible_requests_are_refused_with_a_remedy(tmp_path: Path) -> None:
     odd = model(tmp_path, inner=200)
     with pytest.raises(UsageError, match=r"mlp.down_proj cannot be stored: no GGUF block holds rows of 200.*--keep"):
         lmpress.quantize(odd, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
@@ -156,7 +156,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
-def test_targets_know_which_runtimes_read_blocks() -> None:
+def test_only_targets_that_read_blocks_accept_them() -> None:
     from lmpress.compress.plan import LayerPlan
 
     layers = [LayerPlan("m.0.up_proj", 0, "Linear", (512, 256), args("Q4_K"), 0)]
@@ -165,6 +165,6 @@ def test_targets_know_which_runtimes_read_blocks() -> None:
         check(layers, ["vllm"])
 
 
-def test_every_block_knows_the_arguments_that_it_is_made_of() -> None:
+def test_every_block_has_the_arguments_that_choose_it() -> None:
     for block in blocks.BLOCKS:
         assert blocks.kind(blocks.arguments(block), 256) == block

@@ -1,4 +1,4 @@
-"""The command line: one clear line and the right exit code for everything that can go wrong, and nothing half done."""
+"""The command line: one clear line and the right exit code for everything that can go wrong, and no unfinished output."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""One field, one flag, one keyword: the command line and the Python API follow the option models; no flag is ignored."""
+"""One field, one flag, one keyword: the command line and the Python API are made from the option models; no flag is ignored."""
 
 import ast
 import inspect

@@ -62,7 +62,7 @@ ROOMS = {
         "commands",
     ),
 }
-# Where a function may import our own code: start-up time needs it there, and Triton loads only where it can run.
+# Files whose functions may import our own code: for start-up time, and because Triton is loaded only if it can run.
 LATE = ("cli.py", "*/commands.py", "compress/command/*.py", "kernels/triton/*.py", "kernels/triton/*/*.py")
 
 

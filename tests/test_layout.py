@@ -45,7 +45,7 @@ def declared_packages() -> list[str]:
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter in the root, where the current folder is on its path as it is for a user who works there."""
+    """A fresh interpreter in the root, with the current folder on its path, as it is for a user who works there."""
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -83,7 +83,7 @@ def test_siblings_are_imported_relatively(path):
     assert [name for name in absolute_imports(tree) if name.split(".")[0] in own] == []
 
 
-# --- rule 3: our `kernels` never stands in for Hugging Face's ----------------------------------------------------------
+# --- rule 3: our `kernels` never replaces Hugging Face's --------------------------------------------------------------
 
 
 def test_kernels_is_not_a_regular_package():

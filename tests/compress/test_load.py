@@ -21,7 +21,7 @@ IDS = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def llama(tmp_path: Path, letters: PreTrainedTokenizerFast) -> Path:
-    """Widths 64 and 172: groups of 32 divide the one and not the other."""
+    """Widths 64 and 172: groups of 32 divide only the first."""
     config = LlamaConfig(
         vocab_size=10,
         hidden_size=64,
@@ -46,7 +46,7 @@ def compressed(model: Path, **options: Any) -> Path:
 
 
 def dequantized(model: Path, out: Path) -> PreTrainedModel:
-    """The original model with the weights that the checkpoint's tensors stand for, by the formula of the format."""
+    """The original model with weights that are dequantized from the checkpoint by the formula of the format."""
     dense, stored = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), open_source(out).tensors
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     replaced = 0

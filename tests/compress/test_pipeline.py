@@ -1,4 +1,4 @@
-"""The whole way on small models: exact promises, equal bytes, runs that were killed, and what calibration is worth."""
+"""The whole pipeline on small models: exact plans, equal bytes, killed runs, and the benefit of calibration."""
 
 import signal
 import subprocess
@@ -174,7 +174,7 @@ def test_conv1d_layers_are_quantized(tmp_path: Path, text: str, letters: PreTrai
     assert found.kl is not None and 0 < found.kl < 1e-2
 
 
-# What the methods are worth on models that learned something.
+# The accuracy of the methods on trained models.
 MODELS = {
     "stories260K": ("tinystories/train.jsonl", "tinystories/test.jsonl", 256, 32),
     "stories260K-outlier": ("tinystories/train.jsonl", "tinystories/test.jsonl", 256, 32),
@@ -184,7 +184,7 @@ MODELS = {
 
 
 def divergence(assets: Path, model: str, out: Path, **options: Any) -> tuple[float, list[dict[str, Any]]]:
-    """KL of the quantized model from the original in nats a token, and the figures of its layers."""
+    """KL of the quantized model from the original in nats per token, and the figures of its layers."""
     train, test, length, group = MODELS[model]
     path = assets / "models" / model
     options = {"group_size": group, "calib": str(assets / "data" / train), "seq_len": length, **options}

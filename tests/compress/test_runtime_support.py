@@ -1,4 +1,4 @@
-"""Targets refuse before any work, name the layers, and propose what would do; a proposal that is followed is accepted."""
+"""Targets refuse before any work, name the layers, and propose a setting; a proposed setting is accepted."""
 
 import re
 from pathlib import Path
@@ -83,7 +83,7 @@ def test_quantized_inputs_need_a_runtime_that_rounds_them() -> None:
 
 
 def test_asymmetric_weights_are_served_in_the_format_that_reads_them() -> None:
-    """vLLM reads asymmetric weights as AWQ only: 8 bits asymmetric are refused whatever the format."""
+    """vLLM reads asymmetric weights only as AWQ, which has 4 bits: 8 bits are refused in every format."""
     check(block(QuantArgs(symmetric=False)), ["vllm"])
     with pytest.raises(UsageError, match="vllm cannot serve"):
         check(block(QuantArgs(bits=8, symmetric=False)), ["vllm"])

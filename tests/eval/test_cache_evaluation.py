@@ -1,4 +1,4 @@
-"""Perplexity with a packed cache: that of decoding token by token, beside the full cache's, with the bytes of both."""
+"""Perplexity with a packed cache: that of decoding token by token, compared with the full cache's, with the bytes of both."""
 
 import json
 from pathlib import Path

@@ -33,7 +33,7 @@ def test_the_sample_model_is_served(tmp_path: Path, kind: str) -> None:
     (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
     assert finding.ok, finding
     assert finding.versions.keys() == {"llama-cpp-python", "gguf"}
-    assert finding.steps == 0 or (kind == "Q4_1" and finding.steps < 0.02)  # whose minima are rounded to float16
+    assert finding.steps == 0 or (kind == "Q4_1" and finding.steps < 0.02)  # the minima of Q4_1 are rounded to float16
 
 
 @needs_llama_cpp

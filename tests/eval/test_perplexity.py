@@ -170,7 +170,7 @@ def test_progress_counts_rows(tiny: Path, text: tuple[str, list[int]]) -> None:
 
 
 def spoiled(model: PreTrainedModel) -> PreTrainedModel:
-    """With an embedding of `h` that is no number: the first row with that letter is the first to fail."""
+    """A model whose embedding of `h` is NaN: the first row with that letter fails first."""
     next(model.get_input_embeddings().parameters()).data[9] = math.nan
     return model
 

@@ -1,4 +1,4 @@
-"""`verify` believes what is right, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
+"""`verify` accepts correct checkpoints, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def scale(tensors: dict[str, Tensor]) -> None:
 
 
 def permutation(tensors: dict[str, Tensor]) -> None:
-    """Rows 6 and 7 change places, with their scales."""
+    """Swap rows 6 and 7, with their scales."""
     for part in ("weight_packed", "weight_scale"):
         tensors[f"{LAYER}.{part}"][[6, 7]] = tensors[f"{LAYER}.{part}"][[7, 6]]
 
@@ -73,7 +73,7 @@ def test_one_corruption_is_found_and_named(
 
 
 def test_transformers_and_its_gguf_reader_serve_the_weights_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
-    """compressed-tensors as it lies, the GGUF export, and the table and exit code of the command."""
+    """The checkpoint as written, its GGUF export, and the table and exit code of the command."""
     lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
     found = lmpress.verify(tmp_path / "gguf", against=checkpoint, runtime=["gguf-transformers"])
     (finding,) = found.findings
@@ -108,7 +108,7 @@ def test_wrong_requests_are_refused(checkpoint: Path) -> None:
 
 
 def test_against_the_dense_original_the_divergence_is_reported_but_not_judged(checkpoint: Path, tmp_path: Path) -> None:
-    """What it says is exact is held against the checkpoint itself; the divergence is no part of the verdict."""
+    """Exactness is judged against the checkpoint; the divergence from the original is not part of the verdict."""
     dense = checkpoint.parent / "model"
     command = ["verify", str(checkpoint), "--against", str(dense), "--runtime", "lmpress"]
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "found.json")])
@@ -136,7 +136,7 @@ ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "sig
 
 @pytest.mark.parametrize("weights", [ROWWISE, {"bits": 4, "group_size": 32}], ids=["W8A8", "W4A8"])
 def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path: Path, weights: dict[str, Any]) -> None:
-    """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is held against its own."""
+    """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is compared with its own formula."""
     inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
     passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
     lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
@@ -146,7 +146,7 @@ def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path:
 
 
 def test_runtimes_of_another_environment_can_be_used(checkpoint: Path, tmp_path: Path) -> None:
-    """`--python` starts them; an interpreter that cannot is told in its own words."""
+    """`--python` starts them; if the interpreter cannot, its own message is shown."""
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'ImportError: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)

@@ -1,4 +1,4 @@
-"""The registry of methods: each record is true of its method, and fits the general code."""
+"""The registry of methods: each record describes its method correctly, and fits the general code."""
 
 import pytest
 

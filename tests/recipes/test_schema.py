@@ -1,4 +1,4 @@
-"""Recipes: flags, YAML and Python say the same; what is wrong is named with what was probably meant."""
+"""Recipes: flags, YAML and Python build the same recipe; errors name the mistake and the likely intention."""
 
 import json
 from pathlib import Path

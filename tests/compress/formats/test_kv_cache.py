@@ -1,4 +1,4 @@
-"""One scale of keys and one of values a layer: stored as compressed-tensors has them, applied by it, and read back."""
+"""One scale of keys and one of values per layer: stored and applied as in compressed-tensors, and read back."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_checkpoint_has_what_compressed_tensors_reads(tiny: Path, tmp_path: Pa
 
 
 def test_transformers_applies_the_scales(tiny: Path, tmp_path: Path) -> None:
-    """Not only loads: verify holds it against every key and value rounded, and finds a scale that is another."""
+    """It does not only load them: verify compares every rounded key and value, and finds a changed scale."""
     out = compressed(tiny, tmp_path / "out")
     (found,) = verify(out).findings
     assert found.ok and found.outputs is not None and found.outputs.logits < 1e-5
@@ -104,7 +104,7 @@ def test_w8a8_layers_carry_the_scales_too(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_checkpoints_of_other_tools_are_read(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """They have no key of ours in config.json, and scales in any dtype: those serve as they are."""
+    """They have no key of lmpress in config.json, and their scales may have any dtype: they are used unchanged."""
     out = compressed(tiny, tmp_path / "out")
     edit(out)
     scales = rescale(out, 1.1, dtype)
@@ -164,7 +164,7 @@ def test_other_grids_are_stored_in_a_separate_file(tiny: Path, tmp_path: Path) -
 
 def test_attention_layers_that_compressed_tensors_does_not_recognize_are_left_out(make_model: Any) -> None:
     assert attentions(make_model("qwen3")) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert attentions(make_model("gpt2")) == []  # its projections go by other names
+    assert attentions(make_model("gpt2")) == []  # its projections have other names
 
 
 LAYERS = [LayerPlan("m.0.q_proj", 0, "Linear", (128, 128), QuantArgs(group_size=32), 0)]

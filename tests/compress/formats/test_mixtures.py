@@ -1,4 +1,4 @@
-"""Mixtures of experts as others store them: names of the original model, routers left alone, one pattern for all experts."""
+"""Mixtures of experts as other tools store them: original names, untouched routers, one pattern for all experts."""
 
 import json
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_layers_keep_the_names_of_the_original(packed: tuple[str, Path]) -> None
 
 
 def test_transformers_serves_packed_experts(packed: tuple[str, Path]) -> None:
-    """It merges the experts of a layer in float16: no code may be another, half a unit in the last place may be lost."""
+    """It merges the experts of a layer in float16: no code may change, half a unit in the last place may be lost."""
     pytest.importorskip("compressed_tensors")
     ours, theirs = verify(packed[1], runtime=["lmpress", "transformers"]).findings
     assert ours.ok and ours.steps == 0 and theirs.ok, theirs

@@ -73,7 +73,7 @@ def test_signed_codes_of_the_library_span_our_unsigned_ones() -> None:
 
 
 def stored(layers: Iterable[str], scales: torch.dtype = torch.float16) -> dict[str, TensorSpec]:
-    """The headers of packed layers, as far as reading the config needs them."""
+    """The headers of packed layers that are needed to read the config."""
     packed_ones = {f"{name}.weight_packed": TensorSpec("I32", (1, 1)) for name in layers}
     return packed_ones | {f"{name}.weight_scale": TensorSpec(NAMES[scales], (1, 1)) for name in layers}
 

@@ -1,4 +1,4 @@
-"""Sparse storage: round trips, and sizes that the plan knows before a weight is read."""
+"""Sparse storage: round trips, and sizes that the plan predicts before a weight is read."""
 
 import pytest
 import torch

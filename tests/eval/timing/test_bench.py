@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_ring_is_larger_than_a_gpus_cache_and_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls in their order, on a machine that only notes them."""
+    """The calls in their order, recorded by a fake device."""
     log: list[str] = []
 
     class Noted:

@@ -21,7 +21,7 @@ NF4 = torch.linspace(-1, 1, 16) ** 3  # any codebook will do
 
 
 def dense(weight: Weight) -> Tensor:
-    """The weight in float64, a column at a time."""
+    """The weight in float64, column by column."""
     out = torch.zeros(weight.codes.shape, dtype=torch.float64)
     for k in range(weight.codes.shape[1]):
         g, code = k // weight.group, weight.codes[:, k]

@@ -96,7 +96,7 @@ def test_plain_transformers_gives_the_same_logits(llama: Path, tmp_path: Path) -
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear
     expected = logits(lmpress.load(tmp_path / "out"))
-    # In training mode: for inference the library computes in bfloat16 where the processor can. 16-bit models compute so anyway.
+    # In training mode: for inference the library computes in bfloat16 if the processor supports it, as 16-bit models always do.
     tolerance = 1e-4 if config["bnb_4bit_compute_dtype"] == "float32" else 0.2
     assert (logits(model.train()) - expected).abs().max() < tolerance * expected.std()
 
@@ -139,7 +139,7 @@ def test_llm_int8_is_exported_and_served_by_bitsandbytes(
     weight = lmpress.load(llama).model.layers[0].self_attn.q_proj.weight
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
     ours_codes = stored["model.layers.0.self_attn.q_proj.weight"]
-    assert (ours_codes.int() - codes.int()).abs().max() <= 1  # theirs rounds the weight to float16 first
+    assert (ours_codes.int() - codes.int()).abs().max() <= 1  # bitsandbytes rounds the weight to float16 first
     assert (ours_codes == codes).float().mean() > 0.98
     assert torch.allclose(stored["model.layers.0.self_attn.q_proj.SCB"], scales, rtol=1e-3)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
@@ -157,7 +157,7 @@ def test_llm_int8_checkpoints_that_bitsandbytes_wrote_are_served(llama: Path, tm
 
 
 def by_hand(model: Path, out: Path) -> nn.Module:
-    """The original model with the weights that int8 codes and the largest magnitudes of their rows stand for."""
+    """The original model with weights that are dequantized from int8 codes and the largest magnitudes of their rows."""
     dense, stored = lmpress.load(model), safetensors_io.read(out / "model.safetensors")
     layers = [name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")]
     assert len(layers) == 14

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ tensors, read a word at a time by the formats' published descriptions, and read back by ourselves."""
+"""GPTQ and AWQ tensors, read word by word by the formats' published descriptions, and read back by lmpress."""
 
 import pytest
 import torch

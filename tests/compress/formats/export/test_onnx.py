@@ -1,4 +1,4 @@
-"""MatMulNBits initializers against their description, and whole graphs in onnxruntime where it is installed."""
+"""MatMulNBits initializers against their description, and whole graphs in onnxruntime if it is installed."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""OpenVINO's IR: codes stay packed in the file, served weights are equal, and the package is asked for by name."""
+"""OpenVINO's IR: codes stay packed in the file, served weights are equal, and a missing package is named."""
 
 import json
 import sys

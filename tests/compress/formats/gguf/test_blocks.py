@@ -1,4 +1,4 @@
-"""Blocks that others wrote are read as the gguf library reads them, and written back as they were."""
+"""Blocks of other tools are read as the gguf library reads them, and written back unchanged."""
 
 import gguf
 import pytest

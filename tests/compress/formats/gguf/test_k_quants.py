@@ -105,7 +105,7 @@ def test_what_is_solved_is_stored_loaded_and_exported_bit_for_bit(
     assert not [note for note in exported.notes if "round" in note]
     file = {t.name: t for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     ours, theirs = Checkpoint.open(tmp_path / "q"), Checkpoint.open(tmp_path / "gguf")
-    layer = "model.layers.0.self_attn.o_proj"  # whose rows no rotary embedding turns
+    layer = "model.layers.0.self_attn.o_proj"  # its rows are not permuted for rotary embeddings
     packed = file["blk.0.attn_output.weight"]
     assert packed.tensor_type.name == kind
     assert torch.equal(torch.from_numpy(dequantize(packed.data, packed.tensor_type)), ours.layer(layer).dequantize())

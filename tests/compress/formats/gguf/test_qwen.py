@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedMo
 
 
 def by_the_library(model: Any, file: Path, kind: str) -> Path:
-    """A file that lmpress has no part in: projections in blocks of `kind`, all else as it is."""
+    """A file written without lmpress: projections in blocks of `kind`, everything else unquantized."""
     config = model.config
     heads = config.num_attention_heads
     writer = gguf.GGUFWriter(file, config.model_type)

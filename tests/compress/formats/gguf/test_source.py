@@ -1,4 +1,4 @@
-"""GGUF files that others made: written here by the gguf library alone, and read as transformers reads them."""
+"""GGUF files of other tools: written here by the gguf library alone, and read as transformers reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -88,7 +88,7 @@ def test_unquantized_tensors_are_read_as_transformers_reads_them(
 def test_blocks_stay_packed_and_serve_what_transformers_reads(
     llama: LlamaForCausalLM, tmp_path: Path, kind: str
 ) -> None:
-    """Head and embedding are in blocks too: the one stays packed, the other becomes numbers."""
+    """Head and embedding are in blocks too: the head stays packed, the embedding is dequantized."""
     file = foreign(
         llama, tmp_path / "m.gguf", dict.fromkeys(("_q.weight", "_up.weight", "output.weight", "embd.weight"), kind)
     )
@@ -109,7 +109,7 @@ def test_symmetric_blocks_can_be_exported_to_other_formats(llama: LlamaForCausal
 
 
 def test_a_file_that_is_read_and_exported_again_is_the_same(tmp_path: Path) -> None:
-    """Export, read alone (no other file beside it), export again: the same bytes, and the same tokens."""
+    """Export, read alone (no other file in the folder), export again: the same bytes, and the same tokens."""
     lmpress.quantize(SAMPLE, tmp_path / "q", method="rtn", group_size=32)
     first = lmpress.export(tmp_path / "q", tmp_path / "first", format="gguf").out / "model.gguf"
     alone = tmp_path / "alone" / "model.gguf"

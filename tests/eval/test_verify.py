@@ -113,9 +113,9 @@ def test_against_the_dense_original_the_divergence_is_reported_but_not_judged(ch
     command = ["verify", str(checkpoint), "--against", str(dense), "--runtime", "lmpress"]
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "found.json").read_text())
-    (finding,) = told["findings"]
-    assert told["against"] == str(checkpoint) and told["original"] == str(dense) and finding["ok"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    (finding,) = found["findings"]
+    assert found["against"] == str(checkpoint) and found["original"] == str(dense) and finding["ok"]
     assert finding["steps"] == 0 and finding["outputs"]["kl"] < 1e-9
     ids = torch.randint(0, 16, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():

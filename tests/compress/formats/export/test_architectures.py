@@ -1,4 +1,4 @@
-"""Every writer on fused projections, `Conv1D`, experts, biases, heads: the export computes the same, or is refused with a reason."""
+"""Every writer on fused projections, `Conv1D`, experts, biases, heads: the same outputs, or a refusal with a reason."""
 
 import importlib.util
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
 from ..errors import UsageError
 from ..recipes import chain
@@ -19,6 +19,20 @@ from .report.progress import Observer, silent
 from .run import Run, RunReport
 from .structured import pipeline as structured
 from .structured.pipeline import DistillReport
+
+
+class RunKeywords(TypedDict, total=False):
+    """The keywords of `run` for every recipe."""
+
+    overwrite: bool
+    device: str
+    observer: Observer
+
+
+class RecipeKeywords(RunKeywords, total=False):
+    """The keywords of `run` for a recipe that is not a chain."""
+
+    target: Sequence[str]
 
 
 @takes(QuantizeOptions)
@@ -79,28 +93,11 @@ def distill(
 
 
 @overload
-def run(
-    model: str | Path,
-    out: str | Path | None,
-    recipe: Chain,
-    *,
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
-) -> ChainReport: ...
+def run(model: str | Path, out: str | Path | None, recipe: Chain, **keywords: Unpack[RunKeywords]) -> ChainReport: ...
 
 
 @overload
-def run(
-    model: str | Path,
-    out: str | Path | None,
-    recipe: Recipe,
-    *,
-    target: Sequence[str] = (),
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
-) -> RunReport: ...
+def run(model: str | Path, out: str | Path | None, recipe: Recipe, **keywords: Unpack[RecipeKeywords]) -> RunReport: ...
 
 
 @overload
@@ -108,11 +105,7 @@ def run(
     model: str | Path,
     out: str | Path | None = None,
     recipe: Recipe | Chain | str | Path = "gptq-w4",
-    *,
-    target: Sequence[str] = (),
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
+    **keywords: Unpack[RecipeKeywords],
 ) -> RunReport | ChainReport: ...
 
 

@@ -185,16 +185,12 @@ def test_empty_inputs_and_rows_of_zeros_are_served(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("activations", ["float", "group"])
-def test_any_number_of_threads_gives_the_same_bits(kernel, activations) -> None:
+def test_any_number_of_threads_gives_the_same_bits(kernel, activations, with_threads) -> None:
     weight = random_weight(400, 1024, 4, 128, False, 7)
     product = kernel.prepare(weight, KernelSpec.of(weight, activations))
-    x, before = torch.randn(3, 1024, generator=torch.Generator().manual_seed(7)), torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(product(x))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(7))
+    first, *others = with_threads(lambda: product(x))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @each_kernel

@@ -1,4 +1,4 @@
-"""Tokens per second and memory of whole models: float32, lmpress at 4 bits, and llama.cpp's Q4_0 with the same codes and scales.
+"""Tokens per second and memory of whole models: float32, our 4 bits, and llama.cpp's Q4_0 with the same codes and scales.
 
     python benchmarks/whole_models.py [--model FOLDER] [--work build/whole-models] [--llama PYTHON]
                                       [--out benchmarks/results/whole-models.json]

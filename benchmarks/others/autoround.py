@@ -10,7 +10,7 @@ libraries.
 `best` is also measured with a third of its tuning steps, for comparison with AutoRound's shorter run.
 
 AutoRound does not quantize matrices whose sides are not multiples of 32. To make it quantize the same layers as lmpress,
-it gets the model with its MLPs widened by channels of zeros, which change nothing. If 32 does not divide a width, the last group
+it gets the model with its MLPs widened by channels of zeros, which change nothing. If 32 is not a divisor, the last group
 is shorter; ours have the size of the nearest divisor (stories260K: 43 columns), which costs fewer bits.
 """
 

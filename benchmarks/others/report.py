@@ -18,8 +18,8 @@ with the versions below, on a CPU. {models}
     compress verify OUT --against CKPT --runtime transformers --python ENVIRONMENT/bin/python
 
 - **exact**: every weight that the runtime computes with equals the checkpoint's bit for bit; otherwise the cell gives the
-  largest difference of a weight in steps of its grid (half a step would be a wrong code). The second figure is the largest difference
-  of a logit on 128 random tokens, in standard deviations of the logits: it comes from the runtime's own arithmetic.
+  largest difference of a weight in steps of its grid (half a step would be a wrong code). The second figure is the largest
+  difference of a logit on 128 random tokens, in standard deviations of the logits: it comes from the runtime's own arithmetic.
 - **refused**: the runtime does not load the checkpoint; its message is below, by number.
 - **GPU**: according to its source the runtime's loader reads such a checkpoint; nothing was run (these runtimes need a GPU).
 - empty: the runtime has no reader for the format.

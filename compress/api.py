@@ -1,8 +1,8 @@
-"""The Python API: the command line's words as arguments."""
+"""The Python API: the options of the command line as keywords."""
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import overload
+from typing import TypedDict, Unpack, overload
 
 from ..errors import UsageError
 from ..recipes import chain
@@ -19,6 +19,20 @@ from .report.progress import Observer, silent
 from .run import Run, RunReport
 from .structured import pipeline as structured
 from .structured.pipeline import DistillReport
+
+
+class RunKeywords(TypedDict, total=False):
+    """The keywords of `run` for every recipe."""
+
+    overwrite: bool
+    device: str
+    observer: Observer
+
+
+class RecipeKeywords(RunKeywords, total=False):
+    """The keywords of `run` for a recipe that is not a chain."""
+
+    target: Sequence[str]
 
 
 @takes(QuantizeOptions)
@@ -79,28 +93,11 @@ def distill(
 
 
 @overload
-def run(
-    model: str | Path,
-    out: str | Path | None,
-    recipe: Chain,
-    *,
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
-) -> ChainReport: ...
+def run(model: str | Path, out: str | Path | None, recipe: Chain, **keywords: Unpack[RunKeywords]) -> ChainReport: ...
 
 
 @overload
-def run(
-    model: str | Path,
-    out: str | Path | None,
-    recipe: Recipe,
-    *,
-    target: Sequence[str] = (),
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
-) -> RunReport: ...
+def run(model: str | Path, out: str | Path | None, recipe: Recipe, **keywords: Unpack[RecipeKeywords]) -> RunReport: ...
 
 
 @overload
@@ -108,11 +105,7 @@ def run(
     model: str | Path,
     out: str | Path | None = None,
     recipe: Recipe | Chain | str | Path = "gptq-w4",
-    *,
-    target: Sequence[str] = (),
-    overwrite: bool = False,
-    device: str = "cpu",
-    observer: Observer = silent,
+    **keywords: Unpack[RecipeKeywords],
 ) -> RunReport | ChainReport: ...
 
 
@@ -136,6 +129,6 @@ def run(
         ready = Run.of(model, wanted, out, targets=target, device=device, overwrite=overwrite)
         return ready.execute(observer)
     if target:
-        raise UsageError("a chain takes no target", "end it with an export")
+        raise UsageError("target does not apply to a chain", "end the chain with an export stage")
     place = chain.default_out(model, wanted) if out is None else Path(out)
     return run_chain(model, place, wanted, overwrite=overwrite, device=device, observer=observer)

@@ -17,6 +17,8 @@ from ..errors import UsageError
 from ..kernels.tensor import Compressed
 from ..recipes.scheme import PruneArgs, QuantArgs, WeightArgs
 
+DECIDES = "the last pass of a recipe determines whether layers are quantized or pruned"
+
 
 @dataclass
 class Linear:
@@ -24,12 +26,12 @@ class Linear:
 
     name     the full name of the module
     weight   float32 `[out, in]`, also if the module stores its transpose. It is the module's own tensor and changes with every
-             pass, unless a pass needs the `original`: then it is a copy of what the first pass that compresses was given
+             pass, unless a pass needs the `original`: then it is a copy of what the first compressing pass started from
     args     the weight arguments, resolved for this layer
-    hessian  of its inputs, `drift` of these from the original model's; None unless the pass needs them
-    held_out Hessian and drift of the tokens that were held out, which `hessian` and `drift` count too
+    hessian  of its inputs, and their `drift` from the original model's inputs; None unless the pass needs them
+    held_out Hessian and drift of the held-out tokens, which `hessian` and `drift` include too
     result   what the pass leaves
-    figures  those of the layer in the report
+    figures  what the report lists about the layer
     inputs   how its inputs are quantized
     """
 
@@ -48,21 +50,21 @@ class Linear:
         """`args` of a layer that is quantized. Raises `UsageError` if it is pruned."""
         if isinstance(self.args, QuantArgs):
             return self.args
-        raise UsageError(f"{self.name} is to be pruned, not quantized", "the last pass of a recipe decides")
+        raise UsageError(f"{self.name} is to be pruned, not quantized", DECIDES)
 
     @property
     def prune_args(self) -> PruneArgs:
         """`args` of a layer that is pruned. Raises `UsageError` if it is quantized."""
         if isinstance(self.args, PruneArgs):
             return self.args
-        raise UsageError(f"{self.name} is to be quantized, not pruned", "the last pass of a recipe decides")
+        raise UsageError(f"{self.name} is to be quantized, not pruned", DECIDES)
 
 
 @dataclass(frozen=True)
 class BlockContext:
     """What a transform reads of a block.
 
-    samples    gives the calibration batches, again at every call: how the block is called, hidden states
+    samples    iterates over the calibration batches, from the start at every call: the arguments of the block, hidden states
                `[rows, length, width]`, token mask
     trial      a call of the block on tiny random rows, and hidden states for it
     dtypes     the dtype in which the checkpoint stores a tensor of the block, by its name inside the block

@@ -14,8 +14,10 @@ from .block import Block
 
 
 def with_input_grids(block: Block, batches: Iterable[Batch]) -> dict[str, Compressed]:
-    """The results of the block's linears whose inputs are quantized, by their names inside it, recording how; static grids
-    are calibrated on what the linears read now. Experts that no token reached get the widest range of all."""
+    """The results of the linears whose inputs are quantized, with that quantization recorded, by their names inside the block.
+
+    Static grids are calibrated on the inputs that the linears read now; an expert that no token reached gets the widest range.
+    """
     quantized = {name: linear for name, linear in block.local().items() if linear.inputs is not None}
     ranges = {name: Range(x.inputs) for name, x in quantized.items() if x.inputs is not None and not x.inputs.dynamic}
     for batch in inputs_seen(block.module, batches, list(ranges)) if ranges else ():

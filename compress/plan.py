@@ -59,7 +59,7 @@ class Plan:
     untouched     parameters of the blocks that no linear layer holds, such as the experts of a layer in one tensor
     copied        output name -> name of the source tensor that is copied unchanged
     tensors       output name -> spec, of all output tensors
-    blocks        how many decoder blocks there are; `prefix` is the name of their list
+    blocks        number of decoder blocks; `prefix` is the name of their list
     bytes_before  of the source's weight files; `bytes_after` of the output's
     inputs        how the inputs of the quantized layers are quantized
     untied        the head, if it was tied to the embedding and gets a weight of its own
@@ -105,7 +105,7 @@ class Plan:
 
     @property
     def notes(self) -> list[str]:
-        """Every adaptation with the layers that it concerns: nothing that was asked for is left out silently."""
+        """Every deviation from what was requested, with the layers that it concerns."""
         grouped: dict[str, list[str]] = {}
         for layer in (*self.layers, *self.tables):
             if layer.note:
@@ -180,7 +180,7 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
 def _check_kinds(layers: Sequence[LayerPlan]) -> None:
     """Raise `UsageError` if every layer stays dense, or if two layers cannot be stored in one checkpoint."""
     if not any(layer.args for layer in layers):
-        raise UsageError("the recipe leaves every layer dense", "loosen its keep patterns")
+        raise UsageError("the recipe leaves every layer dense", "use keep patterns that match fewer layers")
     kinds = {layer.args.kind: layer.name for layer in layers if isinstance(layer.args, QuantArgs)}
     if len(kinds) > 1:
         (first, one), (second, other) = list(kinds.items())[:2]
@@ -289,10 +289,10 @@ def _pruned(asked: PruneArgs, scope: Scope, module: nn.Module, stored: torch.dty
     _, columns = _shape(module)
     args = asked.for_layer(columns, stored, scope, transposed=isinstance(module, Conv1D))
     if args.pattern != asked.pattern:
-        return args, f"blocks of {asked.block} do not fit {columns} columns, prunes single weights"
+        return args, f"blocks of {asked.block} do not fit {columns} columns: single weights are pruned"
     return (
         args,
-        None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns, uses a bitmask",
+        None if args.storage == asked.storage else f"2:4 storage does not fit {columns} columns: a bitmask is used",
     )
 
 
@@ -319,7 +319,7 @@ def _fitted(name: str, args: QuantArgs, columns: int) -> QuantArgs:
 def _plan_tables(
     model: PreTrainedModel, names: Names, source: Source, recipe: Recipe, layers: Sequence[LayerPlan]
 ) -> Iterator[LayerPlan]:
-    """The embedding, and the head if it has a weight of its own, quantized as `recipe.embedding` asks."""
+    """The embedding, and the head if it has a weight of its own, quantized by `recipe.embedding`."""
     asked = recipe.embedding
     if asked is None:
         return
@@ -348,8 +348,8 @@ def _plan_tables(
 
 def _adapted(asked: QuantArgs, args: QuantArgs, columns: int) -> str:
     wanted = f"{asked.block}'s super-block of {SUPER_BLOCK}" if asked.block else f"group size {asked.group_size}"
-    used = args.block or (str(args.group_size) if args.group_size else "one scale per row")
-    return f"{wanted} does not divide {columns}, uses {used}"
+    used = args.block or (f"group size {args.group_size}" if args.group_size else "one scale per row")
+    return f"{wanted} does not divide {columns}: {used} is used"
 
 
 def _copied(source: Source, model: PreTrainedModel, names: Names, replaced: set[str | None]) -> dict[str, str]:

@@ -30,16 +30,16 @@ class RuntimeFormat:
     groups       group sizes, ROW among them; None for any
     multiple     what both widths of a layer must be multiples of
     block        what the group size must be a multiple of (one scale per row: the input width)
-    fused        projections that the runtime joins must have one scheme
-    uniform      all layers must have one scheme
+    fused        projections that the runtime joins must have the same scheme
+    uniform      all layers must have the same scheme
     conv1d       `Conv1D` layers are served
     kinds        kinds of weights that are read (`QuantArgs.kind`); None for any
     embeddings   packed embeddings are read
     experts      the experts of a mixture are read
-    mixed        experts may differ in their scheme
-    inputs       how inputs are quantized, in the words of `input_words`; empty: not at all
-    cache        bits of a packed cache that it reads scales of, one for all keys of a layer and one for its values, symmetric
-                 and calibrated (`CacheScheme.is_shared`); None for any cache, empty: none
+    mixed        experts may have different schemes
+    inputs       how inputs are quantized, in the words of `input_words`; empty if they are not
+    cache        bits of a packed cache whose scales are read: one scale for all keys of a layer and one for its values,
+                 symmetric and calibrated (`CacheScheme.is_shared`); None for any cache, empty for none
     """
 
     format: str
@@ -112,7 +112,7 @@ TARGETS: dict[str, tuple[RuntimeFormat, ...]] = {
 
 @dataclass(frozen=True)
 class Incompatibility:
-    """Why a runtime cannot serve a layer as planned, and the nearest setting that it can, in the command line's words."""
+    """Why a runtime cannot serve a layer as planned, and the nearest setting that it can serve, as flags."""
 
     layer: str
     reason: str
@@ -128,7 +128,7 @@ def check(
     """Raise `UsageError` if a target has no format that holds all `layers` exactly as planned, inputs quantized by `inputs`
     and the cache packed by `cache`.
 
-    It names the target, the format that comes closest, the layers at fault, and the nearest setting that serves all targets.
+    The error names the target, the closest format, the layers at fault, and the nearest setting that serves all targets.
     """
     asked = {target: _containers(target) for target in targets}
     for target, containers in asked.items():
@@ -149,7 +149,7 @@ def _check_cache(target: str, serving: Sequence[RuntimeFormat], cache: CacheSche
         return
     bits = [bits for each in serving for bits in each.cache or ()]
     if not bits:
-        raise UsageError(f"{target} reads no scales of a packed cache with {serving[0].format}", "leave `kv` out")
+        raise UsageError(f"{target} cannot read the scales of a packed cache in {serving[0].format}", "leave `kv` out")
     shared = f"a symmetric, static scale per tensor in {' or '.join(map(str, sorted(set(bits))))} bits"
     raise UsageError(f"{target} reads a packed cache with {shared} only, not {cache}", "see the recipe gptq-w4-kv8")
 
@@ -174,13 +174,13 @@ def _containers(target: str) -> tuple[RuntimeFormat, ...]:
 def faults(
     layers: Sequence[LayerPlan], container: RuntimeFormat, inputs: QuantArgs | None = None
 ) -> Iterator[Incompatibility]:
-    """Every reason why `container` does not hold the layers, in their order."""
-    said = input_words(inputs) if inputs else None
+    """Every reason why `container` cannot hold the layers, in the order of the layers."""
+    words = input_words(inputs) if inputs else None
     for layer in layers:
         if isinstance(layer.args, QuantArgs):
-            if said not in (container.inputs or (None,)):
-                reason = f"inputs quantized per {said}" if said else "inputs that are not quantized"
-                yield Incompatibility(layer.name, reason, "use --method gptq" if said else "use --method smoothquant")
+            if words not in (container.inputs or (None,)):
+                reason = f"inputs quantized per {words}" if words else "inputs that are not quantized"
+                yield Incompatibility(layer.name, reason, "use --method gptq" if words else "use --method smoothquant")
             yield from _own_faults(layer, layer.args, container)
         elif isinstance(layer.args, PruneArgs) and layer.args.storage != "dense":
             yield Incompatibility(layer.name, "no other runtime reads sparse weights", "use --format dense")
@@ -207,7 +207,9 @@ def _own_faults(layer: LayerPlan, args: QuantArgs, container: RuntimeFormat) -> 
     if layer.kind == "Embedding" and not container.embeddings:
         yield Incompatibility(layer.name, "it is a packed embedding", "leave `embedding` out of the recipe")
     if container.kinds is not None and args.kind not in container.kinds:
-        yield Incompatibility(layer.name, f"it holds no {args.kind} weights", "export to fp16 after quantizing")
+        yield Incompatibility(
+            layer.name, f"{container.format} cannot hold {args.kind} weights", "export to fp16 after quantizing"
+        )
     if kinds.kind_of(args).whole:
         return
     if args.bits not in container.bits:
@@ -237,9 +239,9 @@ def _nearest_group(name: str, columns: int, width: int, container: RuntimeFormat
 def nearest(
     layers: Sequence[LayerPlan], targets: Sequence[Sequence[RuntimeFormat]], inputs: QuantArgs | None = None
 ) -> str | None:
-    """The setting nearest to that of most layers which every target serves, in the command line's words; None without one.
+    """The setting that every target serves and that is nearest to that of most layers, as flags; None if there is none.
 
-    Layers that are kept dense stay so, all others are given the setting alike; layers whose widths no format takes are kept.
+    Layers that are kept dense stay dense, all others get the setting; layers whose widths no format supports are kept dense.
     """
     counts = Counter(layer.args for layer in layers if isinstance(layer.args, QuantArgs))
     if not counts or any(isinstance(layer.args, PruneArgs) for layer in layers):
@@ -257,13 +259,13 @@ def nearest(
 
 
 def _settings() -> Iterator[QuantArgs]:
-    """What a format of some runtime may hold."""
+    """The settings that the format of some runtime may hold."""
     for kind in kinds.all_kinds():
         yield from kind.settings()
 
 
 def _distance(args: QuantArgs, asked: QuantArgs, width: int) -> tuple[float, int]:
-    """Bits count most, then the kind of grid, its symmetry, and the ratio of group sizes; fewer bits lose a tie."""
+    """Bits weigh most, then the kind of grid, its symmetry, and the ratio of group sizes; in a tie, more bits are nearer."""
     ratio = abs(math.log2((args.group_size or width) / (asked.group_size or width)))
     off = 4 * abs(args.bits - asked.bits) + 3 * (args.kind != asked.kind) + 2 * (args.symmetric != asked.symmetric)
     return off + ratio / 4, -args.bits
@@ -295,7 +297,10 @@ def _words(args: QuantArgs, asked: QuantArgs, inputs: bool, kept: Sequence[str])
     alone = next(iter(kept), "")
     words += [f"--keep '{alone if len(kept) == 1 else f'*.{leaf}'}'" for leaf in leaves]
     left_out = "leave --asymmetric out" if args.symmetric and not asked.symmetric else ""
-    return " and ".join(filter(None, [left_out, f"use {' '.join(words)}" if words else ""])) or "treat all layers alike"
+    return (
+        " and ".join(filter(None, [left_out, f"use {' '.join(words)}" if words else ""]))
+        or "use the same options for all layers"
+    )
 
 
 def _joined(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
@@ -311,5 +316,5 @@ def _joined(layers: Sequence[LayerPlan]) -> Iterator[list[LayerPlan]]:
 def _differing(layers: Sequence[LayerPlan], rule: str) -> Iterator[Incompatibility]:
     for layer in layers[1:]:
         if layer.args != layers[0].args:
-            remedy = f"quantize {layers[0].name} and {layer.name} alike, or keep both dense"
+            remedy = f"quantize {layers[0].name} and {layer.name} in the same way, or keep both dense"
             yield Incompatibility(layer.name, f"it differs from {layers[0].name}, and there is {rule}", remedy)

@@ -1,4 +1,4 @@
-"""The text of docs/taxonomy.md, from the code's own tables of roles, methods, formats, runtimes and kernels."""
+"""The text of docs/taxonomy.md, from the tables of roles, methods, formats, runtimes and kernels in the code."""
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict
@@ -28,21 +28,21 @@ from lmpress.recipes.scheme import (
 )
 
 BITS = range(2, 9)
-WIDTH, GROUP = 4096, 128  # of the layer that formats and kernels are asked about
+WIDTH, GROUP = 4096, 128  # of the example layer for formats and kernels
 HEAD = """\
 # The taxonomy: what is quantized, and how
 
-`docs/generate.py` wrote this page from the tables that the code itself works with; a test holds the two together.
+`docs/generate.py` wrote this page from the tables that the code uses; a test checks that it is up to date.
 
 A `Scheme` has three roles, `weights`, `inputs` and `kv`, each described by a `QuantArgs`: 2 to 8 bits, symmetric or asymmetric,
-static or dynamic, one scale per tensor, output row (`channel`), group of neighbours (`group`) or token. Every cell is a row
-below. Cells that make no sense are refused before any work, with the reason given here. Bits stand behind a format or a kernel
-that does not have them all.
+static or dynamic, one scale per tensor, output row (`channel`), group of neighbours (`group`) or token. Every
+combination is a row below. Combinations that make no sense are refused before any work, with the reason given here. Numbers in
+parentheses are the bits that a format or kernel supports, if it does not support all of them.
 
 """
 FOOT = """
-Transforms ({transforms}) may come before any of these methods, and {goers} after those that leave plain codes: all but
-bilevel scales. Formats behind the semicolon are exports, and what the runtimes of `--target` read directly.
+Transforms ({transforms}) can precede any of these methods, and {followers} can follow those that leave plain codes: all but
+bilevel scales. Formats after the semicolon are exports, or are read directly by the runtimes of `--target`.
 
 Weights that are not a plain grid have pages of their own:
 
@@ -55,7 +55,7 @@ def page() -> str:
     foot = FOOT.format(
         transforms=_listed(method_names(Family.TRANSFORM)),
         pages="\n".join(f"- {kind.taxonomy}" for kind in kinds.all_kinds() if kind.example is None),
-        goers=_listed(method_names(Family.RECONSTRUCT)),
+        followers=_listed(method_names(Family.RECONSTRUCT)),
     )
     return HEAD + "\n".join(_table(role, cell) for role, cell in ROLES) + foot
 
@@ -118,7 +118,7 @@ ROLES = ((WEIGHTS, _weights), (INPUTS, _inputs), (CACHED, _cached))
 
 
 def _methods(scheme: Scheme) -> Iterator[str]:
-    """The methods that take the scheme."""
+    """The methods that accept the scheme."""
     for name in method_names(Family.QUANTIZE):
         try:
             build({"passes": [{"method": name, "scheme": asdict(scheme)}]})
@@ -129,7 +129,7 @@ def _methods(scheme: Scheme) -> Iterator[str]:
 
 def _weight_formats(args: QuantArgs) -> str:
     storing = format_of(args)
-    own = getattr(storing, "NAME") if storing.supports(args) is None else "-"  # noqa: B009 modules have it, protocols cannot say so
+    own = getattr(storing, "NAME") if storing.supports(args) is None else "-"  # noqa: B009 modules have it, but a Protocol cannot declare it
     others: dict[str, set[int]] = {}
     containers = [c for target, several in TARGETS.items() if target != "lmpress" for c in several]
     for container in dict.fromkeys(containers):

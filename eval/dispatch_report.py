@@ -18,11 +18,11 @@ UNFOLDED = "dequantized for every product"
 
 @dataclass(frozen=True)
 class Served:
-    """`count` layers of one name that are stored alike, and what serves them.
+    """`count` layers of the same name and storage, and the kernel that serves them.
 
-    kernel      the name of the kernel, or that there is none
+    kernel      the name of the kernel, or `UNFOLDED` if there is none
     inputs      how inputs enter the product (see `KernelSpec`)
-    passed_over the kernels that were tried before it, each with the reason why it does not serve
+    passed_over the kernels that were tried before it, each with the reason why it cannot serve the layers
     """
 
     layer: str
@@ -41,10 +41,10 @@ def served(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> list[Served]:
-    """What serves the packed layers of the checkpoint at `path` under these arguments of `lmpress.load`.
+    """The kernels that serve the packed layers of the checkpoint at `path`; the keywords are those of `lmpress.load`.
 
-    Nothing if it is dense, or quantized in a way that lmpress does not read. Raises `UsageError` for a `kernel` that
-    cannot serve here.
+    The list is empty if the checkpoint is dense, or quantized in a way that lmpress does not read. Raises `UsageError` if
+    `kernel` cannot serve a layer on this machine.
     """
     try:
         checkpoint = Checkpoint.open(path)
@@ -61,7 +61,7 @@ def served(
 def _need(
     args: WeightArgs, width: int, inputs: QuantArgs | None, exact: bool, device: str, dtype: torch.dtype
 ) -> KernelSpec | None:
-    """What a layer asks of its kernel; None if no kernel multiplies by such weights."""
+    """What a layer requires of its kernel; None if no kernel multiplies by such weights."""
     spec = kinds.kind_of(args).spec(args, width)
     if spec is None:
         return None

@@ -88,7 +88,10 @@ def inspect(model: str | Path) -> Inspection:
 
 
 def _listed(source: Source) -> Callable[[str, int], str | None]:
-    """Gives in words how a layer of a name and width is compressed; None if it is not, or in a way that is not read."""
+    """A function that describes how the layer of a name and width is compressed.
+
+    It returns None if the layer is not compressed, or in a way that lmpress does not read.
+    """
     try:
         reader, layers = read_layers(source) if "quantization_config" in source.config else (None, {})
     except UsageError:

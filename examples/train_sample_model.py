@@ -300,7 +300,7 @@ def plot(log: list[dict[str, float]], result: dict[str, Any], path: Path) -> Non
     for name, label, style in (("unigram", "unigram", ":"), ("fivegram", "Kneser-Ney 5-gram", "--")):
         loss = math.log(result[f"{name}_perplexity"])
         axes.axhline(loss, linestyle=style, color="gray", label=f"{label}, held out")
-    axes.set(xlabel="million tokens", ylabel="nats a token", title="Sample model: loss during training")
+    axes.set(xlabel="million tokens", ylabel="nats per token", title="Sample model: loss during training")
     axes.legend()
     figure.savefig(path, dpi=110)
 
@@ -336,7 +336,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     parser.add_argument("--tokens", type=float, default=20e6, help="token budget")
     parser.add_argument("--minutes", type=float, default=math.inf, help="time budget of the training")
-    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens a step")
+    parser.add_argument("--batch", type=int, default=8, help="rows of 512 tokens per step")
     parser.add_argument("--extra-ratio", type=float, default=1.0, help="other text, relative to the standard library's")
     parser.add_argument("--every", type=int, default=50, help="steps between evaluations")
     parser.add_argument("--seed", type=int, default=0)

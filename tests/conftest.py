@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-# Triton asks for this once, when it is imported, and transformers imports it: without a GPU its interpreter runs the kernels.
+# Triton reads this when it is imported, and transformers imports it: without a GPU its interpreter runs the kernels.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
@@ -65,7 +65,7 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def assets(request: pytest.FixtureRequest) -> Path:
-    """The folder with `models/` and `data/`; tests that need it are skipped where it is absent."""
+    """The folder with `models/` and `data/`; tests that need it are skipped if it is absent."""
     folder = Path(os.environ.get("COMPRESS_ASSETS") or request.config.rootpath.parent / "shared").resolve()
     if not (folder / "models").is_dir() or not (folder / "data").is_dir():
         pytest.skip(
@@ -77,7 +77,7 @@ def assets(request: pytest.FixtureRequest) -> Path:
 
 @pytest.fixture
 def device() -> str:
-    """Where the GPU's kernels are tested: on one if there is one, else in Triton's interpreter."""
+    """The device for the Triton kernels: a GPU if there is one, otherwise the CPU with Triton's interpreter."""
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
@@ -149,7 +149,7 @@ def architecture(request: pytest.FixtureRequest) -> tuple[str, PreTrainedModel]:
 
 @pytest.fixture
 def random_ids() -> Tensor:
-    """Sixteen rows of five tokens that every random model knows."""
+    """Sixteen rows of five tokens that are in the vocabulary of every random model."""
     return torch.randint(3, BASE["vocab_size"], (16, 5), generator=torch.Generator().manual_seed(0))
 
 

@@ -1,4 +1,4 @@
-"""How CONTRIBUTING.md says that a method is added is true: its files, in a copy of the repository, pass the tests there."""
+"""The steps of CONTRIBUTING.md add a method: its files, in a copy of the repository, pass the tests there."""
 
 import os
 import re
@@ -23,7 +23,7 @@ HELD_BY = {  # what is left out -> the test of tests/test_methods.py that fails 
 
 
 def parts() -> dict[str, str]:
-    """The files of the page by their paths, and the registry line: what stands in the first code block below each heading."""
+    """The files of the page by their paths, and the registry line: the first code block below each heading."""
     page = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     section = page.partition("## How to add a method")[2].partition("\n## Where things are")[0]
     steps = re.findall(
@@ -34,7 +34,7 @@ def parts() -> dict[str, str]:
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """A copy of the repository with the method added as the page says."""
+    """A copy of the repository with the method of the page added."""
     folder = tmp_path / "copy"
     shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*LEFT_OUT))
     (tmp_path / "path").mkdir()
@@ -63,7 +63,7 @@ def test_the_page_has_all_parts() -> None:
     assert parts().keys() == HELD_BY.keys() | {"compress/methods/quantize/stochastic.py"}
 
 
-def test_a_method_added_as_the_page_says_passes_the_tests(copy: Path) -> None:
+def test_a_method_added_by_the_page_passes_the_tests(copy: Path) -> None:
     generated = run(copy, "docs/generate.py")
     assert generated.returncode == 0, generated.stderr
     for page in ("README.md", "docs/index.md", "docs/taxonomy.md"):

@@ -1,4 +1,4 @@
-"""The command line: one clear line and the right exit code for everything that can go wrong, and nothing half done."""
+"""The command line: one clear line and the right exit code for everything that can go wrong, and no unfinished output."""
 
 import json
 import os
@@ -69,22 +69,22 @@ def test_a_run_from_start_to_finish(tiny: Path, tmp_path: Path, text: str, metho
     assert all(phase in log for phase in (" plan ", " solve 1/2 model.layers.0.", " write 2/2", " done"))
 
 
-def test_the_output_stands_beside_the_model_by_default(tiny: Path, text: str) -> None:
+def test_the_output_is_next_to_the_model_by_default(tiny: Path, text: str) -> None:
     assert compress("quantize", tiny, "--method", "rtn", "--bits", "3", "-q").exit_code == 0
     assert (tiny.parent / "tiny-rtn-w3" / "config.json").exists()
 
 
-def test_folders_on_the_way_are_made(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_missing_parent_folders_are_created(tiny: Path, tmp_path: Path, text: str) -> None:
     assert quantize(tiny, tmp_path / "a/b/out", text, "--method", "rtn").exit_code == 0
     assert (tmp_path / "a/b/out/config.json").exists()
 
 
-def test_quiet_says_nothing(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_quiet_prints_nothing(tiny: Path, tmp_path: Path, text: str) -> None:
     result = quantize(tiny, tmp_path / "out", text, "--quiet")
     assert (result.exit_code, result.output) == (0, "")
 
 
-def test_a_dry_run_writes_nothing_and_keeps_its_promise(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_a_dry_run_writes_nothing_and_predicts_the_size(tiny: Path, tmp_path: Path, text: str) -> None:
     before = leftovers(tmp_path)
     promised = json.loads(quantize(tiny, tmp_path / "out", text, "--dry-run", "--json", "-").stdout)
     assert leftovers(tmp_path) == before and not (tmp_path / "out.log").exists()
@@ -102,7 +102,7 @@ def test_json_goes_to_a_file(tiny: Path, tmp_path: Path, text: str) -> None:
     )  # fmt: skip
 
 
-def test_inspect_and_recipes_as_json(tiny: Path) -> None:
+def test_inspect_and_recipes_print_json(tiny: Path) -> None:
     found = json.loads(compress("inspect", tiny, "--json", "-").stdout)
     assert (found["architecture"], found["block_count"], found["tokenizer"]) == ("LlamaForCausalLM", 2, True)
     assert len(found["linears"]) == 7 and found["quantization"] is None
@@ -131,12 +131,14 @@ def test_inspect_and_recipes_as_json(tiny: Path) -> None:
     ],
     ids=" ".join,
 )
-def test_wrong_usage(tiny: Path, tmp_path: Path, text: str, arguments: list[str], words: Sequence[str]) -> None:
+def test_wrong_usage_is_refused_and_explained(
+    tiny: Path, tmp_path: Path, text: str, arguments: list[str], words: Sequence[str]
+) -> None:
     refused(quantize(tiny, tmp_path / "out", text, *arguments), 2, *words)
     assert leftovers(tmp_path) == set()
 
 
-def test_what_is_no_model(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_folders_that_hold_no_model_are_refused(tiny: Path, tmp_path: Path, text: str) -> None:
     out = tmp_path / "out"
     refused(quantize(tmp_path / "nowhere", out, text), 2, "nowhere: no such directory")
     (tiny / "config.json").unlink()
@@ -144,7 +146,7 @@ def test_what_is_no_model(tiny: Path, tmp_path: Path, text: str) -> None:
     assert leftovers(tmp_path) == set()
 
 
-def test_no_tokenizer(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_a_missing_tokenizer_is_reported(tiny: Path, tmp_path: Path, text: str) -> None:
     (tiny / "tokenizer.json").unlink()
     refused(quantize(tiny, tmp_path / "out", text), 1, f"{tiny} has no tokenizer")
     refused(compress("eval", tiny, "--data", text), 1, "has no tokenizer")
@@ -156,7 +158,7 @@ def test_no_tokenizer(tiny: Path, tmp_path: Path, text: str) -> None:
     [(b"", ["text.txt is empty"]), (b" \n", ["is empty"]), (b"abc", ["too short"]), (b"abc\n\xff", ["not UTF-8", "line 2"])],
     ids=["empty", "blank", "short", "bytes"],
 )  # fmt: skip
-def test_calibration_text_that_cannot_be_used(
+def test_unusable_calibration_text_is_refused(
     tiny: Path, tmp_path: Path, text: str, content: bytes, words: Sequence[str]
 ) -> None:
     Path(text).write_bytes(content)
@@ -168,7 +170,7 @@ def test_calibration_text_that_cannot_be_used(
     "name", ["model.layers.1.mlp.up_proj.weight", "model.norm.weight", "model.embed_tokens.weight"]
 )
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
-def test_a_weight_that_is_no_number_is_named(tiny: Path, tmp_path: Path, text: str, name: str, method: str) -> None:
+def test_a_weight_that_is_not_a_number_is_named(tiny: Path, tmp_path: Path, text: str, name: str, method: str) -> None:
     tensors = safetensors_io.read(tiny / "model.safetensors")
     tensors[name].view(-1)[3] = torch.nan
     safetensors_io.write(tiny / "model.safetensors", tensors)
@@ -176,7 +178,7 @@ def test_a_weight_that_is_no_number_is_named(tiny: Path, tmp_path: Path, text: s
     assert leftovers(tmp_path) == set()
 
 
-def test_a_truncated_shard(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_a_truncated_shard_is_named(tiny: Path, tmp_path: Path, text: str) -> None:
     file = tiny / "model.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     for command in (quantize(tiny, tmp_path / "out", text), compress("inspect", tiny), compress("eval", tiny)):
@@ -198,14 +200,14 @@ def test_an_existing_output_is_kept_until_it_is_replaced(tiny: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("below", ["out", "a/out"])
-def test_a_file_where_a_folder_should_be(tiny: Path, tmp_path: Path, text: str, below: str) -> None:
+def test_an_output_below_a_file_is_refused(tiny: Path, tmp_path: Path, text: str, below: str) -> None:
     (tmp_path / "file").write_text("x")
     refused(quantize(tiny, tmp_path / "file" / below, text), 1, "cannot be written", "choose another -o")
     assert (tmp_path / "file").read_text() == "x"
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_read_only_folder(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_an_output_in_a_read_only_folder_is_refused(tiny: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "locked").mkdir(mode=0o500)
     refused(quantize(tiny, tmp_path / "locked" / "out", text), 1, "cannot be written", "choose another -o")
 
@@ -230,15 +232,13 @@ def program(*arguments: object, limit: int | None = None) -> subprocess.Complete
     )
 
 
-def test_help_is_for_newcomers() -> None:
+def test_the_help_of_a_command_has_a_purpose_and_an_example() -> None:
     text = re.sub(r"\s+", " ", program("quantize", "--help").stdout)
     assert "Quantize the weights of MODEL" in text and "compress quantize --method gptq --bits 4 MODEL" in text
 
 
 @pytest.mark.parametrize("limit", [1000, 9000], ids=["first-block", "assembling"])
-def test_a_full_disk_loses_nothing_and_the_same_command_goes_on(
-    tiny: Path, tmp_path: Path, text: str, limit: int
-) -> None:
+def test_after_a_full_disk_the_same_command_continues(tiny: Path, tmp_path: Path, text: str, limit: int) -> None:
     out = tmp_path / "out"
     command = ["quantize", tiny, "-o", out, "--calib", text, *CALIBRATION, "--threads", "1"]
     stopped = program(*command, limit=limit)

@@ -1,4 +1,4 @@
-"""The documentation says what the code does: options, defaults, command lines, formats and links are held to it."""
+"""The documentation agrees with the code: options, defaults, command lines, formats and links are compared."""
 
 import re
 import shlex
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(DOCS.rglob("*.md"))]
 OPTIONS = "## Options"
-SPEAKS_FOR_ITSELF = {"scheme"}  # a default that is a value of many parts: its cell says it in words
+DESCRIBED_IN_WORDS = {"scheme"}  # a default that is a value of many parts
 BUILD_RECIPES = ("quantize", "prune", "run")
 
 
@@ -36,7 +36,7 @@ def test_the_option_table_of_a_method_is_its_config(name: str) -> None:
     assert list(described) == known.options()
     for field in fields(known.config):
         for column, cell in described[field.name].items():
-            if column in ("default", *QUALITIES) and field.name not in SPEAKS_FOR_ITSELF:
+            if column in ("default", *QUALITIES) and field.name not in DESCRIBED_IN_WORDS:
                 assert yaml.safe_load(cell) == value_in(known, field, column, described), (field.name, column)
 
 
@@ -47,7 +47,7 @@ def test_the_generated_pages_are_up_to_date(generator: ModuleType) -> None:
     assert stale == [], "run: python docs/generate.py"
 
 
-def test_a_page_without_its_markers_is_noticed(generator: ModuleType) -> None:
+def test_a_page_without_its_markers_is_refused(generator: ModuleType) -> None:
     with pytest.raises(ValueError, match="the page lacks"):
         generator.with_section("no markers", "text")
     page = f"before {generator.BEGIN} old {generator.END} after"
@@ -62,7 +62,7 @@ def test_every_command_line_parses(page: Path, parsed_only: None) -> None:
 
 
 @pytest.mark.parametrize("line", ["quantize --bitz 4 MODEL", "quantize MODEL --bits four", "prune", "shrink MODEL"])
-def test_a_wrong_command_line_is_noticed(line: str, parsed_only: None) -> None:
+def test_a_wrong_command_line_is_refused(line: str, parsed_only: None) -> None:
     assert invoke(f"compress {line}").exit_code == 2
 
 
@@ -86,17 +86,17 @@ def test_every_recipe_that_a_command_line_asks_for_can_be_built(page: Path, monk
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_every_link_leads_somewhere(page: Path) -> None:
+def test_every_relative_link_has_a_target(page: Path) -> None:
     for target in links(page):
         assert target.exists(), target
 
 
-def test_the_map_leads_to_every_page() -> None:
+def test_the_index_links_to_every_page() -> None:
     listed = {target.resolve() for target in links(DOCS / "index.md")}
     assert {page for page in PAGES if page.is_relative_to(DOCS)} - listed == {DOCS / "index.md"}
 
 
-def test_the_page_of_formats_says_what_runtimes_accept() -> None:
+def test_the_page_of_formats_lists_what_runtimes_accept() -> None:
     page = (DOCS / "formats.md").read_text(encoding="utf-8").splitlines()
     for runtime, containers in TARGETS.items():
         for container in containers:
@@ -114,7 +114,7 @@ def generator(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 @pytest.fixture
 def parsed_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commands end where their work would begin."""
+    """Commands end before their work begins."""
 
     def end(*_: object) -> NoReturn:
         raise typer.Exit
@@ -141,7 +141,7 @@ def table_lines(section: str) -> list[str]:
 
 
 def value_in(known: Method, field: Field[Any], column: str, described: Mapping[str, Mapping[str, str]]) -> Any:
-    """What a cell must say: the default, or what a quality makes of it; None (an empty cell) where that changes nothing."""
+    """The text that a cell must have: the default, or the value of a quality; None (an empty cell) if that changes nothing."""
     default = None if field.default is MISSING else field.default
     return default if column == "default" else known.preset(column).get(field.name)
 
@@ -181,14 +181,14 @@ def named(words: list[str]) -> tuple[Any, list[str]]:
 
 
 def links(page: Path) -> Iterator[Path]:
-    """Where the page's relative links lead to."""
+    """The targets of the page's relative links."""
     for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
         if "://" not in target:
             yield page.parent / target
 
 
 def row_of(runtime: str, container: RuntimeFormat) -> str:
-    """The line of the page that says what `runtime` reads of one format."""
+    """The line of the page that lists what `runtime` reads of one format."""
     groups = "any" if container.groups is None else ", ".join("row" if g == ROW else str(g) for g in container.groups)
     if container.block > 1:
         groups = f"multiples of {container.block}"

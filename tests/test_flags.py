@@ -1,4 +1,4 @@
-"""One field, one flag, one keyword: the command line and the Python API follow the option models; no flag is ignored."""
+"""One field, one flag, one keyword: the command line and the Python API are made from the option models; no flag is ignored."""
 
 import ast
 import inspect
@@ -174,7 +174,7 @@ def test_python_takes_keywords_or_an_object(tiny: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("arguments", "resumes"), [(["quantize"], True), (["run", "--recipe", "rtn-w4"], True),
                                                     (["eval"], False), (["inspect"], False)])  # fmt: skip
-def test_only_commands_that_continue_promise_it(
+def test_only_commands_that_resume_offer_it(
     tiny: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], resumes: bool
 ) -> None:
     def interrupt(*_: Any, **__: Any) -> NoReturn:

@@ -62,7 +62,7 @@ ROOMS = {
         "commands",
     ),
 }
-# Where a function may import our own code: start-up time needs it there, and Triton loads only where it can run.
+# Files whose functions may import our own code: for start-up time, and because Triton is loaded only if it can run.
 LATE = ("cli.py", "*/commands.py", "compress/command/*.py", "kernels/triton/*.py", "kernels/triton/*/*.py")
 
 
@@ -117,7 +117,7 @@ def late_imports(path: Path) -> int:
     return sum(1 for function in functions for node in function.body for _ in own_imports(path, node))
 
 
-def test_functions_import_our_own_code_only_where_start_up_needs_it() -> None:
+def test_functions_import_our_own_code_only_if_start_up_needs_it() -> None:
     files = [file.relative_to(ROOT) for floor in FLOORS for file in files_of(floor)]
     late = {path.as_posix(): late_imports(ROOT / path) for path in files if not any(path.match(p) for p in LATE)}
     assert {path: count for path, count in late.items() if count} == {}

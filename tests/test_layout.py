@@ -45,7 +45,7 @@ def declared_packages() -> list[str]:
 
 
 def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
-    """A fresh interpreter in the root, where the current folder is on its path as it is for a user who works there."""
+    """A fresh interpreter in the root, with the current folder on its path, as it is for a user who works there."""
     return subprocess.run([sys.executable, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
 
 
@@ -83,10 +83,10 @@ def test_siblings_are_imported_relatively(path):
     assert [name for name in absolute_imports(tree) if name.split(".")[0] in own] == []
 
 
-# --- rule 3: our `kernels` never stands in for Hugging Face's ----------------------------------------------------------
+# --- rule 3: our `kernels` never replaces Hugging Face's --------------------------------------------------------------
 
 
-def test_kernels_is_no_regular_package():
+def test_kernels_is_not_a_regular_package():
     assert not (ROOT / "kernels" / "__init__.py").exists()
 
 
@@ -111,7 +111,7 @@ def test_the_root_holds_only_the_api_and_the_command():
     assert {path.name for path in ROOT.glob("*.py")} == {"__init__.py", "cli.py", "errors.py"}
 
 
-def test_tests_are_no_package():
+def test_tests_are_not_a_package():
     assert [path for path in python_files() if path.parts[0] == "tests" and path.name == "__init__.py"] == []
 
 

@@ -4,13 +4,13 @@
 
 AutoRound 0.16.1 runs in an environment of its own below build/, created from the package index, with its defaults except for
 the settings made equal: groups of 32, float16 scales, float32 arithmetic, the same 128 calibration rows of 256 tokens, one
-thread. Its result is dequantized and evaluated by us, on 64 held-out rows. Seconds are CPU seconds without the loading of
+thread. Its result is dequantized and evaluated by lmpress, on 64 held-out rows. Seconds are CPU seconds without the loading of
 libraries.
 
 `best` is also measured with a third of its tuning steps, for comparison with AutoRound's shorter run.
 
-AutoRound does not quantize matrices whose sides are not multiples of 32. To make it quantize the same layers as we do, it
-gets the model with its MLPs widened by channels of zeros, which change nothing. If 32 does not divide a width, its last group
+AutoRound does not quantize matrices whose sides are not multiples of 32. To make it quantize the same layers as lmpress,
+it gets the model with its MLPs widened by channels of zeros, which change nothing. If 32 is not a divisor, the last group
 is shorter; ours have the size of the nearest divisor (stories260K: 43 columns), which costs fewer bits.
 """
 

@@ -35,7 +35,7 @@ def k_quant(bits: int, symmetric: bool, group: int) -> Weights:
 
 
 def grid(bits: int, group: int, symmetric: bool = True) -> Weights:
-    """Rounding to nearest: a format treats codes alike, whatever method they come from."""
+    """Rounding to nearest: a format stores codes in the same way for every method."""
     slug = f"w{bits} g{group} {'sym' if symmetric else 'asym'}"
     strategy, size = group_strategy(group)
     args = QuantArgs(bits=bits, symmetric=symmetric, strategy=strategy, group_size=size)

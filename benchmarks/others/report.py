@@ -17,9 +17,9 @@ with the versions below, on a CPU. {models}
     compress export CKPT -o OUT --format gptq
     compress verify OUT --against CKPT --runtime transformers --python ENVIRONMENT/bin/python
 
-- **exact**: every weight that the runtime computes with equals ours bit for bit; otherwise the cell gives the largest
-  difference of a weight in steps of its grid (half a step would be a wrong code). The second figure is the largest difference
-  of a logit on 128 random tokens, in standard deviations of the logits: it comes from the runtime's own arithmetic.
+- **exact**: every weight that the runtime computes with equals the checkpoint's bit for bit; otherwise the cell gives the
+  largest difference of a weight in steps of its grid (half a step would be a wrong code). The second figure is the largest
+  difference of a logit on 128 random tokens, in standard deviations of the logits: it comes from the runtime's own arithmetic.
 - **refused**: the runtime does not load the checkpoint; its message is below, by number.
 - **GPU**: according to its source the runtime's loader reads such a checkpoint; nothing was run (these runtimes need a GPU).
 - empty: the runtime has no reader for the format.
@@ -51,7 +51,7 @@ def report(results: Sequence[Mapping[str, Any]]) -> str:
         cells += ["GPU" if _read_by(target, kind, weights) else "" for target in GPU.values()]
         lines.append(f"| `{kind}` | {weights} | {' | '.join(cells)} |")
     names = list(dict.fromkeys(each["model"] for each in results))
-    head = HEAD.format(models=f"Models: {' and '.join(names)}, the largest figure of them.")
+    head = HEAD.format(models=f"Models: {' and '.join(names)}; a figure is the largest of these models.")
     numbered = "\n".join(f"{number}. {text}" for number, text in enumerate(messages, 1))
     below = numbered + "\n\n" + _not_run(results) + _versions(results, environments) + _detail(results)
     return head + "\n".join(lines) + "\n\n" + below

@@ -1,4 +1,4 @@
-"""From a budget to a recipe: which layer gets how many bits, or how many zeros.
+"""Allocation of a budget: the bits, or the share of zeros, of each layer.
 
 Every layer is rounded (or loses its smallest weights) alone, at every level, and the divergence of the model from itself is
 measured; dynamic programming finds the least sum of divergences within the budget. The result is an ordinary recipe whose
@@ -50,8 +50,8 @@ def allocated(
 ) -> Iterator[Recipe]:
     """The recipe that a run of `recipe` on `source` into `out` uses: `recipe` itself if it has no budget to allocate.
 
-    What was measured is kept in a hidden sibling of `out` until the context ends without an error, so that a run that was
-    interrupted continues without measuring again. `skeleton` is the model of `source` without weights.
+    The measurements are kept in a hidden file next to `out` until the context ends without an error, so that an interrupted
+    run continues without measuring again. `skeleton` is the model of `source` without weights.
     """
     if recipe.allocate is None:
         yield recipe
@@ -74,7 +74,7 @@ def allocated(
 
 
 def most_bytes(planned: Plan, recipe: Recipe) -> int:
-    """The most bytes that the compressed layers take after the allocation; `planned` is the plan of the uniform recipe."""
+    """The largest size in bytes of the compressed layers after the allocation; `planned` is the plan of the uniform recipe."""
     assert recipe.allocate is not None
     layers = [layer for layer in planned.layers if layer.args is not None]
     if isinstance(recipe.scheme.weights, PruneArgs):
@@ -83,7 +83,7 @@ def most_bytes(planned: Plan, recipe: Recipe) -> int:
 
 
 def uniform(recipe: Recipe) -> Recipe:
-    """`recipe` without its budget: every layer as in the scheme."""
+    """`recipe` without its budget: every layer gets the level of the scheme."""
     return recipe.model_copy(update={"allocate": None})
 
 
@@ -120,7 +120,7 @@ def choose_overrides(
 
 
 def levels(recipe: Recipe, allocation: Allocation) -> list[float]:
-    """The bits or sparsities that a layer may get."""
+    """The bits or sparsities that a layer may get. Raises `UsageError` if the recipe has no average to allocate."""
     if allocation.levels:
         return list(allocation.levels)
     if isinstance(recipe.scheme.weights, PruneArgs):
@@ -200,7 +200,7 @@ def _stand_in(weight: Tensor, args: WeightArgs | None, energy: Tensor) -> Tensor
 
 
 def _rows(source: Source, skeleton: PreTrainedModel, recipe: Recipe, allocation: Allocation) -> TokenRows:
-    """The first calibration rows, as many as make `tokens` tokens."""
+    """The first calibration rows, up to `tokens` tokens in total."""
     asked, limit = recipe.calibration, context_length(skeleton.config)
     length = min(asked.seq_len, allocation.tokens, *([] if limit is None else [limit]))
     count = min(asked.samples, max(1, allocation.tokens // length))

@@ -1,4 +1,4 @@
-"""The model card of a compressed checkpoint: what it is, what made it, where it loads."""
+"""The model card of a compressed checkpoint: its content, the recipe that made it, and how it is loaded."""
 
 from ...calibrate.data.token_rows import TokenRows
 from ...calibrate.model.source import Source
@@ -39,7 +39,7 @@ tags: [{tags}]
 
 
 def render(source: Source, plan: Plan, recipe: Recipe, rows: TokenRows | None) -> str:
-    """The text of README.md. Holds no time, path or machine: equal runs give equal cards."""
+    """The text of README.md. It contains no time, path or machine, so that equal runs give equal cards."""
     written = _written(plan)
     kind = kinds.kind_of(written.layers[0])
     return TEMPLATE.format(

@@ -1,4 +1,4 @@
-"""The memory of this process: how much it took, and giving back what was freed."""
+"""The memory of this process: its peak, and the return of freed pages to the operating system."""
 
 import ctypes
 import resource
@@ -7,28 +7,28 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-SMALL, USUAL = 2**20, 2**25  # bytes from which on freed memory goes back at once; the usual one is glibc's own largest
+SMALL, USUAL = 2**20, 2**25  # bytes from which freed memory is returned at once; the usual one is glibc's largest
 
 
 @contextmanager
 def return_freed_pages() -> Iterator[None]:
-    """Have glibc give every freed matrix back at once: by itself it keeps those below 32 MB, and fragments of them.
+    """Let glibc return every freed matrix at once: by default it keeps those below 32 MB, and fragments of them.
 
-    Afterwards it is as usual again: models that run want the same memory over and over.
+    Afterwards the usual threshold applies again, because inference allocates the same memory repeatedly.
     """
     libc = ctypes.CDLL(None)
-    can_tell = hasattr(libc, "mallopt")
-    if can_tell:
+    is_glibc = hasattr(libc, "mallopt")
+    if is_glibc:
         libc.mallopt(M_MMAP_THRESHOLD, SMALL)
     try:
         yield
     finally:
-        if can_tell:
+        if is_glibc:
             libc.mallopt(M_MMAP_THRESHOLD, USUAL)
 
 
 def give_back() -> None:
-    """Give what was freed back now, where that is glibc's to do: between what stays, it keeps a lot."""
+    """Return freed memory now, if the C library is glibc, which keeps much of it between allocations that are in use."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

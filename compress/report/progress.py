@@ -1,4 +1,4 @@
-"""What a long run tells whoever is watching: a stream of events, rendered by the command line and the log file."""
+"""Progress of a long run: a stream of events, rendered by the command line and the log file."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -24,4 +24,4 @@ Observer = Callable[[Event], None]
 
 
 def silent(event: Event) -> None:
-    """The observer that nobody hears."""
+    """An observer that ignores every event."""

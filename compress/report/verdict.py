@@ -108,7 +108,7 @@ def of_layers(layers: Sequence[Figures]) -> Verdict:
     fallen = [str(layer["name"]) for layer in layers if "fallback" in layer]
     if fallen:
         return Verdict(
-            "SUSPECT", f"{len(fallen)} layers were rounded, solving made them worse: {', '.join(fallen[:3])}"
+            "SUSPECT", f"{len(fallen)} layers were rounded, because solving made them worse: {', '.join(fallen[:3])}"
         )
     if errors[worst] > OUTLYING_ERROR * median and errors[worst] > 0.1:
         return Verdict("SUSPECT", f"{worst} has a relative output error of {errors[worst]:.2f} (median {median:.3f})")

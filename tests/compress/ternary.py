@@ -107,5 +107,5 @@ KIND = Kind(
 
 
 def add() -> None:
-    """The line of the registry."""
+    """The entry for the registry."""
     register(NAME, WORDS, KIND)

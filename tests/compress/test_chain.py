@@ -88,7 +88,7 @@ def test_a_chain_is_its_stages_by_hand_also_after_a_kill(tiny: Path, tmp_path: P
         assert not work.exists() and [record["stage"] for record in report.stages] == ["distill", "compress", "export"]
 
 
-def test_the_command_says_the_stages_and_writes_beside_the_model(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_the_command_lists_the_stages_and_writes_next_to_the_model(tiny: Path, tmp_path: Path, text: str) -> None:
     (tmp_path / "chain.json").write_text(json.dumps(content(text)))  # JSON is YAML
     words = ["run", str(tiny), "--recipe", str(tmp_path / "chain.json")]
     dry = CliRunner().invoke(app, [*words, "--dry-run"])
@@ -122,7 +122,7 @@ def test_a_wrong_stage_is_named(text: str, stage: int, changes: dict[str, Any], 
         chain.build(wrong)
 
 
-def test_a_failing_stage_is_named_and_can_be_mended(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_a_failing_stage_is_named_and_earlier_stages_are_not_repeated(tiny: Path, tmp_path: Path, text: str) -> None:
     wrong, right = content(text), chain.build(content(text))
     wrong["stages"][1]["compress"]["calibration"]["data"] = str(tmp_path / "nowhere.txt")
     with pytest.raises(CompressError, match=r"stage 2 \(compress\): .*nowhere.txt"):
@@ -136,14 +136,14 @@ def test_a_failing_stage_is_named_and_can_be_mended(tiny: Path, tmp_path: Path, 
     assert not (tmp_path / ".again.chain").exists()
 
 
-def test_python_takes_chains_as_the_command_does(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_python_and_the_command_run_chains_alike(tiny: Path, tmp_path: Path, text: str) -> None:
     wanted = chain.build(content(text))
     (tmp_path / "chain.yaml").write_text(chain.dump(wanted))
     report = lmpress.run(tiny, recipe=wanted)
     assert report.out == tmp_path / "tiny-distill-gptq-w4-fp16"
     lmpress.run(tiny, tmp_path / "file", str(tmp_path / "chain.yaml"))
     assert contents(tmp_path / "file") == contents(report.out)
-    with pytest.raises(UsageError, match="a chain takes no target"):
+    with pytest.raises(UsageError, match="target does not apply to a chain"):
         lmpress.run(tiny, tmp_path / "no", str(tmp_path / "chain.yaml"), target=["vllm"])
 
 
@@ -175,7 +175,7 @@ def test_a_chain_exports_what_the_command_exports() -> None:
     assert set(get_args(chain.Format)) == set(export.formats())
 
 
-def test_the_shipped_chain() -> None:
+def test_the_shipped_chain_ends_with_the_passes_of_best_w4() -> None:
     found = chain.read("smaller-w4")
     assert isinstance(found, chain.Chain) and chain.build(found.as_dict()) == found
     asked = found.stages[1]

@@ -69,7 +69,7 @@ def test_plain_transformers_loads_the_dense_export(tmp_path: Path, symmetric: bo
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_a_short_dense_export_is_rounded_and_says_so(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
+def test_a_16_bit_dense_export_is_rounded_which_is_reported(tmp_path: Path, name: str, dtype: torch.dtype) -> None:
     source = quantized(tmp_path)
     assert lmpress.export(source, tmp_path / "out", format=name).notes == (f"weights are rounded to {name}",)
     found = safetensors_io.read(tmp_path / "out" / "model.safetensors")
@@ -78,7 +78,7 @@ def test_a_short_dense_export_is_rounded_and_says_so(tmp_path: Path, name: str, 
     assert {t.dtype for t in found.values()} == {dtype}
 
 
-def test_conv1d_weights_go_back_to_their_own_layout(tmp_path: Path, assets: Path) -> None:
+def test_conv1d_weights_are_exported_in_their_own_layout(tmp_path: Path, assets: Path) -> None:
     lmpress.quantize(assets / "models" / "babygpt-shakespeare-gpt2", tmp_path / "q", method="rtn", group_size=32)
     lmpress.export(tmp_path / "q", tmp_path / "out", format="fp32")
     ids = torch.arange(32)[None]
@@ -102,7 +102,7 @@ def with_zero(source: Path, value: int) -> None:
 
 
 @pytest.mark.parametrize("zero", [0, 1])
-def test_a_zero_of_zero_turns_gptq_into_its_second_version(tmp_path: Path, zero: int) -> None:
+def test_a_zero_point_of_zero_is_written_as_gptq_v2(tmp_path: Path, zero: int) -> None:
     source = quantized(tmp_path, symmetric=False)
     with_zero(source, zero)
     report = lmpress.export(source, tmp_path / "out", format="gptq")
@@ -115,7 +115,7 @@ def test_a_zero_of_zero_turns_gptq_into_its_second_version(tmp_path: Path, zero:
     assert torch.equal(logits(tmp_path / "out"), logits(source))
 
 
-def test_layers_kept_dense_stay_so(tmp_path: Path) -> None:
+def test_layers_kept_dense_are_exported_dense(tmp_path: Path) -> None:
     source = quantized(tmp_path, keep=["*.mlp.*"])
     for name in ("gptq", "awq"):
         lmpress.export(source, tmp_path / name, format=name)
@@ -135,7 +135,7 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_written(tmp_pat
     assert {p.name for p in tmp_path.iterdir()} == {"model", "q"}
 
 
-def test_an_existing_output_is_replaced_only_when_asked(tmp_path: Path) -> None:
+def test_an_existing_output_is_replaced_only_with_overwrite(tmp_path: Path) -> None:
     source = quantized(tmp_path)
     lmpress.export(source, tmp_path / "out", format="fp16")
     with pytest.raises(UsageError, match="exists already"):
@@ -167,7 +167,7 @@ def test_shards_take_their_tensors_in_any_order(tmp_path: Path, monkeypatch: pyt
         assert torch.equal(safetensors_io.read(tmp_path / index[name])[name], tensor)
 
 
-def test_a_tensor_that_never_came_is_an_error(tmp_path: Path) -> None:
+def test_a_tensor_that_is_never_written_is_an_error(tmp_path: Path) -> None:
     specs = {"a": safetensors_io.TensorSpec("F32", (2,)), "b": safetensors_io.TensorSpec("F32", (2,))}
     with pytest.raises(CompressError, match="b was never written"), safetensors_io.streamed(tmp_path, specs) as put:
         put("a", torch.zeros(2))

@@ -1,4 +1,4 @@
-"""A kind of weight is one record: a new one takes one file, and no other code knows one kind from another."""
+"""A kind of weight is one record: a new one takes one file, and no other code distinguishes kinds."""
 
 import ast
 import importlib.util
@@ -23,7 +23,7 @@ from lmpress.recipes.scheme import QuantArgs, kinds
 
 ROOT, FILE = Path(__file__).parents[2], Path(__file__).with_name("ternary.py")
 WEIGHTS = {"bits": 2, "strategy": "channel", "group_size": None, "formula": "ternary"}
-# Where kinds may be told apart: the registry, their own files and formats, and the methods that leave or train one kind.
+# Files that may distinguish kinds: the registry, their own files and formats, and the methods that make or train one kind.
 OWN = (
     "recipes/scheme/kinds.py",
     "kernels/tensor/",
@@ -36,7 +36,7 @@ OWN = (
 
 @pytest.fixture(scope="module")
 def module() -> ModuleType:
-    """The file of the new kind, which nothing else knows."""
+    """The file of the new kind, which is not registered yet."""
     spec = importlib.util.spec_from_file_location("ternary", FILE)
     assert spec is not None and spec.loader is not None
     found = importlib.util.module_from_spec(spec)
@@ -111,7 +111,7 @@ def test_what_works_on_any_kind_works_on_a_new_one(ternary: ModuleType, tiny: Pa
         assert torch.allclose(layer(x), x @ tensor.dequantize().T, atol=1e-5)
 
 
-def test_runtimes_that_do_not_know_it_are_refused(ternary: ModuleType, tiny: Path, tmp_path: Path) -> None:
+def test_runtimes_that_cannot_read_a_new_kind_are_refused(ternary: ModuleType, tiny: Path, tmp_path: Path) -> None:
     lmpress.run(tiny, tmp_path / "out", recipe(), target=["lmpress"])
     with pytest.raises(UsageError, match="holds no ternary weights"):
         lmpress.run(tiny, tmp_path / "other", recipe(), target=["vllm"])
@@ -167,7 +167,7 @@ def test_every_line_has_a_record_without_a_gap(name: str) -> None:
 
 
 def _told_apart(path: Path) -> Iterator[str]:
-    """Where a file compares `.kind` with the name of a kind, or asks whether something is of a kind's tensor class."""
+    """The lines in which a file compares `.kind` with the name of a kind, or tests for a kind's tensor class."""
     classes = {kind.tensor.__name__ for kind in kinds.all_kinds()}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Compare):
@@ -181,7 +181,7 @@ def _told_apart(path: Path) -> Iterator[str]:
             yield f"{path.relative_to(ROOT)}:{getattr(node, 'lineno', 0)}"
 
 
-def test_no_other_code_tells_kinds_apart() -> None:
+def test_no_other_code_distinguishes_kinds() -> None:
     floors = ("recipes", "kernels", "calibrate", "compress", "eval")
     files = [path for floor in floors for path in (ROOT / floor).rglob("*.py")]
     assert [place for path in files for place in _told_apart(path) if not place.startswith(OWN)] == []

@@ -21,7 +21,7 @@ IDS = torch.randint(0, 10, (2, 16), generator=torch.Generator().manual_seed(0))
 
 @pytest.fixture
 def llama(tmp_path: Path, letters: PreTrainedTokenizerFast) -> Path:
-    """Widths 64 and 172: groups of 32 divide the one and not the other."""
+    """Widths 64 and 172: groups of 32 divide only the first."""
     config = LlamaConfig(
         vocab_size=10,
         hidden_size=64,
@@ -46,7 +46,7 @@ def compressed(model: Path, **options: Any) -> Path:
 
 
 def dequantized(model: Path, out: Path) -> PreTrainedModel:
-    """The original model with the weights that the checkpoint's tensors stand for, by the formula of the format."""
+    """The original model with weights that are dequantized from the checkpoint by the formula of the format."""
     dense, stored = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval(), open_source(out).tensors
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     replaced = 0
@@ -108,7 +108,7 @@ def test_symmetric_checkpoints_load_in_plain_transformers(llama: Path, bits: int
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_layers_kept_dense_load_too(llama: Path) -> None:
+def test_checkpoints_with_dense_layers_load(llama: Path) -> None:
     out = compressed(llama, keep=["*.0.mlp.down_proj", "*.q_proj"])
     assert close(logits(plainly(out)), logits(dequantized(llama, out)))
     assert close(logits(lmpress.load(out)), logits(dequantized(llama, out)))
@@ -149,7 +149,7 @@ def test_weights_stay_packed_in_memory(llama: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_it_computes_in_the_dtype_asked_for(llama: Path, dtype: torch.dtype) -> None:
+def test_the_model_computes_in_the_requested_dtype(llama: Path, dtype: torch.dtype) -> None:
     out = compressed(llama)
     found, expected = logits(lmpress.load(out, dtype=dtype)), logits(lmpress.load(out))
     assert found.dtype == dtype
@@ -189,7 +189,7 @@ def test_a_wrong_shape_is_named(llama: Path, name: str) -> None:
         lmpress.load(out)
 
 
-def test_a_stored_shape_that_lies_is_named(llama: Path) -> None:
+def test_a_wrong_stored_shape_is_named(llama: Path) -> None:
     out = compressed(llama)
     damage(out, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([64, 171])}))
     with pytest.raises(CompressError, match=rf"{LAYER}\.weight_shape is"):
@@ -228,7 +228,7 @@ def test_foreign_quantizations_are_refused(llama: Path, quantization: object) ->
         lmpress.load(llama)
 
 
-def test_integer_weights_are_not_taken_for_real_ones(llama: Path) -> None:
+def test_integer_weights_are_not_read_as_real_numbers(llama: Path) -> None:
     """`int-quantized` keeps int8 codes under the name `weight`: read as values they would be garbage."""
     out = compressed(llama, bits=8, group_size=-1)
     config = json.loads((out / "config.json").read_text())

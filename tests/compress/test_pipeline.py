@@ -1,4 +1,4 @@
-"""The whole way on small models: exact promises, equal bytes, runs that were killed, and what calibration is worth."""
+"""The whole pipeline on small models: exact plans, equal bytes, killed runs, and the benefit of calibration."""
 
 import signal
 import subprocess
@@ -41,7 +41,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("method", ["gptq", "rtn"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_sizes_are_as_promised(tiny: Path, tmp_path: Path, text: str, method: str, symmetric: bool) -> None:
+def test_sizes_are_as_planned(tiny: Path, tmp_path: Path, text: str, method: str, symmetric: bool) -> None:
     options = {"method": method, "bits": 3, "symmetric": symmetric, "calib": text, **SMALL}
     promised = Run.of(tiny, QuantizeOptions(**options).recipe()).plan
     report = lmpress.quantize(tiny, tmp_path / "out", **options)
@@ -97,7 +97,7 @@ for number, point in enumerate(points):
 """
 
 
-def test_killed_runs_go_on_to_the_same_bytes(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_killed_runs_resume_and_write_the_same_bytes(tiny: Path, tmp_path: Path, text: str) -> None:
     """Each run dies by SIGKILL at its point; the same call then finishes it."""
     points = ["capture/0", "solve/0", "write/0", "forward/0", "block/0", "solve/1", "write/1", "block/1", "assemble/2"]
     root = Path(lmpress.__file__).parent.parent
@@ -130,7 +130,7 @@ def stopped(model: Path, out: Path, **options: Any) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"bits": 3}, {"seed": 1}, {"samples": 7}, {"options": {"damping": 0.1}}], ids=str)
-def test_an_unfinished_run_is_not_taken_for_another(
+def test_an_unfinished_run_with_other_options_is_not_resumed(
     tiny: Path, tmp_path: Path, text: str, changes: dict[str, Any]
 ) -> None:
     out, options = tmp_path / "out", {"calib": text, **SMALL}
@@ -145,7 +145,7 @@ def test_an_unfinished_run_is_not_taken_for_another(
     assert contents(out) == contents(tmp_path / "fresh")
 
 
-def test_an_unfinished_run_of_another_model_is_not_taken_up(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_an_unfinished_run_of_another_model_is_not_resumed(tiny: Path, tmp_path: Path, text: str) -> None:
     stopped(tiny, tmp_path / "out", calib=text, **SMALL)
     data = bytearray((tiny / "model.safetensors").read_bytes())
     data[-2] ^= 1
@@ -154,7 +154,7 @@ def test_an_unfinished_run_of_another_model_is_not_taken_up(tiny: Path, tmp_path
         lmpress.quantize(tiny, tmp_path / "out", calib=text, **SMALL)
 
 
-def test_parts_without_a_manifest_are_of_an_unknown_run(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_parts_without_a_manifest_are_not_resumed(tiny: Path, tmp_path: Path, text: str) -> None:
     stopped(tiny, tmp_path / "out", calib=text, bits=2, **SMALL)
     (tmp_path / ".out.partial/manifest.json").unlink()
     lmpress.quantize(tiny, tmp_path / "out", calib=text, bits=4, **SMALL)
@@ -162,7 +162,7 @@ def test_parts_without_a_manifest_are_of_an_unknown_run(tiny: Path, tmp_path: Pa
     assert contents(tmp_path / "out") == contents(tmp_path / "fresh")
 
 
-def test_conv1d_layers(tmp_path: Path, text: str, letters: PreTrainedTokenizerFast) -> None:
+def test_conv1d_layers_are_quantized(tmp_path: Path, text: str, letters: PreTrainedTokenizerFast) -> None:
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=10, n_embd=16, n_layer=2, n_head=2, n_positions=32, initializer_range=0.5)
     GPT2LMHeadModel(config).save_pretrained(tmp_path / "gpt2")
@@ -174,7 +174,7 @@ def test_conv1d_layers(tmp_path: Path, text: str, letters: PreTrainedTokenizerFa
     assert found.kl is not None and 0 < found.kl < 1e-2
 
 
-# What the methods are worth on models that learned something.
+# The accuracy of the methods on trained models.
 MODELS = {
     "stories260K": ("tinystories/train.jsonl", "tinystories/test.jsonl", 256, 32),
     "stories260K-outlier": ("tinystories/train.jsonl", "tinystories/test.jsonl", 256, 32),
@@ -184,7 +184,7 @@ MODELS = {
 
 
 def divergence(assets: Path, model: str, out: Path, **options: Any) -> tuple[float, list[dict[str, Any]]]:
-    """KL of the quantized model from the original in nats a token, and the figures of its layers."""
+    """KL of the quantized model from the original in nats per token, and the figures of its layers."""
     train, test, length, group = MODELS[model]
     path = assets / "models" / model
     options = {"group_size": group, "calib": str(assets / "data" / train), "seq_len": length, **options}
@@ -217,7 +217,7 @@ def test_gptq_is_never_worse_than_rounding(assets: Path, tmp_path: Path, model: 
     assert all(layer["loss"] <= layer["rtn_loss"] for layer in layers)
 
 
-def test_the_bookkeeping_identity_on_every_linear_of_a_trained_model(assets: Path, tmp_path: Path) -> None:
+def test_the_residual_identity_holds_on_every_linear_of_a_trained_model(assets: Path, tmp_path: Path) -> None:
     """I1: `W - Q = E U` and `sum(E**2) / 2` is the damped loss, here as the pipeline's own pieces give them."""
     source = open_source(assets / "models/stories260K")
     tokenizer = load_tokenizer(source.path)

@@ -1,4 +1,4 @@
-"""A run: opened and planned once, whoever starts it; what it promises before the work is what it does."""
+"""A run: opened and planned once by the command and by Python; its plan is shown before the work and is kept."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Targets refuse before any work, name the layers, and propose what would do; a proposal that is followed is accepted."""
+"""Targets refuse before any work, name the layers, and propose a setting; a proposed setting is accepted."""
 
 import re
 from pathlib import Path
@@ -82,8 +82,8 @@ def test_quantized_inputs_need_a_runtime_that_rounds_them() -> None:
         check(layers, ["transformers"], inputs_per("tensor", dynamic=True))
 
 
-def test_the_closest_format_speaks() -> None:
-    """vLLM reads asymmetric weights as AWQ only: 8 bits asymmetric are refused whatever the format."""
+def test_asymmetric_weights_are_served_in_the_format_that_reads_them() -> None:
+    """vLLM reads asymmetric weights only as AWQ, which has 4 bits: 8 bits are refused in every format."""
     check(block(QuantArgs(symmetric=False)), ["vllm"])
     with pytest.raises(UsageError, match="vllm cannot serve"):
         check(block(QuantArgs(bits=8, symmetric=False)), ["vllm"])
@@ -97,13 +97,13 @@ def test_projections_that_are_joined_share_a_scheme() -> None:
     check(block(mixed | {"v_proj": QuantArgs(group_size=32), "o_proj": QuantArgs(bits=8)}), ["vllm"])
 
 
-def test_widths_that_no_block_divides() -> None:
+def test_layers_whose_width_no_block_divides_must_stay_dense() -> None:
     args = {"down_proj": QuantArgs(strategy="channel", group_size=None)}
     with pytest.raises(UsageError, match=r"groups of 172; use --keep 'm.0.down_proj'"):
         check(block(args, hidden=64, inner=172), ["llamacpp"])
 
 
-def test_unknown_targets_get_the_close_ones() -> None:
+def test_unknown_targets_are_refused_with_similar_names() -> None:
     with pytest.raises(UsageError, match=r"unknown target 'llama.cpp'; did you mean llamacpp"):
         check([], ["llama.cpp"])
 

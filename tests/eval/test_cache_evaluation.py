@@ -1,4 +1,4 @@
-"""Perplexity with a packed cache: that of decoding token by token, beside the full cache's, with the bytes of both."""
+"""Perplexity with a packed cache: that of decoding token by token, compared with the full cache's, with the bytes of both."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def wide(tiny: Path, length: int = 128) -> Path:
     return tiny
 
 
-def test_it_is_what_decoding_token_by_token_gives(tiny: Path, text: str) -> None:
+def test_perplexity_equals_that_of_decoding_token_by_token(tiny: Path, text: str) -> None:
     model = wide(tiny)
     found = lmpress.evaluate(model, text, seq_len=96, rows=3, kv_bits=2, kv_window=16)
     loaded = lmpress.load(model)
@@ -65,7 +65,7 @@ def test_against_another_model_both_effects_are_measured(tiny: Path, tmp_path: P
     assert weights.cache_bytes is None and "cache_bytes" not in weights.as_dict()
 
 
-def test_what_the_checkpoint_says_is_what_is_evaluated(tiny: Path, text: str) -> None:
+def test_the_cache_of_the_loaded_model_is_evaluated(tiny: Path, text: str) -> None:
     model = lmpress.load(wide(tiny), kv_bits=2, kv_window=16)
     assert "kv=2 bits" in lmpress.evaluate(model, text, seq_len=96, rows=2).protocol
     assert "kv=" not in lmpress.evaluate(model, text, seq_len=96, rows=2, kv_bits=16).protocol

@@ -1,4 +1,4 @@
-"""One wrong nibble, one wrong scale, two lines in each other's place: `verify` finds each in an export of any format, and
+"""One wrong nibble, one wrong scale, two swapped lines: `verify` finds each in an export of any format, and
 names tensor and block. Files are changed byte by byte; the runtimes run in this process, which takes no time to start."""
 
 import struct
@@ -24,7 +24,7 @@ LAYER, ROWS, COLUMNS = "model.layers.1.mlp.up_proj", 160, 64
 
 @dataclass(frozen=True)
 class Place:
-    """Where a layer lies in `file`: its codes from `codes` on in lines of `line` bytes, a scale as `struct` has it."""
+    """The place of a layer in `file`: its codes start at `codes` in lines of `line` bytes; scales have the format `struct`."""
 
     file: Path
     codes: int
@@ -88,7 +88,7 @@ FORMATS: dict[str, tuple[str, Callable[[Path], Place]]] = {
 }
 TOKENS = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
 ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "signed"}
-PASSES: dict[str, dict[str, Any]] = {  # of what a method writes in the format by itself; the others are exports
+PASSES: dict[str, dict[str, Any]] = {  # for formats that a method itself writes; the others are exports
     "pack-quantized": {"method": "rtn", "scheme": {"weights": {"group_size": 32}}},
     "int-quantized": {"method": "rtn", "scheme": {"weights": ROWWISE, "inputs": TOKENS}},
     "bitsandbytes": {"method": "nf4"},
@@ -134,7 +134,7 @@ def scale(content: bytearray, place: Place) -> None:
 
 
 def permutation(content: bytearray, place: Place) -> None:
-    """Lines 2 and 3 change places."""
+    """Swap lines 2 and 3."""
     first, second, end = (place.codes + n * place.line for n in (2, 3, 4))
     content[first:end] = content[second:end] + content[first:second]
 

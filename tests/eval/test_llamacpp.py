@@ -33,7 +33,7 @@ def test_the_sample_model_is_served(tmp_path: Path, kind: str) -> None:
     (finding,) = lmpress.verify(tmp_path / "gguf", against=tmp_path / "q", runtime=["llama.cpp"]).findings
     assert finding.ok, finding
     assert finding.versions.keys() == {"llama-cpp-python", "gguf"}
-    assert finding.steps == 0 or (kind == "Q4_1" and finding.steps < 0.02)  # whose minima are rounded to float16
+    assert finding.steps == 0 or (kind == "Q4_1" and finding.steps < 0.02)  # the minima of Q4_1 are rounded to float16
 
 
 @needs_llama_cpp
@@ -62,6 +62,6 @@ def test_a_difference_outside_the_packed_layers_is_found_in_its_block(tmp_path: 
 
 
 @pytest.mark.skipif(INSTALLED, reason="llama-cpp-python is installed")
-def test_its_absence_is_said() -> None:
+def test_a_missing_llama_cpp_is_reported() -> None:
     with pytest.raises(UsageError, match="needs the package llama-cpp-python; pip install llama-cpp-python"):
         llamacpp.library()

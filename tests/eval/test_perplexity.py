@@ -124,7 +124,7 @@ def test_scores_do_not_depend_on_how_they_are_cut(
     )
 
 
-def test_a_model_equals_itself(tiny: Path, text: tuple[str, list[int]]) -> None:
+def test_a_model_does_not_diverge_from_itself(tiny: Path, text: tuple[str, list[int]]) -> None:
     found = evaluate(tiny, text[0], seq_len=16, against=tiny)
     assert (found.kl, found.kl_stderr, found.top1_agreement, found.nll_difference) == (0, 0, 1, 0)
     assert found.perplexity == found.perplexity_base
@@ -170,7 +170,7 @@ def test_progress_counts_rows(tiny: Path, text: tuple[str, list[int]]) -> None:
 
 
 def spoiled(model: PreTrainedModel) -> PreTrainedModel:
-    """With an embedding of `h` that is no number: the first row with that letter is the first to fail."""
+    """A model whose embedding of `h` is NaN: the first row with that letter fails first."""
     next(model.get_input_embeddings().parameters()).data[9] = math.nan
     return model
 
@@ -231,7 +231,7 @@ def test_impossible_numbers_are_wrong_usage(
         evaluate(tiny, text[0], seq_len=16, stride=stride, rows=rows, batch_size=batch, dtype=dtype)
 
 
-def test_what_is_missing_is_said(tmp_path: Path, tiny: Path, text: tuple[str, list[int]]) -> None:
+def test_missing_text_and_tokenizers_are_reported(tmp_path: Path, tiny: Path, text: tuple[str, list[int]]) -> None:
     (tmp_path / "short.txt").write_text("abc")
     with pytest.raises(CompressError, match="too short: it has 4 tokens, and one row needs 16"):
         evaluate(tiny, str(tmp_path / "short.txt"), seq_len=16)
@@ -253,7 +253,7 @@ def test_what_is_missing_is_said(tmp_path: Path, tiny: Path, text: tuple[str, li
         ("babygpt-shakespeare-gpt2", "tinyshakespeare/test.txt", 64, 8.731),
     ],
 )
-def test_trained_models_have_their_perplexity(
+def test_trained_models_have_the_known_perplexity(
     assets: Path, model: str, data: str, length: int, perplexity: float
 ) -> None:
     found = evaluate(assets / "models" / model, str(assets / "data" / data), seq_len=length, rows=64)

@@ -1,4 +1,4 @@
-"""`verify` believes what is right, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
+"""`verify` accepts correct checkpoints, and finds one wrong nibble, one wrong scale and one wrong order of rows."""
 
 import json
 import shutil
@@ -53,7 +53,7 @@ def scale(tensors: dict[str, Tensor]) -> None:
 
 
 def permutation(tensors: dict[str, Tensor]) -> None:
-    """Rows 6 and 7 change places, with their scales."""
+    """Swap rows 6 and 7, with their scales."""
     for part in ("weight_packed", "weight_scale"):
         tensors[f"{LAYER}.{part}"][[6, 7]] = tensors[f"{LAYER}.{part}"][[7, 6]]
 
@@ -72,8 +72,8 @@ def test_one_corruption_is_found_and_named(
     assert finding.block == 1
 
 
-def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, tmp_path: Path) -> None:
-    """compressed-tensors as it lies, the GGUF export, and the table and exit code of the command."""
+def test_transformers_and_its_gguf_reader_serve_the_weights_of_the_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
+    """The checkpoint as written, its GGUF export, and the table and exit code of the command."""
     lmpress.export(checkpoint, tmp_path / "gguf", format="gguf")
     found = lmpress.verify(tmp_path / "gguf", against=checkpoint, runtime=["gguf-transformers"])
     (finding,) = found.findings
@@ -89,7 +89,7 @@ def test_transformers_and_its_gguf_reader_serve_what_we_meant(checkpoint: Path, 
     assert done.exit_code == 0 and '"steps": 0.0' in done.output
 
 
-def test_what_the_runtime_itself_says_is_reported(checkpoint: Path, tmp_path: Path) -> None:
+def test_the_message_of_the_runtime_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()
     command = ["verify", str(tmp_path / "bad"), "--against", str(checkpoint), "--runtime", "lmpress", "--json", "-"]
@@ -107,15 +107,15 @@ def test_wrong_requests_are_refused(checkpoint: Path) -> None:
         lmpress.verify(dense, against=dense)
 
 
-def test_the_dense_original_tells_how_far_the_checkpoint_is_from_it(checkpoint: Path, tmp_path: Path) -> None:
-    """What it says is exact is held against the checkpoint itself; the divergence is no part of the verdict."""
+def test_against_the_dense_original_the_divergence_is_reported_but_not_judged(checkpoint: Path, tmp_path: Path) -> None:
+    """Exactness is judged against the checkpoint; the divergence from the original is not part of the verdict."""
     dense = checkpoint.parent / "model"
     command = ["verify", str(checkpoint), "--against", str(dense), "--runtime", "lmpress"]
     done = CliRunner().invoke(app, [*command, "--json", str(tmp_path / "found.json")])
     assert done.exit_code == 0, done.output
-    told = json.loads((tmp_path / "found.json").read_text())
-    (finding,) = told["findings"]
-    assert told["against"] == str(checkpoint) and told["original"] == str(dense) and finding["ok"]
+    found = json.loads((tmp_path / "found.json").read_text())
+    (finding,) = found["findings"]
+    assert found["against"] == str(checkpoint) and found["original"] == str(dense) and finding["ok"]
     assert finding["steps"] == 0 and finding["outputs"]["kl"] < 1e-9
     ids = torch.randint(0, 16, (2, 32), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
@@ -124,7 +124,7 @@ def test_the_dense_original_tells_how_far_the_checkpoint_is_from_it(checkpoint: 
     assert "not judged" in done.output
 
 
-def test_a_dense_original_says_nothing_of_a_format_that_lmpress_does_not_read(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_format_that_lmpress_does_not_read_needs_the_quantized_checkpoint(checkpoint: Path, tmp_path: Path) -> None:
     pytest.importorskip("onnx")
     lmpress.export(checkpoint, tmp_path / "onnx", format="onnx")
     with pytest.raises(UsageError, match=r"give --against the quantized checkpoint"):
@@ -136,7 +136,7 @@ ROWWISE = {"bits": 8, "strategy": "channel", "group_size": None, "formula": "sig
 
 @pytest.mark.parametrize("weights", [ROWWISE, {"bits": 4, "group_size": 32}], ids=["W8A8", "W4A8"])
 def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path: Path, weights: dict[str, Any]) -> None:
-    """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is held against its own."""
+    """compressed-tensors and lmpress divide dynamic ranges by 127.5 and 127: each is compared with its own formula."""
     inputs = {"bits": 8, "strategy": "token", "group_size": None, "formula": "signed", "dynamic": True}
     passes = [{"method": "rtn", "scheme": {"weights": weights, "inputs": inputs}}]
     lmpress.run(checkpoint.parent / "model", tmp_path / "q", Recipe.model_validate({"passes": passes}))
@@ -145,8 +145,8 @@ def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path:
         assert finding.outputs.logits < (1e-5 if finding.runtime == "transformers" else FLIPPED), finding
 
 
-def test_the_runtimes_may_live_in_another_environment(checkpoint: Path, tmp_path: Path) -> None:
-    """`--python` starts them; an interpreter that cannot is told in its own words."""
+def test_runtimes_of_another_environment_can_be_used(checkpoint: Path, tmp_path: Path) -> None:
+    """`--python` starts them; if the interpreter cannot, its own message is shown."""
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'ImportError: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)
@@ -154,7 +154,7 @@ def test_the_runtimes_may_live_in_another_environment(checkpoint: Path, tmp_path
     assert not finding.ok and finding.error == "ImportError: no such thing"
 
 
-def test_the_served_weight_is_read_off_any_linear_module() -> None:
+def test_the_served_weight_of_any_linear_module_can_be_read() -> None:
     linear = nn.Linear(5, 3)
     assert torch.allclose(runtimes.served_weight(linear, torch.float32), linear.weight, atol=1e-6)
     without = nn.Linear(5, 3, bias=False)

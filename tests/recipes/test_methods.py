@@ -1,4 +1,4 @@
-"""The registry of methods: each record is true of its method, and fits the general code."""
+"""The registry of methods: each record describes its method correctly, and fits the general code."""
 
 import pytest
 
@@ -35,14 +35,14 @@ def test_a_purpose_that_promises_no_calibration_is_true() -> None:
             assert method(name).config().needs.text, name
 
 
-def test_what_passes_need_together() -> None:
+def test_a_recipe_needs_what_any_of_its_passes_needs() -> None:
     both = Needs(hessian=True, drift=True) | Needs(samples=True)
     assert both == Needs(hessian=True, drift=True, samples=True)
     assert both.text and Needs(trial=True, block_io=True).text
     assert not Needs().text and not Needs(trial=True).text
 
 
-def test_the_passes_that_general_code_adds_are_what_it_takes_them_for() -> None:
+def test_the_passes_that_quantize_adds_belong_to_the_expected_families() -> None:
     assert method(AFTER_TRANSFORM).family is Family.QUANTIZE and not method(AFTER_TRANSFORM).config().needs.text
     assert method(TRAINED_BY).family is Family.RECONSTRUCT
 
@@ -66,7 +66,7 @@ def test_every_pruning_method_has_a_recipe_by_its_name_alone(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", method_names(Family.RECONSTRUCT))
-def test_a_pass_after_a_quantizer_stands_for_nothing_alone(name: str) -> None:
+def test_a_pass_after_a_quantizer_is_not_a_recipe_by_itself(name: str) -> None:
     with pytest.raises(UsageError, match=f"{name} is not a method of compress quantize"):
         QuantizeOptions(method=name).recipe()
     with pytest.raises(UsageError, match=f"{name} is not a method of compress prune"):

@@ -1,4 +1,4 @@
-"""Recipes: flags, YAML and Python say the same; what is wrong is named with what was probably meant."""
+"""Recipes: flags, YAML and Python build the same recipe; errors name the mistake and the likely intention."""
 
 import json
 from pathlib import Path
@@ -47,13 +47,13 @@ def from_python() -> Recipe:
     ).recipe()
 
 
-def test_yaml_and_python_are_one() -> None:
+def test_yaml_and_python_build_the_same_recipe() -> None:
     recipe = parse(YAML, "here")
     assert recipe == from_python()
     assert recipe.passes[0].config == GPTQ(Scheme(WEIGHTS), damping=0.05, order="group")
 
 
-def test_flags_are_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
+def test_flags_build_the_same_recipe(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("abcdefgh" * 300)
     out, data = tmp_path / "out", str(tmp_path / "text.txt")
     flags = "--bits 2 --group-size 8 --asymmetric --samples 7 --seq-len 20 --seed 5 --keep *.down_proj"
@@ -91,12 +91,12 @@ def test_dump_and_parse_are_inverse(recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_every_shipped_recipe_says_what_it_is_for(name: str) -> None:
+def test_every_shipped_recipe_begins_with_its_purpose(name: str) -> None:
     assert shipped()[name].startswith("# ")
     assert read(name).weights("model.layers.0.self_attn.q_proj") is not None
 
 
-def test_the_shipped_names() -> None:
+def test_shipped_recipes_equal_the_defaults_of_their_methods() -> None:
     assert {"gptq-w4", "gptq-w3", "rtn-w4"} <= shipped().keys()
     assert read("gptq-w4") == QuantizeOptions().recipe()
     assert read("rtn-w4") == QuantizeOptions(method="rtn").recipe()
@@ -110,7 +110,7 @@ def test_every_shipped_recipe_fits_the_sample_model(name: str) -> None:
     assert planned.bytes_after < planned.bytes_before
 
 
-def test_one_scale_per_row() -> None:
+def test_a_group_size_of_minus_one_means_one_scale_per_row() -> None:
     assert QuantizeOptions(group_size=-1).recipe().scheme.weights == QuantArgs(4, True, "channel", None, observer="mse")
 
 
@@ -174,14 +174,14 @@ def test_wrong_recipes_are_named(text: str, message: str) -> None:
         ({"strategy": "channel"}, "'channel' has no groups, but group_size is 128"),
     ],
 )
-def test_wrong_overrides_are_named_where_they_apply(changes: dict[str, object], message: str) -> None:
+def test_wrong_overrides_are_named_with_the_layer(changes: dict[str, object], message: str) -> None:
     recipe = build({"passes": [{"method": "rtn"}], "overrides": {"*.q": changes}})
     assert recipe.weights("layer.k") == QuantArgs()
     with pytest.raises(UsageError, match=message):
         recipe.weights("layer.q")
 
 
-def test_no_such_recipe(tmp_path: Path) -> None:
+def test_recipes_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="gptq-w5: no such recipe; did you mean gptq-w"):
         read("gptq-w5")
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")

@@ -54,7 +54,7 @@ def test_the_budget_is_kept_and_the_plan_after_the_allocation_is_exact(tiny: Pat
     assert found.kl is not None and math.isfinite(found.kl)
 
 
-def test_zeros_are_shared_and_add_up(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_allocated_zeros_add_up_to_the_budget(tiny: Path, tmp_path: Path, text: str) -> None:
     options = {"method": "magnitude", "calib": text, "samples": 4, "seq_len": 16}
     shared = lmpress.prune(tiny, tmp_path / "shared", sparsity=0.5, allocate=True, **options)
     even = lmpress.prune(tiny, tmp_path / "even", sparsity=0.5, **options)
@@ -67,7 +67,7 @@ def test_zeros_are_shared_and_add_up(tiny: Path, tmp_path: Path, text: str) -> N
     assert len({layer["sparsity"] for layer in shared.layers}) > 1
 
 
-def test_what_was_measured_survives_a_run_that_failed(
+def test_a_failed_run_keeps_its_measurements(
     tiny: Path, tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recipe, source = quantizing(text, 6.2), open_source(tiny)
@@ -87,7 +87,7 @@ def test_what_was_measured_survives_a_run_that_failed(
     assert len(measured) == 3
 
 
-def test_overrides_of_the_recipe_stay(tiny: Path, tmp_path: Path, text: str) -> None:
+def test_overrides_of_the_recipe_are_kept(tiny: Path, tmp_path: Path, text: str) -> None:
     fixed = {"*.0.mlp.up_proj": {"bits": 8}}
     recipe = quantizing(text, 6.2).model_copy(update={"overrides": fixed})
     report = lmpress.run(tiny, tmp_path / "out", recipe)
@@ -116,6 +116,6 @@ def test_impossible_budgets_are_refused(tiny: Path, tmp_path: Path, text: str) -
     assert not (tmp_path / "out").exists()
 
 
-def test_names_of_outputs(tmp_path: Path) -> None:
+def test_the_default_name_of_the_output_shows_the_budget(tmp_path: Path) -> None:
     assert default_out(tmp_path, QuantizeOptions(average_bits=3.5).recipe()).name.endswith("-gptq-w3.5")
     assert default_out(tmp_path, PruneOptions(allocate=True).recipe()).name.endswith("-exactobs-s50-allocated")

@@ -1,4 +1,4 @@
-"""One scale of keys and one of values a layer: stored as compressed-tensors has them, applied by it, and read back."""
+"""One scale of keys and one of values per layer: stored and applied as in compressed-tensors, and read back."""
 
 import json
 from pathlib import Path
@@ -85,7 +85,7 @@ def test_a_checkpoint_has_what_compressed_tensors_reads(tiny: Path, tmp_path: Pa
 
 
 def test_transformers_applies_the_scales(tiny: Path, tmp_path: Path) -> None:
-    """Not only loads: verify holds it against every key and value rounded, and finds a scale that is another."""
+    """It does not only load them: verify compares every rounded key and value, and finds a changed scale."""
     out = compressed(tiny, tmp_path / "out")
     (found,) = verify(out).findings
     assert found.ok and found.outputs is not None and found.outputs.logits < 1e-5
@@ -103,8 +103,8 @@ def test_w8a8_layers_carry_the_scales_too(tiny: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_checkpoints_of_others_are_read(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
-    """They have no key of ours in config.json, and scales in any dtype: those serve as they are."""
+def test_checkpoints_of_other_tools_are_read(tiny: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+    """They have no key of lmpress in config.json, and their scales may have any dtype: they are used unchanged."""
     out = compressed(tiny, tmp_path / "out")
     edit(out)
     scales = rescale(out, 1.1, dtype)
@@ -117,7 +117,7 @@ def test_checkpoints_of_others_are_read(tiny: Path, tmp_path: Path, dtype: torch
     assert lmpress.load(out, kv_bits=4)(IDS).past_key_values.layers[0].packed[0].args.bits == 4
 
 
-def test_caches_of_others_that_are_not_served_say_so(tiny: Path, tmp_path: Path) -> None:
+def test_caches_of_other_tools_that_cannot_be_served_are_refused(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
     edit(out, type="float")
     with pytest.raises(UsageError, match=r"kept as 8 float tensor.*kv_bits=16"):
@@ -139,7 +139,7 @@ def test_a_damaged_scale_is_named(tiny: Path, tmp_path: Path) -> None:
         lmpress.load(out)
 
 
-def test_exports_keep_the_scales_or_say_that_they_do_not(tiny: Path, tmp_path: Path) -> None:
+def test_exports_keep_the_scales_or_report_that_they_do_not(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out")
     packed = lmpress.export(out, tmp_path / "packed", format="pack-quantized")
     assert packed.notes == () and torch.equal(lmpress.load(packed.out)(IDS).logits, lmpress.load(out)(IDS).logits)
@@ -151,7 +151,7 @@ def test_exports_keep_the_scales_or_say_that_they_do_not(tiny: Path, tmp_path: P
     assert not any(name.endswith("k_scale") for name in safetensors_io.read_header(dense.out / "model.safetensors"))
 
 
-def test_other_grids_lie_in_a_file_of_their_own(tiny: Path, tmp_path: Path) -> None:
+def test_other_grids_are_stored_in_a_separate_file(tiny: Path, tmp_path: Path) -> None:
     out = compressed(tiny, tmp_path / "out", ASYMMETRIC)
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"]["kv_cache_scheme"] is None
@@ -162,9 +162,9 @@ def test_other_grids_lie_in_a_file_of_their_own(tiny: Path, tmp_path: Path) -> N
     assert all(states.low is not None and states.scale.shape == (1, 1, 1) for states in cache.layers[0].packed)
 
 
-def test_attention_layers_that_compressed_tensors_would_not_know(make_model: Any) -> None:
+def test_attention_layers_that_compressed_tensors_does_not_recognize_are_left_out(make_model: Any) -> None:
     assert attentions(make_model("qwen3")) == ["model.layers.0.self_attn", "model.layers.1.self_attn"]
-    assert attentions(make_model("gpt2")) == []  # its projections go by other names
+    assert attentions(make_model("gpt2")) == []  # its projections have other names
 
 
 LAYERS = [LayerPlan("m.0.q_proj", 0, "Linear", (128, 128), QuantArgs(group_size=32), 0)]
@@ -176,7 +176,7 @@ LAYERS = [LayerPlan("m.0.q_proj", 0, "Linear", (128, 128), QuantArgs(group_size=
         ("vllm", CacheScheme.of(8), "static scale per tensor in 8 bits only, not kv=8 bits.*gptq-w4-kv8"),
         ("vllm", CacheScheme.shared(4), "in 8 bits only, not kv=4 bits"),
         ("transformers", CacheScheme.of(4), "in 2 or 3 or 4 or 5 or 6 or 7 or 8 bits only"),
-        ("llamacpp", CacheScheme.shared(), "reads no scales of a packed cache with gguf; leave `kv` out"),
+        ("llamacpp", CacheScheme.shared(), "cannot read the scales of a packed cache in gguf; leave `kv` out"),
     ],
 )
 def test_targets_refuse_other_caches(target: str, cache: CacheScheme, message: str) -> None:
@@ -185,7 +185,7 @@ def test_targets_refuse_other_caches(target: str, cache: CacheScheme, message: s
 
 
 @pytest.mark.parametrize("target", ["vllm", "transformers", "lmpress"])
-def test_targets_take_the_cache_that_they_read(target: str) -> None:
+def test_targets_accept_a_cache_that_they_read(target: str) -> None:
     check(LAYERS, [target], cache=CacheScheme.shared())
 
 

@@ -1,4 +1,4 @@
-"""Mixtures of experts as others store them: names of the original model, routers left alone, one pattern for all experts."""
+"""Mixtures of experts as other tools store them: original names, untouched routers, one pattern for all experts."""
 
 import json
 from pathlib import Path
@@ -73,8 +73,8 @@ def test_layers_keep_the_names_of_the_original(packed: tuple[str, Path]) -> None
     assert ignored == {"lm_head", *(f"model.layers.{i}.{router}" for i in range(2) for router in ROUTERS[kind])}
 
 
-def test_transformers_serves_them(packed: tuple[str, Path]) -> None:
-    """It merges the experts of a layer in float16: no code may be another, half a unit in the last place may be lost."""
+def test_transformers_serves_packed_experts(packed: tuple[str, Path]) -> None:
+    """It merges the experts of a layer in float16: no code may change, half a unit in the last place may be lost."""
     pytest.importorskip("compressed_tensors")
     ours, theirs = verify(packed[1], runtime=["lmpress", "transformers"]).findings
     assert ours.ok and ours.steps == 0 and theirs.ok, theirs
@@ -83,7 +83,7 @@ def test_transformers_serves_them(packed: tuple[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
-def test_experts_of_another_grid_than_attention(tmp_path: Path, kind: str) -> None:
+def test_experts_may_have_another_grid_than_attention(tmp_path: Path, kind: str) -> None:
     pytest.importorskip("compressed_tensors")
     (tmp_path / "recipe.yaml").write_text(MIXED)
     lmpress.run(saved(tmp_path, kind), tmp_path / "q", tmp_path / "recipe.yaml")
@@ -129,7 +129,7 @@ def test_targets_refuse_other_mixtures(target: str, found: list[LayerPlan], mess
         check(found, [target])
 
 
-def test_targets_take_mixtures_that_they_read(tmp_path: Path) -> None:
+def test_targets_accept_mixtures_that_they_read(tmp_path: Path) -> None:
     Run.of(
         saved(tmp_path, "mixtral"),
         parse(MIXED.replace("16", "32"), "recipe"),

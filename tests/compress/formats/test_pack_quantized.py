@@ -63,7 +63,7 @@ def test_the_library_unpacks_and_dequantizes_to_our_weight(
     assert torch.equal(weight, tensor.dequantize())
 
 
-def test_their_grid_is_asked_to_span_ours() -> None:
+def test_signed_codes_of_the_library_span_our_unsigned_ones() -> None:
     """Their signed codes and our unsigned ones are the same numbers: no code falls outside their range."""
     for bits in (2, 4, 8):
         codes = torch.arange(2**bits, dtype=torch.uint8).repeat(2, 1)
@@ -73,7 +73,7 @@ def test_their_grid_is_asked_to_span_ours() -> None:
 
 
 def stored(layers: Iterable[str], scales: torch.dtype = torch.float16) -> dict[str, TensorSpec]:
-    """The headers of packed layers, as far as reading the config needs them."""
+    """The headers of packed layers that are needed to read the config."""
     packed_ones = {f"{name}.weight_packed": TensorSpec("I32", (1, 1)) for name in layers}
     return packed_ones | {f"{name}.weight_scale": TensorSpec(NAMES[scales], (1, 1)) for name in layers}
 
@@ -114,7 +114,7 @@ def test_a_scale_of_the_whole_tensor_is_stored_once_per_row() -> None:
     assert torch.equal(packed.unpack("x", tensors, read).dequantize(), tensor.dequantize())
 
 
-def test_what_the_format_cannot_hold_is_said() -> None:
+def test_grids_that_the_format_cannot_hold_are_refused_with_the_reason() -> None:
     assert "real ones" in (packed.supports(QuantArgs(symmetric=False, formula="spqr")) or "")
     assert "token" in (packed.supports(QuantArgs(strategy="token", group_size=None)) or "")
     assert packed.supports(QuantArgs()) is None
@@ -138,7 +138,7 @@ def test_other_quantizations_are_not_read(changes: dict[str, object]) -> None:
         packed.read_config(config, stored(["x"]))
 
 
-def test_configs_of_other_tools_are_not_ours() -> None:
+def test_configs_of_other_tools_are_not_taken_for_ours() -> None:
     config = packed.quantization_config({"x": QuantArgs()}, [])
     assert packed.wrote(config)
     assert not packed.wrote(config | {"quant_method": "gptq"})

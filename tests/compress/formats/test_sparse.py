@@ -1,4 +1,4 @@
-"""Sparse storage: round trips, and sizes that the plan knows before a weight is read."""
+"""Sparse storage: round trips, and sizes that the plan predicts before a weight is read."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_round_trip_and_exact_size(args: PruneArgs, rows: int, columns: int) -> 
     assert torch.equal(back.kept, tensor.kept)
 
 
-def test_the_bits_are_where_the_layout_says() -> None:
+def test_the_bits_follow_the_layout() -> None:
     kept = torch.tensor([[1, 0, 0, 1, 0, 0, 0, 0, 1, 1]], dtype=torch.bool)
     args = PruneArgs(0.6, storage="bitmask", dtype="float16")
     packed = sparse.pack("x", PrunedTensor.of(torch.arange(1.0, 11).unsqueeze(0), ~kept, args))
@@ -61,7 +61,7 @@ def test_a_kept_zero_is_stored() -> None:
     assert torch.equal(sparse.unpack("x", sparse.pack("x", tensor), args).kept, kept)
 
 
-def test_damage_is_noticed() -> None:
+def test_a_damaged_bitmask_is_refused() -> None:
     tensor = pruned(PruneArgs(0.5, storage="bitmask"), 4, 8)
     packed = sparse.pack("x", tensor)
     packed["x.weight_bitmask"][0, 0] ^= 1
@@ -69,7 +69,7 @@ def test_damage_is_noticed() -> None:
         sparse.unpack("x", packed, tensor.args)
 
 
-def test_config_names_every_layer_and_no_dense_one() -> None:
+def test_the_config_names_every_pruned_layer_and_no_dense_one() -> None:
     mask, dense = PruneArgs(0.5, storage="bitmask"), PruneArgs(0.5)
     config = sparse.quantization_config({"a": mask, "b": mask, "c": dense}, ["head"])
     assert config is not None and sparse.wrote(config)
@@ -77,7 +77,7 @@ def test_config_names_every_layer_and_no_dense_one() -> None:
     assert sparse.quantization_config({"c": dense}, []) is None
 
 
-def test_module_serves_what_is_stored() -> None:
+def test_the_module_serves_what_is_stored() -> None:
     tensor = pruned(PruneArgs(0.5, storage="bitmask"), 6, 16)
     bias = torch.nn.Parameter(torch.arange(6.0))
     module = PrunedLinear(tensor, bias)

@@ -95,7 +95,7 @@ def test_other_runtimes_read_the_table_from_gguf_and_onnx(tmp_path: Path, letter
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_the_config_names_tables_beside_all_linears(tiny: Path, tmp_path: Path) -> None:
+def test_the_config_names_tables_and_all_linears(tiny: Path, tmp_path: Path) -> None:
     lmpress.run(saved(tmp_path / "model", tiny, tied=False), tmp_path / "out", recipe())
     content = json.loads((tmp_path / "out/config.json").read_text())["quantization_config"]
     assert content["config_groups"]["group_outside"]["targets"] == ["model.embed_tokens", "lm_head"]
@@ -104,9 +104,9 @@ def test_the_config_names_tables_beside_all_linears(tiny: Path, tmp_path: Path) 
     assert checkpoint.tied_head is None and checkpoint.layers["lm_head"] == checkpoint.layers["model.embed_tokens"]
 
 
-def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
+def test_a_group_that_does_not_fit_is_reported(tiny: Path) -> None:
     notes = Run.of(tiny, recipe(group_size=128)).plan.notes
-    assert notes == ["group size 128 does not divide 16, uses one scale per row: model.embed_tokens, lm_head"]
+    assert notes == ["group size 128 does not divide 16: one scale per row is used: model.embed_tokens, lm_head"]
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,9 @@ def test_a_group_that_does_not_fit_is_said(tiny: Path) -> None:
         ([{"method": "rotate"}, {"method": "rtn"}], {}, "transforms the whole model"),
     ],
 )
-def test_refusals(tiny: Path, passes: list[dict[str, Any]], embedding: dict[str, Any], words: str) -> None:
+def test_unsupported_embeddings_are_refused(
+    tiny: Path, passes: list[dict[str, Any]], embedding: dict[str, Any], words: str
+) -> None:
     with pytest.raises(UsageError, match=words):
         Run.of(tiny, schema.build({"passes": passes, "embedding": WEIGHTS | embedding}))
 

@@ -60,7 +60,7 @@ def test_the_loss_curve_is_drawn_or_a_warning_is_given(
     lmpress.distill(tiny, tmp_path / "without", **words)
     assert not (tmp_path / "without/loss.png").exists()
     assert [line for line in said if line] == [
-        "no picture of the losses, which needs matplotlib: pip install lmpress[plot]"
+        "the losses were not plotted, because matplotlib is not installed: pip install lmpress[plot]"
     ]
     monkeypatch.undo()
     pytest.importorskip("matplotlib")

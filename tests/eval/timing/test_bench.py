@@ -80,7 +80,7 @@ def test_a_wrong_product_gets_no_time(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @pytest.mark.parametrize("shape", ["", "4096", "0x128", "64x100", "64x128x2"])
-def test_shapes_that_are_none_are_refused(shape: str) -> None:
+def test_malformed_shapes_are_refused(shape: str) -> None:
     with pytest.raises(UsageError, match="--shapes expects OUTxIN"):
         bench.bench([shape])
 
@@ -99,7 +99,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_a_ring_is_larger_than_a_gpus_cache_and_timed_as_one_graph(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The calls in their order, on a machine that only notes them."""
+    """The calls in their order, recorded by a fake device."""
     log: list[str] = []
 
     class Noted:
@@ -172,6 +172,6 @@ def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.Mon
     (["--device", "cuda:77"], "no device 'cuda:77'"),
     (["--tune"], "give --device cuda"),
 ])  # fmt: skip
-def test_what_is_not_there_is_one_line(words: list[str], reason: str) -> None:
+def test_missing_devices_are_refused_in_one_line(words: list[str], reason: str) -> None:
     done = CliRunner().invoke(app, ["bench", "--shapes", "64x128", *words])
     assert done.exit_code == 2 and reason in done.output and "Traceback" not in done.output

@@ -61,7 +61,7 @@ def test_peak_memory_is_the_models_own(folder: Path) -> None:
     assert ballast.sum() and alone < module.peak(**arguments) - 256e6
 
 
-def test_a_forced_kernel_leaves_one_way(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forced_kernel_is_timed_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "_peak_of_process", lambda arguments: 1)
     found = speed(folder / "packed", kernel="torch-dequantize")
     assert [each.kernels for each in found] == [{"torch-dequantize float": 7}]
@@ -70,7 +70,7 @@ def test_a_forced_kernel_leaves_one_way(folder: Path, monkeypatch: pytest.Monkey
         speed(folder / "packed", kernel="nonsense")
 
 
-def test_models_of_one_name_are_told_apart() -> None:
+def test_models_of_the_same_name_get_different_labels() -> None:
     assert module._names("a/model", "b/base") == ("model", "base")
     assert module._names("a/model", "b/model") == ("a/model", "b/model")
     assert len(set(module._names("a/model", "a/model"))) == 2

@@ -25,7 +25,7 @@ def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_builds_once_and_loads(source: Path) -> None:
+def test_the_library_is_built_once_and_loaded(source: Path) -> None:
     assert build.load(source).answer() == 42
     built = build.compiled(source)
     stamp = built.stat().st_mtime_ns
@@ -97,13 +97,13 @@ def test_what_does_not_compile_is_unavailable_and_leaves_nothing(source: Path) -
     assert list(build.cache_folder().iterdir()) == []
 
 
-def test_no_compiler(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_compiler_the_library_is_unavailable(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "")
     with pytest.raises(Unavailable, match="no C compiler found: install gcc or clang"):
         build.load(source)
 
 
-def test_a_cache_that_cannot_be_created(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_cache_folder_the_library_is_unavailable(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(source))  # a file
     with pytest.raises(Unavailable, match="cannot be created"):
         build.load(source)
@@ -113,7 +113,7 @@ def answer(source: Path) -> int:
     return build.load(source).answer()
 
 
-def test_processes_that_build_at_once(source: Path) -> None:
+def test_processes_may_build_at_the_same_time(source: Path) -> None:
     with multiprocessing.get_context("fork").Pool(4) as pool:
         assert pool.map(answer, [source] * 4) == [42] * 4
     assert len(list(build.cache_folder().iterdir())) == 1

@@ -71,7 +71,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 @each_kernel
 @pytest.mark.parametrize("seed", range(40))
-def test_random_layers(kernel, seed: int) -> None:
+def test_random_layers_equal_float64(kernel, seed: int) -> None:
     draw = random.Random(seed)
     bits, rows, batch = draw.randint(2, 8), draw.randint(1, 70), draw.choice([1, 2, 3, 4, 7, 8, 15, 33, 65, 130])
     columns = draw.choice([8, 32, 43, 64, 100, 172, 256, 300, 520, 1000])
@@ -96,7 +96,7 @@ def test_random_layers(kernel, seed: int) -> None:
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("activations", ["float", "group"])
-def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype, activations) -> None:
+def test_inputs_may_have_any_stride_and_dtype(kernel, dtype: torch.dtype, activations) -> None:
     weight = random_weight(20, 96, 4, 32, False, 1)
     product = kernel.prepare(weight, KernelSpec.of(weight, activations, dtype))
     base = torch.randn(96, 22, generator=torch.Generator().manual_seed(1)).to(dtype)
@@ -116,7 +116,7 @@ def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype, activations) -
 
 @each_kernel
 @pytest.mark.parametrize("batch", [1, 5, 8, 66])
-def test_codebooks(kernel, batch: int) -> None:
+def test_codebooks_equal_float64(kernel, batch: int) -> None:
     table = torch.tensor(NF4)
     weight = random_weight(37, 192, 4, 64, True, 2)
     weight = Weight(weight.codes, weight.scale, None, 4, 64, codebook=table)
@@ -155,7 +155,7 @@ def test_int8_sums_are_exact_integers(kernel) -> None:
 
 
 @each_kernel
-def test_mean_of_the_inputs_costs_no_accuracy(kernel) -> None:
+def test_a_large_mean_of_the_inputs_costs_no_accuracy(kernel) -> None:
     for bits, symmetric in ((4, True), (8, True), (8, False)):
         weight = random_weight(16, 4096, bits, 4096, symmetric, 4)
         x = torch.rand(2, 4096, generator=torch.Generator().manual_seed(4)) + 3
@@ -164,7 +164,7 @@ def test_mean_of_the_inputs_costs_no_accuracy(kernel) -> None:
 
 
 @each_kernel
-def test_nan_and_infinity_stay_visible(kernel) -> None:
+def test_nan_and_infinity_propagate(kernel) -> None:
     weight = random_weight(20, 64, 4, 32, False, 5)
     for activations in ("float", "group", "token"):
         for bad in (float("nan"), float("inf")):
@@ -175,7 +175,7 @@ def test_nan_and_infinity_stay_visible(kernel) -> None:
 
 
 @each_kernel
-def test_no_rows_and_zero_rows(kernel) -> None:
+def test_empty_inputs_and_rows_of_zeros_are_served(kernel) -> None:
     weight = random_weight(20, 64, 4, 32, False, 6)
     for activations in ("float", "group"):
         product = kernel.prepare(weight, KernelSpec.of(weight, activations))
@@ -185,20 +185,16 @@ def test_no_rows_and_zero_rows(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("activations", ["float", "group"])
-def test_any_number_of_threads_gives_the_same_bits(kernel, activations) -> None:
+def test_any_number_of_threads_gives_the_same_bits(kernel, activations, with_threads) -> None:
     weight = random_weight(400, 1024, 4, 128, False, 7)
     product = kernel.prepare(weight, KernelSpec.of(weight, activations))
-    x, before = torch.randn(3, 1024, generator=torch.Generator().manual_seed(7)), torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(product(x))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    x = torch.randn(3, 1024, generator=torch.Generator().manual_seed(7))
+    first, *others = with_threads(lambda: product(x))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @each_kernel
-def test_products_from_several_python_threads(kernel) -> None:
+def test_several_python_threads_may_multiply_at_once(kernel) -> None:
     from concurrent.futures import ThreadPoolExecutor
 
     weight = random_weight(300, 1024, 4, 128, True, 8)
@@ -212,7 +208,7 @@ def test_products_from_several_python_threads(kernel) -> None:
 
 @each_kernel
 @pytest.mark.parametrize("batch", [1, 6])
-def test_outlier_columns(kernel, batch: int) -> None:
+def test_products_with_outlier_columns_equal_float64(kernel, batch: int) -> None:
     """LLM.int8's mixed product: int8 codes for all but a few columns."""
     base = random_weight(50, 256, 8, 256, True, 9)
     generator = torch.Generator().manual_seed(9)
@@ -236,7 +232,7 @@ def test_outlier_columns(kernel, batch: int) -> None:
 @each_kernel
 @pytest.mark.parametrize("batch", [1, 6, 9])
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.3])
-def test_sparse_residual(kernel, batch: int, share: float) -> None:
+def test_products_with_a_sparse_residual_equal_float64(kernel, batch: int, share: float) -> None:
     """SpQR's sparse outliers, added to 3-bit codes with real-valued zeros."""
     base = random_weight(90, 160, 3, 16, False, 10)
     generator = torch.Generator().manual_seed(10)

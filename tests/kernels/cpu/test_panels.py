@@ -14,7 +14,7 @@ def weight(rows: int, columns: int, bits: int, group: int) -> Weight:
     return Weight(codes, torch.rand(rows, -(-columns // group)), None, bits, group)
 
 
-def test_the_drawing_in_the_c_file() -> None:
+def test_the_panel_layout_is_the_drawing_in_the_c_file() -> None:
     """4 bits: lane r, byte j of a block's vector holds the columns 4q + j of row r, quad q in the bits 4q .."""
     given = weight(8, 16, 4, 16)
     vectors = pack(given, 4).packed.view(2, 2, 4, 4)  # panels, blocks, lanes, bytes
@@ -28,7 +28,7 @@ def test_the_drawing_in_the_c_file() -> None:
 @pytest.mark.parametrize("lanes", [4, 8, 16])
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(("columns", "group"), [(64, 64), (172, 43), (100, 32), (96, 16), (7, 7), (40, 8), (33, 100)])
-def test_codes_come_back(lanes: int, bits: int, columns: int, group: int) -> None:
+def test_packed_codes_are_unpacked_exactly(lanes: int, bits: int, columns: int, group: int) -> None:
     given = weight(21, columns, bits, group)
     panels = pack(given, lanes)
     assert torch.equal(unpack(panels.packed, lanes, 21, columns, group, panels.bits), given.codes)
@@ -59,7 +59,7 @@ def test_groups_are_filled_up_to_blocks(columns: int, group: int, bits: int, pad
 
 
 @pytest.mark.parametrize("factor", [1, 1 + 2**-20, 2**20], ids=["exact", "finer", "larger"])
-def test_scales_take_half_the_memory_where_no_bit_is_lost(factor: float) -> None:
+def test_scales_take_half_the_memory_if_no_bit_is_lost(factor: float) -> None:
     given = weight(5, 64, 4, 32)
     scale = (1 + given.scale).half().float() * factor
     zero = torch.randint(0, 16, scale.shape).float()

@@ -38,7 +38,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 @each_kernel
 @pytest.mark.parametrize("seed", range(40))
-def test_random_layers(kernel, seed: int) -> None:
+def test_random_layers_equal_float64(kernel, seed: int) -> None:
     draw = random.Random(seed)
     rows, columns = draw.randint(1, 70), draw.choice([1, 7, 8, 43, 63, 64, 65, 100, 128, 172, 256, 520, 1000])
     batch = draw.choice([1, 2, 3, 4, 7, 8, 15, 33, 65, 130])
@@ -53,7 +53,7 @@ def test_random_layers(kernel, seed: int) -> None:
 @each_kernel
 @pytest.mark.parametrize("storage", ["bitmask", "2:4"])
 @pytest.mark.parametrize("batch", [1, 9, 300])
-def test_wide_layers_of_either_storage(kernel, storage: str, batch: int) -> None:
+def test_wide_layers_of_either_storage_equal_float64(kernel, storage: str, batch: int) -> None:
     tensor = random_tensor(300, 1024, 0.5, "bfloat16", 1, storage)
     weight = PrunedWeight.of(tensor)
     x = torch.randn(batch, 1024, generator=torch.Generator().manual_seed(1))
@@ -62,7 +62,7 @@ def test_wide_layers_of_either_storage(kernel, storage: str, batch: int) -> None
 
 @each_kernel
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype) -> None:
+def test_inputs_may_have_any_stride_and_dtype(kernel, dtype: torch.dtype) -> None:
     tensor = random_tensor(20, 96, 0.5, "float16", 2)
     product = prepare(kernel, PrunedWeight.of(tensor), KernelSpec.pruned(torch.float16, dtype=dtype))
     base = torch.randn(96, 22, generator=torch.Generator().manual_seed(2)).to(dtype)
@@ -73,7 +73,7 @@ def test_strides_and_dtypes_of_inputs(kernel, dtype: torch.dtype) -> None:
 
 
 @each_kernel
-def test_special_values_of_16_bits(kernel) -> None:
+def test_special_values_of_16_bits_are_converted_exactly(kernel) -> None:
     """Subnormal numbers, the largest ones, infinities: the cases in which conversions go wrong."""
     for dtype in (torch.float16, torch.bfloat16):
         codes = torch.arange(0, 0x8000, 37, dtype=torch.int32).to(torch.int16)
@@ -89,7 +89,7 @@ def test_special_values_of_16_bits(kernel) -> None:
 
 
 @each_kernel
-def test_nothing_stored_and_no_rows_of_inputs(kernel) -> None:
+def test_empty_weights_and_empty_inputs_are_served(kernel) -> None:
     weight = PrunedWeight.of(random_tensor(10, 40, 0.0, "float32", 3))
     product = prepare(kernel, weight, KernelSpec.of(weight))
     assert torch.equal(product(torch.ones(2, 40)), torch.zeros(2, 10))
@@ -97,15 +97,11 @@ def test_nothing_stored_and_no_rows_of_inputs(kernel) -> None:
 
 
 @each_kernel
-def test_any_number_of_threads_gives_the_same_bits(kernel) -> None:
+def test_any_number_of_threads_gives_the_same_bits(kernel, with_threads) -> None:
     product = prepare(kernel, PrunedWeight.of(random_tensor(600, 512, 0.5, "bfloat16", 4)), SPEC)
-    x, before = torch.randn(3, 512, generator=torch.Generator().manual_seed(4)), torch.get_num_threads()
-    results = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        results.append(product(x))
-    torch.set_num_threads(before)
-    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
+    x = torch.randn(3, 512, generator=torch.Generator().manual_seed(4))
+    first, *others = with_threads(lambda: product(x))
+    assert all(torch.equal(first, other) for other in others)
 
 
 @each_kernel
@@ -133,13 +129,13 @@ def test_the_module_is_traced_moved_and_cast_and_returns_its_weight(kernel, stor
     )
 
 
-def test_memory_holds_what_the_disk_holds() -> None:
+def test_weights_take_as_much_memory_as_on_disk() -> None:
     module = PrunedLinear(random_tensor(64, 512, 0.5, "bfloat16", 6, "2:4"), None)
     starts = 8 * 65
     assert sum(b.nbytes for b in module.buffers()) <= 64 * 512 * 9 // 8 + starts
 
 
-def test_contracts_of_the_operators() -> None:
+def test_the_operators_keep_the_contracts_of_torch() -> None:
     if not (sets := [name.removeprefix("c-") for name in (k.name for k in HERE) if name.startswith("c-")]):
         pytest.skip("no compiled kernels here")
     weight = PrunedWeight.of(random_tensor(20, 70, 0.5, "float16", 7))

@@ -1,4 +1,4 @@
-"""The C files under the address and undefined behaviour sanitizers: no kernel reads or writes past what it was given."""
+"""The C files under the address and undefined behaviour sanitizers: no kernel reads or writes outside of its buffers."""
 
 import subprocess
 from pathlib import Path

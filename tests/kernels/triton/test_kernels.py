@@ -21,7 +21,7 @@ NF4 = torch.linspace(-1, 1, 16) ** 3  # any codebook will do
 
 
 def dense(weight: Weight) -> Tensor:
-    """The weight in float64, a column at a time."""
+    """The weight in float64, column by column."""
     out = torch.zeros(weight.codes.shape, dtype=torch.float64)
     for k in range(weight.codes.shape[1]):
         g, code = k // weight.group, weight.codes[:, k]
@@ -63,7 +63,7 @@ def error(y: Tensor, expected: Tensor) -> float:
 
 
 @pytest.mark.parametrize("seed", range(14))
-def test_random_layers(seed: int, device: str) -> None:
+def test_random_layers_equal_float64(seed: int, device: str) -> None:
     draw = random.Random(seed)
     bits, rows, batch = draw.randint(2, 8), draw.choice([1, 37, 64, 70]), draw.choice([1, 1, 2, 3, 17, 33])
     columns = draw.choice([8, 43, 64, 100, 172])
@@ -119,7 +119,7 @@ def test_every_code_under_every_zero_at_every_place_is_exact(dtype: torch.dtype,
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_codebooks(batch: int, device: str) -> None:
+def test_codebooks_equal_float64(batch: int, device: str) -> None:
     weight = random_weight(20, 192, 4, 64)
     weight = Weight(weight.codes, weight.scale, None, 4, 64, codebook=NF4)
     product = TritonProduct(weight.to(device), KernelSpec.of(weight))
@@ -183,7 +183,7 @@ def test_int8_sums_are_exact_integers(device: str) -> None:
     assert torch.equal(y.cpu(), (x.long() @ (weight.codes.long() - 128).T).float())
 
 
-def test_strides_no_rows_and_gradients(device: str) -> None:
+def test_strides_empty_inputs_and_gradients_are_supported(device: str) -> None:
     weight = random_weight(20, 96, 4, 32, "integer")
     product = TritonProduct(weight.to(device), KernelSpec.of(weight))
     x = random_inputs(96, 6).to(device)
@@ -197,7 +197,7 @@ def test_strides_no_rows_and_gradients(device: str) -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 3, 17])
-def test_sparse_rows(batch: int, device: str) -> None:
+def test_products_with_sparse_rows_equal_float64(batch: int, device: str) -> None:
     generator = torch.Generator().manual_seed(2)
     residual = torch.randn(30, 200, generator=generator) * (torch.rand(30, 200, generator=generator) < 0.3)
     residual[3] = 0

@@ -63,13 +63,13 @@ def test_weights_are_loaded_16_bytes_at_a_time(found: dict[str, Any], case: str)
     marked = {name for name in loads if ".EF" in name}
     copied = {name for name in loads if name.startswith("LDGSTS")}
     assert marked == {"LDG.E.EF.128"} or (not marked and any(name.endswith(".128") for name in copied))
-    if not case.startswith(INT8):  # whose few rows of int8 inputs are 8 bytes a thread
+    if not case.startswith(INT8):  # few rows of int8 inputs are 8 bytes per thread
         assert all(name.endswith(".128") for name in copied)
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_the_code_is_as_long_as_it_was(found: dict[str, Any], case: str) -> None:
-    """Fails if a new Triton makes other code: look at the code, then regenerate machine_code.json."""
+def test_the_machine_code_has_the_recorded_length(found: dict[str, Any], case: str) -> None:
+    """If a new Triton makes other code, this fails: look at the code, then regenerate machine_code.json."""
     if triton.__version__ != EXPECTED["triton"]:
         pytest.skip(f"machine_code.json was written with Triton {EXPECTED['triton']}")
     assert abs(found[case]["instructions"] / EXPECTED[case]["instructions"] - 1) <= 0.15

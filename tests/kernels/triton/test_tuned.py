@@ -44,7 +44,7 @@ def product(activations="float", columns: int = 128) -> TritonProduct:
     return TritonProduct(weight, KernelSpec.of(weight, activations))
 
 
-def test_another_process_finds_them() -> None:
+def test_another_process_finds_stored_tiles() -> None:
     tuned_for("NVIDIA H200").keep(REGIME, FOUND)
     script = (
         "from lmpress.kernels.triton.tuned import Regime, tuned_for\n"
@@ -87,7 +87,7 @@ def test_the_tiles_of_two_processes_are_stored_together() -> None:
         for wrong in ({"block_n": 48}, {"block_m": 0}, {"warps": 1 << 20}, {"stages": 1.5}, {"block_n": True}, {"x": 1})
     ],
 )
-def test_damaged_files_hold_nothing_and_are_written_again(content: str) -> None:
+def test_damaged_files_are_ignored_and_written_again(content: str) -> None:
     kept = tuned_for("a GPU")
     kept.keep(REGIME, FOUND)
     kept.path.write_text(content)

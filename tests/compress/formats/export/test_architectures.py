@@ -1,4 +1,4 @@
-"""Every writer on fused projections, `Conv1D`, experts, biases, heads: it computes the same, or says why not."""
+"""Every writer on fused projections, `Conv1D`, experts, biases, heads: the same outputs, or a refusal with a reason."""
 
 import importlib.util
 from collections.abc import Callable
@@ -71,9 +71,9 @@ def test_what_is_exported_computes_the_same_or_is_refused(
         assert torch.allclose(logits(out), expected[source], rtol=0, atol=tolerance), name
 
 
-def test_experts_that_stay_fused_are_taken_over_as_they_are(tmp_path: Path) -> None:
+def test_experts_that_stay_fused_are_copied_unchanged(tmp_path: Path) -> None:
     """Transposed experts with biases in three dimensions have no place for packed weights: they stay dense, and so does an
-    export; the attention beside them is packed."""
+    export; the attention in the same block is packed."""
     from transformers import GptOssConfig, GptOssForCausalLM
 
     shape = {
@@ -101,7 +101,7 @@ def test_experts_that_stay_fused_are_taken_over_as_they_are(tmp_path: Path) -> N
 def test_pruned_experts_are_read_by_transformers_too(
     tmp_path: Path, make_model: Callable[..., PreTrainedModel]
 ) -> None:
-    """Dense experts go by the names that transformers merges."""
+    """Dense experts are stored under the names that transformers merges."""
     make_model("mixtral").save_pretrained(tmp_path / "model")
     report = lmpress.prune(tmp_path / "model", tmp_path / "out", method="magnitude", keep=["*.down_proj"])
     assert report.bytes_after == sum(file.stat().st_size for file in report.out.glob("*.safetensors"))

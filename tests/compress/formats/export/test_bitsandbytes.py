@@ -67,7 +67,7 @@ def weights(case: int) -> Tensor:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_every_byte_is_bitsandbytes_own(nested: bool) -> None:
+def test_every_byte_equals_what_bitsandbytes_writes(nested: bool) -> None:
     args = replace(SCHEME.weights, dtype="float32", scale_dtype="nested" if nested else "float32")
     for case in range(60):
         weight = weights(case)
@@ -81,7 +81,7 @@ def test_every_byte_is_bitsandbytes_own(nested: bool) -> None:
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_what_is_served_is_what_it_dequantizes(nested: bool) -> None:
+def test_served_weights_equal_what_bitsandbytes_dequantizes(nested: bool) -> None:
     args = replace(SCHEME.weights, scale_dtype="nested" if nested else "float32")
     weight = torch.randn(48, 320, generator=torch.Generator().manual_seed(0))
     codes, state = functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=nested)
@@ -96,13 +96,13 @@ def test_plain_transformers_gives_the_same_logits(llama: Path, tmp_path: Path) -
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
     assert type(model.model.layers[0].self_attn.k_proj) is nn.Linear
     expected = logits(lmpress.load(tmp_path / "out"))
-    # In training mode: for inference the library computes in bfloat16 where the processor can. 16-bit models compute so anyway.
+    # In training mode: for inference the library computes in bfloat16 if the processor supports it, as 16-bit models always do.
     tolerance = 1e-4 if config["bnb_4bit_compute_dtype"] == "float32" else 0.2
     assert (logits(model.train()) - expected).abs().max() < tolerance * expected.std()
 
 
 @pytest.mark.parametrize("nested", [True, False], ids=["nested", "plain"])
-def test_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path, nested: bool) -> None:
+def test_checkpoints_that_bitsandbytes_wrote_are_served(llama: Path, tmp_path: Path, nested: bool) -> None:
     dtype = json.loads((llama / "config.json").read_text())["dtype"]
     kind = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=nested)
     AutoModelForCausalLM.from_pretrained(llama, dtype=dtype, quantization_config=kind).save_pretrained(tmp_path / "own")
@@ -139,7 +139,7 @@ def test_llm_int8_is_exported_and_served_by_bitsandbytes(
     weight = lmpress.load(llama).model.layers[0].self_attn.q_proj.weight
     codes, scales, _ = functional.int8_vectorwise_quant(weight.half())
     ours_codes = stored["model.layers.0.self_attn.q_proj.weight"]
-    assert (ours_codes.int() - codes.int()).abs().max() <= 1  # theirs rounds the weight to float16 first
+    assert (ours_codes.int() - codes.int()).abs().max() <= 1  # bitsandbytes rounds the weight to float16 first
     assert (ours_codes == codes).float().mean() > 0.98
     assert torch.allclose(stored["model.layers.0.self_attn.q_proj.SCB"], scales, rtol=1e-3)
     model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32, output_loading_info=True)
@@ -149,7 +149,7 @@ def test_llm_int8_is_exported_and_served_by_bitsandbytes(
     assert (logits(model) - expected).abs().max() < 0.2 * expected.std()  # it rounds the inputs too
 
 
-def test_llm_int8_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Path) -> None:
+def test_llm_int8_checkpoints_that_bitsandbytes_wrote_are_served(llama: Path, tmp_path: Path) -> None:
     kind = BitsAndBytesConfig(load_in_8bit=True)
     AutoModelForCausalLM.from_pretrained(llama, quantization_config=kind).save_pretrained(tmp_path / "own")
     expected = logits(by_hand(llama, tmp_path / "own"))
@@ -157,7 +157,7 @@ def test_llm_int8_checkpoints_that_bitsandbytes_wrote(llama: Path, tmp_path: Pat
 
 
 def by_hand(model: Path, out: Path) -> nn.Module:
-    """The original model with the weights that int8 codes and the largest magnitudes of their rows stand for."""
+    """The original model with weights that are dequantized from int8 codes and the largest magnitudes of their rows."""
     dense, stored = lmpress.load(model), safetensors_io.read(out / "model.safetensors")
     layers = [name.removesuffix(".SCB") for name in stored if name.endswith(".SCB")]
     assert len(layers) == 14
@@ -167,7 +167,7 @@ def by_hand(model: Path, out: Path) -> nn.Module:
     return dense
 
 
-def test_loud_columns_widen_the_exported_scales_where_they_must() -> None:
+def test_outlier_columns_widen_the_exported_scales_if_necessary() -> None:
     weight = torch.randn(16, 64, generator=torch.Generator().manual_seed(0))
     weight[:8, 5] *= 30
     args = replace(llm_int8.SCHEME.weights, outliers=1 / 64)

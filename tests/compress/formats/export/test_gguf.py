@@ -62,7 +62,7 @@ def test_blocks_are_what_the_library_reads(bits: int, symmetric: bool, group: in
     [QuantArgs(group_size=16), QuantArgs(bits=8, symmetric=False, group_size=32), QuantArgs(scale_dtype="float32")],
     ids=["small groups", "8 bits asymmetric", "float32 scales"],
 )
-def test_what_no_block_holds_is_float16_and_said(args: QuantArgs) -> None:
+def test_grids_that_no_block_holds_become_float16_which_is_reported(args: QuantArgs) -> None:
     assert blocks.kind(args, 128) == "F16" and "rounded" in blocks.rounding("F16", args)
     tensor = round_to_nearest(torch.randn(4, 128, generator=torch.Generator().manual_seed(0)), args)
     read = blocks.pack("P", tensor).view(torch.float16).float()

@@ -1,4 +1,4 @@
-"""GPTQ and AWQ tensors, read a word at a time by the formats' published descriptions, and read back by ourselves."""
+"""GPTQ and AWQ tensors, read word by word by the formats' published descriptions, and read back by lmpress."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def stream(words: Tensor, bits: int, count: int) -> list[int]:
 @pytest.mark.parametrize("group", [32, None], ids=["g32", "channel"])
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", gptq.BITS)
-def test_gptq_tensors_mean_what_the_format_says(bits: int, symmetric: bool, group: int | None, offset: int) -> None:
+def test_gptq_tensors_follow_the_published_format(bits: int, symmetric: bool, group: int | None, offset: int) -> None:
     tensor = layer(bits, symmetric, group)
     tensors = gptq.pack("P", tensor, offset=offset)
     codes = [stream(column, bits, COLUMNS) for column in tensors["P.qweight"].T]
@@ -49,7 +49,7 @@ def test_gptq_tensors_mean_what_the_format_says(bits: int, symmetric: bool, grou
 
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
-def test_awq_tensors_mean_what_the_format_says(symmetric: bool) -> None:
+def test_awq_tensors_follow_the_published_format(symmetric: bool) -> None:
     tensor = layer(4, symmetric, 32)
     tensors = awq.pack("P", tensor)
     order = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -92,7 +92,7 @@ def test_act_order_is_refused() -> None:
         gptq.unpack("P", tensors, tensor.args, offset=1)
 
 
-def test_symmetric_zeros_off_the_middle_are_damage() -> None:
+def test_symmetric_zeros_off_the_middle_are_refused() -> None:
     tensor = layer(4, True, 32)
     tensors = gptq.pack("P", tensor, offset=1)
     tensors["P.qzeros"][0, 0] += 1
@@ -109,7 +109,9 @@ def test_symmetric_zeros_off_the_middle_are_damage() -> None:
         ({}, (172, 64), "multiples of 32"),
     ],
 )
-def test_what_gptq_cannot_hold_is_said(changes: dict, shape: tuple[int, int], reason: str) -> None:
+def test_grids_that_gptq_cannot_hold_are_refused_with_the_reason(
+    changes: dict, shape: tuple[int, int], reason: str
+) -> None:
     assert reason in gptq.supports(QuantArgs(**{"group_size": 32, **changes}), shape)
     assert gptq.supports(QuantArgs(group_size=32), (64, 64)) is None
 

@@ -1,4 +1,4 @@
-"""MatMulNBits initializers against their description, and whole graphs in onnxruntime where it is installed."""
+"""MatMulNBits initializers against their description, and whole graphs in onnxruntime if it is installed."""
 
 from pathlib import Path
 
@@ -15,7 +15,7 @@ from lmpress.recipes.scheme import QuantArgs
 
 @pytest.mark.parametrize("symmetric", [True, False], ids=["sym", "asym"])
 @pytest.mark.parametrize("bits", onnx.BITS)
-def test_initializers_mean_what_the_operator_says(bits: int, symmetric: bool) -> None:
+def test_initializers_follow_the_description_of_the_operator(bits: int, symmetric: bool) -> None:
     weight = torch.randn(4, 96, generator=torch.Generator().manual_seed(bits))
     tensor = round_to_nearest(weight, QuantArgs(bits=bits, symmetric=symmetric, group_size=32))
     parts = onnx.pack(tensor)
@@ -46,7 +46,7 @@ def test_initializers_mean_what_the_operator_says(bits: int, symmetric: bool) ->
         (QuantArgs(bits=3, group_size=32), 96, False),
     ],
 )
-def test_which_grids_the_operator_holds(args: QuantArgs, width: int, held: bool) -> None:
+def test_only_grids_that_the_operator_can_hold_are_packed(args: QuantArgs, width: int, held: bool) -> None:
     assert onnx.supports(args, width) is held
 
 

@@ -1,4 +1,4 @@
-"""OpenVINO's IR: codes stay packed in the file, served weights are equal, and the package is asked for by name."""
+"""OpenVINO's IR: codes stay packed in the file, served weights are equal, and a missing package is named."""
 
 import json
 import sys
@@ -20,7 +20,7 @@ def model(tmp_path: Path, make_model: Callable[..., PreTrainedModel]) -> Path:
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(4, True), (4, False), (8, True), (2, False)])
-def test_codes_stay_packed_and_serve_as_they_are(model: Path, bits: int, symmetric: bool) -> None:
+def test_codes_stay_packed_and_are_served_unchanged(model: Path, bits: int, symmetric: bool) -> None:
     pytest.importorskip("openvino")
     source = model.parent / "q"
     lmpress.quantize(model, source, method="rtn", bits=bits, symmetric=symmetric, group_size=32)
@@ -40,7 +40,7 @@ def test_codes_stay_packed_and_serve_as_they_are(model: Path, bits: int, symmetr
 SHAPES = [(256, 256), (128, 256), (128, 256), (256, 256), (512, 256), (512, 256), (256, 512)]
 
 
-def test_the_package_is_asked_for_by_name(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_package_is_named(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "openvino", None)
     lmpress.quantize(model, model.parent / "q", method="rtn", group_size=32)
     with pytest.raises(UsageError, match=r"needs the package openvino; pip install 'lmpress\[openvino\]'"):
@@ -48,7 +48,7 @@ def test_the_package_is_asked_for_by_name(model: Path, monkeypatch: pytest.Monke
     assert not (model.parent / "ir").exists()
 
 
-def test_a_packed_embedding_is_looked_up_as_it_was(model: Path) -> None:
+def test_a_packed_embedding_gives_the_same_rows(model: Path) -> None:
     pytest.importorskip("openvino")
     recipe = "passes: [{method: rtn, scheme: {weights: {group_size: 32}}}]\nembedding: {bits: 8, group_size: 32}\n"
     (model.parent / "recipe.yaml").write_text(recipe)

@@ -1,4 +1,4 @@
-"""Blocks that others wrote are read as the gguf library reads them, and written back as they were."""
+"""Blocks of other tools are read as the gguf library reads them, and written back unchanged."""
 
 import gguf
 import pytest
@@ -45,7 +45,7 @@ def test_what_the_library_quantized_is_written_back_byte_by_byte(block: blocks.K
 
 
 @pytest.mark.parametrize("block", ["Q4_1", "Q4_K", "Q6_K"])
-def test_scales_of_zero_are_read_as_something_that_can_be_divided_by(block: blocks.Kind) -> None:
+def test_scales_of_zero_are_read_as_nonzero_divisors(block: blocks.Kind) -> None:
     packed = random_blocks(block).unflatten(1, (-1, blocks.SIZES[block][1]))
     packed[0, 0, slice(208, 210) if block == "Q6_K" else slice(0, 2)] = 0
     if block == "Q4_K":

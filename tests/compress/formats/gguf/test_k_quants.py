@@ -105,7 +105,7 @@ def test_what_is_solved_is_stored_loaded_and_exported_bit_for_bit(
     assert not [note for note in exported.notes if "round" in note]
     file = {t.name: t for t in gguf.GGUFReader(tmp_path / "gguf" / "model.gguf").tensors}
     ours, theirs = Checkpoint.open(tmp_path / "q"), Checkpoint.open(tmp_path / "gguf")
-    layer = "model.layers.0.self_attn.o_proj"  # whose rows no rotary embedding turns
+    layer = "model.layers.0.self_attn.o_proj"  # its rows are not permuted for rotary embeddings
     packed = file["blk.0.attn_output.weight"]
     assert packed.tensor_type.name == kind
     assert torch.equal(torch.from_numpy(dequantize(packed.data, packed.tensor_type)), ours.layer(layer).dequantize())
@@ -119,7 +119,7 @@ def test_what_is_solved_is_stored_loaded_and_exported_bit_for_bit(
     assert torch.allclose(foreign(IDS).logits, logits, rtol=0, atol=1e-5)
 
 
-def test_a_process_of_its_own_reads_the_codes_as_they_are_stored(letters: Path, tmp_path: Path) -> None:
+def test_another_process_reads_the_codes_as_they_are_stored(letters: Path, tmp_path: Path) -> None:
     lmpress.quantize(letters, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
     (finding,) = lmpress.verify(tmp_path / "q", runtime=["lmpress"]).findings
     assert finding.ok and finding.steps is not None and finding.steps < 1e-4
@@ -129,7 +129,7 @@ def test_rows_that_no_super_block_fills_get_the_block_that_llama_cpp_gives_them(
     small = model(tmp_path, hidden=256, inner=288)
     wanted = QuantizeOptions(method="rtn", options=SUPER, **Q4_K).recipe()
     plan = make_plan(open_source(small), build(open_source(small)), wanted)
-    assert len(plan.notes) == 1 and "Q4_K's super-block of 256 does not divide 288, uses Q5_0" in plan.notes[0]
+    assert len(plan.notes) == 1 and "Q4_K's super-block of 256 does not divide 288: Q5_0 is used" in plan.notes[0]
     lmpress.run(small, tmp_path / "q", wanted)
     assert (tmp_path / "q" / "model.safetensors").stat().st_size == plan.bytes_after
     lmpress.export(tmp_path / "q", tmp_path / "gguf", format="gguf")
@@ -139,7 +139,7 @@ def test_rows_that_no_super_block_fills_get_the_block_that_llama_cpp_gives_them(
     assert QuantArgs(**Q6_K, **SUPER).for_width(96).block == "Q8_0"
 
 
-def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
+def test_impossible_requests_are_refused_with_a_remedy(tmp_path: Path) -> None:
     odd = model(tmp_path, inner=200)
     with pytest.raises(UsageError, match=r"mlp.down_proj cannot be stored: no GGUF block holds rows of 200.*--keep"):
         lmpress.quantize(odd, tmp_path / "q", method="rtn", options=SUPER, **Q4_K)
@@ -156,15 +156,15 @@ def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
-def test_targets_know_which_runtimes_read_blocks() -> None:
+def test_only_targets_that_read_blocks_accept_them() -> None:
     from lmpress.compress.plan import LayerPlan
 
     layers = [LayerPlan("m.0.up_proj", 0, "Linear", (512, 256), args("Q4_K"), 0)]
     check(layers, ["lmpress", "llamacpp", "gguf-transformers"])
-    with pytest.raises(UsageError, match="it holds no gguf_blocks weights"):
+    with pytest.raises(UsageError, match="cannot hold gguf_blocks weights"):
         check(layers, ["vllm"])
 
 
-def test_every_block_knows_the_arguments_that_it_is_made_of() -> None:
+def test_every_block_has_the_arguments_that_choose_it() -> None:
     for block in blocks.BLOCKS:
         assert blocks.kind(blocks.arguments(block), 256) == block

@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, make_model: Callable[..., PreTrainedMo
 
 
 def by_the_library(model: Any, file: Path, kind: str) -> Path:
-    """A file that lmpress has no part in: projections in blocks of `kind`, all else as it is."""
+    """A file written without lmpress: projections in blocks of `kind`, everything else unquantized."""
     config = model.config
     heads = config.num_attention_heads
     writer = gguf.GGUFWriter(file, config.model_type)
@@ -83,7 +83,7 @@ def theirs(file: Path) -> Tensor:
     return loaded(IDS).logits
 
 
-def test_numbers_come_back_as_they_were(model: PreTrainedModel, tmp_path: Path) -> None:
+def test_unquantized_tensors_are_read_unchanged(model: PreTrainedModel, tmp_path: Path) -> None:
     file = by_the_library(model, tmp_path / "m.gguf", "F32")
     with torch.no_grad():
         assert torch.allclose(lmpress.load(file)(IDS).logits, model(IDS).logits, rtol=0, atol=1e-4)
@@ -92,7 +92,7 @@ def test_numbers_come_back_as_they_were(model: PreTrainedModel, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kind", ["Q4_0", "Q8_0"])
-def test_blocks_by_the_library_stay_packed(model: PreTrainedModel, tmp_path: Path, kind: str) -> None:
+def test_blocks_that_the_library_wrote_stay_packed(model: PreTrainedModel, tmp_path: Path, kind: str) -> None:
     file = by_the_library(model, tmp_path / "m.gguf", kind)
     read = lmpress.load(file)
     packed = [module for module in read.modules() if isinstance(module, PackedLinear)]

@@ -1,4 +1,4 @@
-"""GGUF files that others made: written here by the gguf library alone, and read as transformers reads them."""
+"""GGUF files of other tools: written here by the gguf library alone, and read as transformers reads them."""
 
 from pathlib import Path
 from typing import Any
@@ -76,7 +76,9 @@ def foreign(model: LlamaForCausalLM, file: Path, kinds: dict[str, str], **more: 
 
 
 @pytest.mark.parametrize("kind", ["F32", "F16", "BF16"])
-def test_numbers_are_read(llama: LlamaForCausalLM, tmp_path: Path, kind: str) -> None:
+def test_unquantized_tensors_are_read_as_transformers_reads_them(
+    llama: LlamaForCausalLM, tmp_path: Path, kind: str
+) -> None:
     file = foreign(llama, tmp_path / "m.gguf", {"proj.weight": kind, "ffn_up.weight": kind, "attn_q.weight": kind})
     logits, expected = lmpress.load(file)(IDS).logits, llama(IDS).logits
     assert torch.allclose(logits, expected, rtol=0, atol=1e-5 if kind == "F32" else 0.1)
@@ -86,7 +88,7 @@ def test_numbers_are_read(llama: LlamaForCausalLM, tmp_path: Path, kind: str) ->
 def test_blocks_stay_packed_and_serve_what_transformers_reads(
     llama: LlamaForCausalLM, tmp_path: Path, kind: str
 ) -> None:
-    """Head and embedding are in blocks too: the one stays packed, the other becomes numbers."""
+    """Head and embedding are in blocks too: the head stays packed, the embedding is dequantized."""
     file = foreign(
         llama, tmp_path / "m.gguf", dict.fromkeys(("_q.weight", "_up.weight", "output.weight", "embd.weight"), kind)
     )
@@ -100,14 +102,14 @@ def test_blocks_stay_packed_and_serve_what_transformers_reads(
     assert torch.allclose(lmpress.load(dense.out)(IDS).logits, theirs(IDS).logits, rtol=0, atol=1e-4)
 
 
-def test_symmetric_blocks_go_over_to_other_formats(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+def test_symmetric_blocks_can_be_exported_to_other_formats(llama: LlamaForCausalLM, tmp_path: Path) -> None:
     file = foreign(llama, tmp_path / "m.gguf", dict.fromkeys(("_q.weight", "_up.weight", "_down.weight"), "Q4_0"))
     out = lmpress.export(file, tmp_path / "packed", format="pack-quantized").out
     assert torch.allclose(lmpress.load(out)(IDS).logits, lmpress.load(file)(IDS).logits, rtol=0, atol=1e-5)
 
 
-def test_a_file_comes_back_as_it_was_with_its_tokenizer(tmp_path: Path) -> None:
-    """Export, read alone (no other file beside it), export again: the same bytes, and the same tokens."""
+def test_a_file_that_is_read_and_exported_again_is_the_same(tmp_path: Path) -> None:
+    """Export, read alone (no other file in the folder), export again: the same bytes, and the same tokens."""
     lmpress.quantize(SAMPLE, tmp_path / "q", method="rtn", group_size=32)
     first = lmpress.export(tmp_path / "q", tmp_path / "first", format="gguf").out / "model.gguf"
     alone = tmp_path / "alone" / "model.gguf"

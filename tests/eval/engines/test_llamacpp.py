@@ -9,7 +9,7 @@ import pytest
 import lmpress
 from lmpress.calibrate.model import safetensors_io
 from lmpress.errors import UsageError
-from lmpress.eval import llamacpp
+from lmpress.eval.engines import llamacpp
 
 SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
 SUPER = {"formula": "ggml", "scale_dtype": "super"}

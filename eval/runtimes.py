@@ -29,9 +29,9 @@ from ..compress.formats.export import gguf_model
 from ..compress.load import load
 from ..errors import CompressError, UsageError
 from ..kernels.modules.linear import PackedLinear
-from .llamacpp import llamacpp_outputs
-from .mlx import mlx_outputs
-from .onnx_runtimes import onnxruntime_outputs, openvino_outputs
+from .engines.llamacpp import llamacpp_outputs
+from .engines.mlx import mlx_outputs
+from .engines.onnx_runtimes import onnxruntime_outputs, openvino_outputs
 
 REQUEST, OUTPUTS, WEIGHTS, VERSIONS = "request.json", "outputs.safetensors", "weights", "versions.json"
 

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -28,6 +27,7 @@ from ..kernels.cache.cache import serve_rounded
 from ..kernels.tensor import Compressed
 from ..recipes.scheme import kinds
 from . import runtimes
+from .processes import absolute, run_module
 from .runtimes import OUTPUTS, REQUEST, VERSIONS, WEIGHTS, Runtime, run_model
 
 ROWS, LENGTH = 2, 64
@@ -98,24 +98,23 @@ def verify(
     The reference is `against`: the checkpoint that this one was exported from, or any that `load` reads and that should be
     equal; by default the checkpoint itself as `load` reads it. Its dequantized weights are run in float32, inputs rounded as it
     says. If `against` is a dense model, the reference is the checkpoint itself, and how far the runtime is from the dense
-    model is reported, not judged. `python` is the interpreter that runs the runtimes, by default this one; lmpress must be
-    importable there.
+    model is reported, not judged. `python` is the interpreter that runs the runtimes, by default this one; there must be
+    all that lmpress imports, lmpress itself is taken from here.
 
-    Raises `UsageError` for unknown runtimes, and if `against` is dense and the checkpoint is in a format that lmpress does
-    not read.
+    Raises `UsageError` for unknown runtimes, if `python` cannot be started, and if `against` is dense and the checkpoint is in
+    a format that lmpress does not read.
     """
     for name in runtime:
         runtimes.runtime(name)
     reference, dense = _reference(checkpoint, against)
     ids = _ids(reference)
-    interpreter = str(python or sys.executable)
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
         original = None if dense is None else _run(load(dense.source.path), ids, Path(scratch))["logits"]
         models = _Models(Path(checkpoint), reference, ids, Path(scratch))
         findings = []
         for name in runtime:
             expected = models.outputs(runtimes.runtime(name))
-            findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, interpreter))
+            findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, python))
     compared = None if dense is None else str(dense.source.path)
     return Verification(str(checkpoint), str(reference.source.path), tuple(findings), compared)
 
@@ -194,7 +193,7 @@ def _find(
     ids: Tensor,
     expected: dict[str, Tensor],
     original: Tensor | None,
-    interpreter: str,
+    python: str | Path | None,
 ) -> Finding:
     limits = runtimes.runtime(name)
     inputs = reference.reader is not None and reference.reader.inputs is not None
@@ -204,8 +203,7 @@ def _find(
         folder = Path(scratch)
         request = {"ids": ids.tolist(), "layers": list(reference.layers)}
         (folder / REQUEST).write_text(json.dumps(request))
-        command = [interpreter, "-m", f"{__package__}.runtimes", name, str(checkpoint), str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 our own module
+        done = run_module(f"{__package__}.runtimes", [name, absolute(checkpoint), absolute(folder)], python)
         if done.returncode:
             return Finding(name, {}, error=_last_word(done))
         finding = Finding(name, json.loads((folder / VERSIONS).read_text()))

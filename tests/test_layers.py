@@ -52,9 +52,9 @@ ROOMS = {
         "api command",
     ),
     "eval": (
-        "mlx",
+        "engines processes",
         "protocol",
-        "onnx_runtimes inspect llamacpp",
+        "inspect",
         "dispatch_report",
         "perplexity runtimes timing",
         "verify",

@@ -6,12 +6,10 @@ memory is that of a separate process that loads the model and does the same once
 """
 
 import json
-import os
 import random
 import re
 import resource
 import statistics
-import subprocess
 import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -27,11 +25,11 @@ from ...compress.report.progress import Event, Observer, silent
 from ...errors import CompressError, UsageError
 from ...kernels.modules.fused_decode import blocks_of
 from ...kernels.modules.linear import PackedLinear, SpQRLinear, kernels_of
+from ..processes import absolute, run_module
 from .machine import clock
 
 PROMPT, ANSWER, ROUNDS = 128, 32, 5
 PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # of `ru_maxrss`, in bytes
-CHILD = "import sys, json; from lmpress.eval.timing.speed import peak; print(peak(**json.loads(sys.argv[1])))"
 
 
 @dataclass(frozen=True)
@@ -174,12 +172,12 @@ def _weight_bytes(model: PreTrainedModel) -> int:
 
 
 def _peak_of_process(arguments: dict[str, Any]) -> int:
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join(sys.path),
-        "OMP_NUM_THREADS": str(torch.get_num_threads()),
-    }
-    command = [sys.executable, "-c", CHILD, json.dumps(arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)  # noqa: S603
+    given = json.dumps(arguments | {"path": absolute(arguments["path"])})
+    done = run_module(__name__, [given], environment={"OMP_NUM_THREADS": str(torch.get_num_threads())})
     if done.returncode:
         raise CompressError(f"memory of {arguments['path']} could not be measured: {done.stderr.strip()[-300:]}")
     return int(done.stdout.split()[-1])
+
+
+if __name__ == "__main__":  # the process that `_peak_of_process` starts
+    print(peak(**json.loads(sys.argv[1])))

@@ -1,8 +1,9 @@
 """Compile a C file on first use into the user's cache, and load it.
 
 The name of the library is a hash of everything that it is built from, so a stale one is never loaded. It is built in the folder
-of its final path and then renamed, so two processes that build at the same time never see an incomplete file. Only the user may
-write to the folder, because what is in it is executed.
+of its final path and then renamed, so two processes that build at the same time never see an incomplete file. Its size and
+SHA-256 are stored next to it and compared before it is loaded: a truncated library would end the process. See `folders.py` for
+where this is.
 """
 
 import ctypes
@@ -11,23 +12,23 @@ import os
 import platform
 import re
 import shutil
-import stat
+import signal
 import subprocess
-import tempfile
 from pathlib import Path
 
 from ..kernel import Unavailable
+from .folders import check_private, private_folder, replace_file, sweep, temporary_file
 
 COMPILERS = ("cc", "gcc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=fast", "-fno-math-errno", "-shared", "-fPIC", "-pthread")
-SECONDS = 300
+SECONDS, VERSION_SECONDS = 300, 30
 INCLUDE = re.compile(r'^#include "(.+)"$', re.MULTILINE)
 
 
 def load(source: Path) -> ctypes.CDLL:
     """The shared library of the C file `source`, built if this user has not built it yet.
 
-    Raises `Unavailable` if there is no compiler, if it fails, or if the cache cannot be trusted.
+    Raises `Unavailable` if there is no compiler, if it fails, or if no folder can be trusted.
     """
     built = compiled(source)
     try:
@@ -37,14 +38,36 @@ def load(source: Path) -> ctypes.CDLL:
 
 
 def compiled(source: Path) -> Path:
-    """The path of the shared library of `source`, built if it is missing. Raises `Unavailable` as `load` does."""
+    """The path of the shared library of `source`, built if it is missing or damaged. Raises `Unavailable` as `load` does."""
     compiler = find_compiler()
     folder = private_folder()
     target = folder / f"{source.stem}-{fingerprint(source, compiler)}.so"
-    if not target.exists():
-        _compile(source, compiler, target)
-    _check_private(target)
+    try:
+        if not is_intact(target):
+            sweep(folder, 2 * SECONDS)
+            _compile(source, compiler, target)
+        check_private(target)
+    except OSError as error:
+        raise Unavailable(f"{source.name} cannot be built in {folder}: {error}") from error
     return target
+
+
+def is_intact(library: Path) -> bool:
+    """Whether the file is there and has the size and the SHA-256 that were stored when it was built."""
+    try:
+        return record_of(library).read_text(encoding="utf-8") == _record(library)
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def record_of(library: Path) -> Path:
+    """The file with the size and the SHA-256 of `library`."""
+    return library.with_suffix(".sha256")
+
+
+def _record(library: Path) -> str:
+    content = library.read_bytes()
+    return f"{len(content)} {hashlib.sha256(content).hexdigest()}\n"
 
 
 def find_compiler() -> str:
@@ -55,26 +78,12 @@ def find_compiler() -> str:
     raise Unavailable("no C compiler found: install gcc or clang")
 
 
-def cache_folder() -> Path:
-    """The folder for files that can be built again, in the user's cache (XDG base directories)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "lmpress" / "kernels"
-
-
-def private_folder() -> Path:
-    """The cache folder, created if it is missing. Raises `Unavailable` if that fails or if other users may open it."""
-    folder = cache_folder()
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise Unavailable(f"the cache folder {folder} cannot be created: {error.strerror}") from error
-    _check_private(folder)
-    return folder
-
-
 def fingerprint(source: Path, compiler: str) -> str:
-    """A hash of `source` and the files that it includes, the compiler and its version, the flags and the architecture."""
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout  # noqa: S603
+    """A hash of `source` and the files that it includes, the compiler and its version, the flags and the architecture.
+
+    Raises `Unavailable` if the compiler cannot be started or does not end.
+    """
+    version = _run([compiler, "--version"], VERSION_SECONDS).stdout.encode()
     settings = [compiler.encode(), version, " ".join(FLAGS).encode(), platform.machine().encode()]
     parts = [path.read_bytes() for path in included_files(source)] + settings
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
@@ -98,24 +107,42 @@ def included_files(source: Path) -> list[Path]:
 
 
 def _compile(source: Path, compiler: str, target: Path) -> None:
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.stem}.", suffix=".so")
-    os.close(handle)
-    built = Path(name)
-    try:
-        command = [compiler, *FLAGS, "-o", name, str(source)]
-        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)  # noqa: S603
-        if run.returncode != 0:
-            reason = next((line for line in run.stderr.splitlines() if "error" in line), "no message")
+    with temporary_file(target) as built:
+        done = _run([compiler, *FLAGS, "-o", str(built), str(source)], SECONDS)
+        if done.returncode != 0:
+            reason = next((line for line in done.stderr.splitlines() if "error" in line), "no message")
             raise Unavailable(f"{compiler} cannot compile {source.name}: {reason}")
         built.chmod(0o700)
-        built.replace(target)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise Unavailable(f"{source.name} cannot be built in {target.parent}: {error}") from error
+        with temporary_file(record_of(target)) as record:
+            record.write_text(_record(built), encoding="utf-8")
+            replace_file(record, record_of(target))
+        replace_file(built, target)
+
+
+def _run(command: list[str], seconds: float) -> subprocess.CompletedProcess[str]:
+    """Run a compiler; what is not UTF-8 in its output is replaced. It and the programs that it starts end after `seconds`.
+
+    Raises `Unavailable` if it cannot be started or does not end.
+    """
+    pipe = subprocess.PIPE
+    try:
+        process = subprocess.Popen(  # noqa: S603 the system's compiler
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            encoding="utf-8",
+            errors="replace",
+            start_new_session=True,  # so that a signal reaches all of its programs, which hold its pipes open
+        )
+    except OSError as error:
+        raise Unavailable(f"the compiler {command[0]} cannot be started: {error.strerror}") from error
+    try:
+        output, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        raise Unavailable(f"the compiler {command[0]} did not end within {seconds} s") from None
     finally:
-        built.unlink(missing_ok=True)
-
-
-def _check_private(path: Path) -> None:
-    status = path.lstat()
-    if status.st_uid != os.getuid() or stat.S_ISLNK(status.st_mode) or status.st_mode & 0o077:
-        raise Unavailable(f"{path} is open to other users: remove it, or restrict it to yourself (chmod 700)")
+        if process.returncode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    return subprocess.CompletedProcess(command, process.wait(), output, errors)

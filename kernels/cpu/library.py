@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ...errors import CompressError
 from ..kernel import Unavailable, WrongMachine
 from .build import load
 from .layout import Panels
@@ -19,6 +20,8 @@ SOURCE = Path(__file__).with_name("lmpress_cpu.c")
 ACTIVATIONS = {"float": 0, "group": 1, "token": 2}
 # The dtypes of the values of a pruned weight; the numbers are those of native/types.h.
 VALUES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+BAD_INDEX = -2  # status of native/sparse.h
+OUTSIDE = "a sparse matrix is damaged"
 
 Pruned = tuple[Tensor, Tensor, Tensor]  # mask, values and starts (see `PrunedWeight`)
 
@@ -107,7 +110,7 @@ def _load() -> ctypes.CDLL | Unavailable:
     calls.lmpress_pruned_linear.argtypes = (int32, pointer, int32, pointer, int64, pointer)
     calls.lmpress_pruned_to_dense.argtypes = (int32, pointer, int32, int64, int64, pointer)
     calls.lmpress_pruned_to_dense.restype = None
-    sparse = (pointer, pointer, int32, pointer, int64, int64)
+    sparse = (pointer, pointer, int32, pointer, int64, int64, int64)
     calls.lmpress_add_sparse.argtypes = (int32, *sparse, pointer, int64, pointer)
     return calls
 
@@ -133,10 +136,12 @@ def instruction_set(name: str) -> InstructionSet:
 class Linear:
     """The product with a weight in panels, prepared once: the addresses of its tensors, and how activations enter.
 
-    Raises `WrongMachine` if this machine does not have the instruction set `instructions`.
+    Raises `WrongMachine` if this machine does not have the instruction set `instructions`, `CompressError` if columns kept
+    in 16 bits lie outside the weight.
     """
 
     def __init__(self, panels: Panels, instructions: str, activations: str, steps: float) -> None:
+        _check_columns(panels.outlier_columns, panels.columns)
         self.panels, self.activations, self.instructions = panels, activations, instruction_set(instructions)
         self.weight, self.mode = _structure(panels), _Mode(ACTIVATIONS[activations], 1, steps)
         self._run = library().lmpress_linear
@@ -238,9 +243,11 @@ def add_sparse(y: Tensor, x: Tensor, starts: Tensor, columns: Tensor, values: Te
     """`y += x S^T` in place for contiguous float32 `y` `[m, rows]` and `x` `[m, columns]`.
 
     S is in compressed rows: `starts` int64 `[rows + 1]`, `columns` int32 or uint16, `values` float16. Raises `MemoryError` if
-    out of memory.
+    out of memory, `CompressError` if S does not fit `y` and `x`.
     """
-    entries = (columns.data_ptr(), columns.itemsize == 4, values.data_ptr())
+    if (len(starts), len(values), len(x)) != (y.shape[1] + 1, len(columns), len(y)):
+        raise CompressError(f"{OUTSIDE}: {len(starts)} starts, {len(columns)} columns, {len(values)} values")
+    entries = (columns.data_ptr(), columns.itemsize == 4, values.data_ptr(), len(columns))
     sparse = (starts.data_ptr(), *entries, y.shape[1], x.shape[1])
     status = library().lmpress_add_sparse(torch.get_num_threads(), *sparse, x.data_ptr(), x.shape[0], y.data_ptr())
     _check(status, x)
@@ -253,8 +260,16 @@ def _rows_together(heads: Tensor) -> Tensor:
 
 
 def _check(status: int, x: Tensor) -> None:
+    if status == BAD_INDEX:
+        raise CompressError(f"{OUTSIDE}: entries are not all in the {x.shape[1]} columns of the weight")
     if status:
         raise MemoryError(f"not enough memory to pack activations of shape {tuple(x.shape)}")
+
+
+def _check_columns(columns: Tensor | None, width: int) -> None:
+    """The kernels write at these columns."""
+    if columns is not None and len(columns) and not 0 <= int(columns.min()) <= int(columns.max()) < width:
+        raise CompressError(f"the columns kept in 16 bits are not all in the {width} columns of the weight")
 
 
 def _structure(panels: Panels) -> _Weight:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ...errors import CompressError
 from ..kernel import KernelSpec, PrunedProduct
 from ..weight import PrunedWeight
 from . import library
@@ -23,6 +24,10 @@ class CpuPruned(PrunedProduct):
         self.instructions = instructions
         self.starts: Tensor
         self.register_buffer("starts", weight.starts(), persistent=False)
+        if int(self.starts[-1]) != weight.values.numel():
+            raise CompressError(
+                f"the mask marks {int(self.starts[-1])} weights, and {weight.values.numel()} are stored"
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         traced = torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad)

@@ -5,9 +5,7 @@ There is one JSON file per GPU, version of Triton and source of the kernels, bec
 
 import hashlib
 import json
-import os
 import re
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
@@ -19,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..cpu.build import cache_folder, private_folder
-from ..kernel import Activations
+from ..cpu.folders import cache_folder, private_folder, replace_file, temporary_file
+from ..kernel import Activations, Unavailable
 from .configs import Config
 from .layout import Tiles
 
@@ -96,13 +94,12 @@ class Tuned:
 
         Raises `Unavailable` if the cache folder cannot be created or is open to other users.
         """
-        folder = private_folder()
+        self.path = private_folder() / self.path.name
         self._found = _read(self.path) | {str(regime): config}
         content = json.dumps({name: asdict(each) for name, each in sorted(self._found.items())}, indent=1)
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{self.path.stem}.", suffix=".json")
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(content + "\n")
-        Path(name).replace(self.path)
+        with temporary_file(self.path) as file:
+            file.write_text(content + "\n", encoding="utf-8")
+            replace_file(file, self.path)
 
 
 def tuned_on(tensor: Tensor) -> Tuned:
@@ -115,7 +112,15 @@ def tuned_for(gpu: str) -> Tuned:
     """The tiles of the GPU called `gpu`, for this version of Triton and of the kernels."""
     parts = (gpu, version("triton"), _sources())
     name = re.sub(r"\W+", "-", gpu).strip("-").lower()
-    return Tuned(cache_folder() / f"triton-{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.json")
+    return Tuned(_folder() / f"triton-{name}-{hashlib.sha256(repr(parts).encode()).hexdigest()[:20]}.json")
+
+
+def _folder() -> Path:
+    """Where tiles are read from: the folder that they are written to, if there is one."""
+    try:
+        return private_folder()
+    except Unavailable:
+        return cache_folder()
 
 
 @cache

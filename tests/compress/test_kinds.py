@@ -59,12 +59,13 @@ def interpreter(tmp_path: Path) -> Path:
     script = tmp_path / "python"
     lines = (
         f"#!{sys.executable}",
-        "import runpy, sys",
+        "import sys",
         f"sys.path.insert(0, {str(FILE.parent)!r})",
         "import ternary",
         "ternary.add()",
-        "sys.argv = sys.argv[2:]",
-        'runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)',
+        "program = sys.argv[3]",
+        "del sys.argv[1:4]",
+        "exec(program)",
     )
     script.write_text("\n".join(lines))
     script.chmod(0o755)

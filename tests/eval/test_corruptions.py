@@ -6,7 +6,6 @@ import subprocess
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from xml.etree import ElementTree
 
@@ -117,11 +116,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """The runtime's process, without the process."""
 
-    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
-        runtimes.main(*command[3:])
-        return subprocess.CompletedProcess(command, 0, "", "")
+    def run(module: str, arguments: list[str], python: None) -> subprocess.CompletedProcess[str]:
+        runtimes.main(*arguments)
+        return subprocess.CompletedProcess(module, 0, "", "")
 
-    monkeypatch.setattr(verify, "subprocess", SimpleNamespace(run=run))
+    monkeypatch.setattr(verify, "run_module", run)
 
 
 def nibble(content: bytearray, place: Place) -> None:

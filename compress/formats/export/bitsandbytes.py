@@ -15,6 +15,7 @@ P.weight_format  uint8 []         0: row after row
 """
 
 import json
+import operator
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -110,6 +111,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> NF4Tens
     LLM.int8 is read as plain 8 bits: of its columns nothing is stored, and exact inputs need none.
     """
     if args.kind != "nf4":
+        if bool(tensors.get(f"{name}.weight_format", torch.zeros(())).any()):
+            raise CompressError(f"{name}.weight_format is not 0: only weights stored row after row are read")
         codes = (tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8)
         return CompressedTensor(codes, tensors[f"{name}.SCB"].unsqueeze(1) / 127, None, args)
     state = _read_state(name, tensors)
@@ -204,10 +207,16 @@ def _length(args: QuantArgs, shape: tuple[int, int]) -> int:
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         state = json.loads(bytes(tensors[_full(name, STATE)].tolist()))
-        rows, columns = state["shape"]
-    except (ValueError, KeyError, TypeError) as error:
+        rows, columns = state["shape"] = [operator.index(each) for each in state["shape"]]
+        state["blocksize"] = operator.index(state["blocksize"])
+        if state["dtype"] not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"dtype {state['dtype']!r}")
+        if _full(name, "nested_absmax") in tensors:
+            state["nested_offset"] = float(state["nested_offset"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
-    if state.get("quant_type") != "nf4" or rows * columns > 2 * tensors[_full(name, "")].numel():
+    codes = tensors[_full(name, "")].numel()
+    if state.get("quant_type") != "nf4" or min(rows, columns) < 1 or -(-rows * columns // 2) != codes:
         raise CompressError(f"{_full(name, STATE)} describes another weight", "the checkpoint is damaged")
     return state
 

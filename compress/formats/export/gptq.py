@@ -20,6 +20,7 @@ from ....errors import CompressError
 from ....kernels.packing.bitstream import pack_rows, unpack_rows
 from ....kernels.tensor import Compressed, CompressedTensor
 from ....recipes.scheme import QuantArgs, group_strategy
+from ..indices import check_range
 from .layout import LayerFormat, blank, specs_of, uniform
 
 BITS = (2, 3, 4, 8)
@@ -64,11 +65,13 @@ def has_zero_of_zero(tensor: Compressed) -> bool:
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset: int) -> CompressedTensor:
-    """The inverse of `pack`. Raises `CompressError` for groups that are scattered over the columns (act-order)."""
+    """The inverse of `pack`. Raises `CompressError` for groups that do not exist or are scattered by act-order."""
     qweight, scales = tensors[f"{name}.qweight"], tensors[f"{name}.scales"]
     groups, rows = scales.shape
     columns = qweight.shape[0] * 32 // args.bits
     contiguous = torch.arange(columns, dtype=torch.int32) // (columns // groups)
+    if f"{name}.g_idx" in tensors:
+        check_range(f"{name}.g_idx", tensors[f"{name}.g_idx"], groups)
     if f"{name}.g_idx" in tensors and not torch.equal(tensors[f"{name}.g_idx"].to(torch.int32), contiguous):
         raise CompressError(f"{name} has groups scattered by act-order", "only contiguous groups are read")
     codes = unpack_rows(qweight.T.contiguous(), args.bits, columns)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ....calibrate.model.safetensors_io import NAMES, TensorSpec
-from ....errors import UsageError
+from ....errors import CompressError, UsageError
 from ....kernels.kernel import KernelSpec
 from ....kernels.modules.linear import Serving, SpQRLinear
 from ....kernels.packing.bitstream import pack_rows, unpack_rows
@@ -30,6 +30,7 @@ from ....kernels.tensor.grid import Grid
 from ....kernels.weight import Levels, SparseRows, Weight
 from ....recipes.scheme import QuantArgs
 from ....recipes.scheme.kinds import Kind, Written
+from ..indices import DAMAGED, check_range, check_shape
 from ..int_quantized import of_inputs
 from ..registry import Layout, Reader, Specs
 
@@ -93,7 +94,7 @@ def pack(name: str, tensor: SpQRTensor) -> dict[str, Tensor]:
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTensor:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises `CompressError` if the residual lies outside the weight."""
     rows, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
     size = args.columns_per_scale(columns)
     parts = tensors[f"{name}.weight_tiles"].split(
@@ -102,12 +103,19 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTen
     codes = _numbers(parts[0], args.bits, TILE * size).unflatten(-1, (TILE, size)).transpose(1, 2)
     levels = [_numbers(p, LEVEL.bits, TILE).transpose(1, 2).flatten(0, 1)[:rows].contiguous() for p in parts[1:3]]
     floats = parts[3].contiguous().view(torch.float16).unbind(-1)
+    codes = codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous()
+    counts, places = (tensors[f"{name}.{part}"].to(torch.int64) for part in ("weight_counts", "weight_columns"))
+    check_shape(f"{name}.weight_shape", tensors[f"{name}.weight_shape"], (len(counts), codes.shape[1]))
+    check_range(f"{name}.weight_counts", counts, codes.shape[1] + 1)
+    check_range(f"{name}.weight_columns", places, codes.shape[1])
+    if int(counts.sum()) != len(places):
+        raise CompressError(f"{name}.weight_counts adds up to {int(counts.sum())}, expected {len(places)}", DAMAGED)
     return SpQRTensor(
-        codes=codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(),
+        codes=codes,
         scale=Bilevel(levels[0], floats[0].contiguous(), floats[1].contiguous()),
         zero=Bilevel(levels[1], floats[2].contiguous(), floats[3].contiguous()),
-        counts=tensors[f"{name}.weight_counts"].to(torch.int64),
-        columns=tensors[f"{name}.weight_columns"].to(torch.int64),
+        counts=counts,
+        columns=places,
         values=tensors[f"{name}.weight_values"],
         args=args,
     )

@@ -23,6 +23,7 @@ from ....kernels.tensor import OutlierColumnsTensor
 from ....kernels.weight import Weight
 from ....recipes.scheme import QuantArgs, inputs_per, signed_weights
 from ....recipes.scheme.kinds import Kind, Written
+from ..indices import check_ascending
 from ..int_quantized import OFFSET
 from ..registry import Reader, Specs
 from .bilevel import index_dtype
@@ -71,12 +72,14 @@ class LLMInt8:
         }
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> OutlierColumnsTensor:
-        """The inverse of `pack`."""
+        """The inverse of `pack`. Raises `CompressError` if the columns do not ascend or lie outside the weight."""
         assert self.inputs is not None
+        columns = tensors[f"{name}.weight_columns"].to(torch.int64)
+        check_ascending(f"{name}.weight_columns", columns, tensors[f"{name}.weight"].shape[1])
         return OutlierColumnsTensor(
             codes=(tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8),
             scale=tensors[f"{name}.weight_scale"],
-            columns=tensors[f"{name}.weight_columns"].to(torch.int64),
+            columns=columns,
             outliers=tensors[f"{name}.weight_outliers"],
             args=args,
             inputs=self.inputs,

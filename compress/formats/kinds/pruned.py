@@ -28,6 +28,7 @@ from ....kernels.tensor.pruned import by_mask
 from ....kernels.weight import PrunedWeight
 from ....recipes.scheme import PruneArgs, QuantArgs
 from ....recipes.scheme.kinds import Kind, Written
+from ..indices import DAMAGED
 from ..registry import Layout, Reader, Specs
 
 NAME = "lmpress-sparse"
@@ -77,22 +78,27 @@ def pack(name: str, tensor: PrunedTensor) -> dict[str, Tensor]:
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: PruneArgs) -> PrunedTensor:
-    """The inverse of `pack`. Raises `CompressError` if mask and values do not belong together."""
+    """The inverse of `pack`. Raises `CompressError` if shape, mask or places and values do not belong together."""
     if args.storage == "dense":
         values = tensors[f"{name}.weight"].T if args.transposed else tensors[f"{name}.weight"]
         return PrunedTensor(values, values != 0, args)
     rows, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
-    stored = tensors[f"{name}.weight_values"]
+    stored, part = tensors[f"{name}.weight_values"], "weight_places" if args.storage == "2:4" else "weight_bitmask"
+    marks = tensors[f"{name}.{part}"]
+    if tuple(marks.shape) != (rows, math.ceil(columns / 8)):
+        raise CompressError(f"{name}.weight_shape is {(rows, columns)}, {part} is {tuple(marks.shape)}", DAMAGED)
     values = stored.new_zeros(rows, columns)
     if args.storage == "2:4":
-        nibbles = split(tensors[f"{name}.weight_places"], 4, columns // 4).long()
+        nibbles = split(marks, 4, columns // 4).long()
         places = torch.stack([nibbles & 3, nibbles >> 2], dim=2)
+        if bool((places[..., 0] == places[..., 1]).any()):
+            raise CompressError(f"{name}.weight_places stores a column of a group twice", DAMAGED)
         values.view(rows, -1, 4).scatter_(2, places, stored.view(rows, -1, 2))
         kept = torch.zeros_like(values, dtype=torch.bool).view(rows, -1, 4).scatter_(2, places, True).flatten(1)
         return PrunedTensor(values, kept, args)
-    kept = from_mask(tensors[f"{name}.weight_bitmask"], columns)
+    kept = from_mask(marks, columns)
     if int(kept.sum()) != stored.numel():
-        raise CompressError(f"{name} marks {int(kept.sum())} weights and stores {stored.numel()}", "it is damaged")
+        raise CompressError(f"{name} marks {int(kept.sum())} weights and stores {stored.numel()}", DAMAGED)
     values[kept] = stored
     return PrunedTensor(values, kept, args)
 

@@ -147,8 +147,18 @@ static int check_sparse(int64_t m, int64_t rows, int64_t width, int wide) {
                 ((uint16_t *)columns)[e] = (uint16_t)column;
             for (int64_t i = 0; i < m; i++) expected[i * rows + r] += half_to_float(values[e]) * x[i * width + column];
         }
-    lmpress_add_sparse(2, starts, columns, wide, values, rows, width, x, m, y);
-    int failed = !(distance(y, expected, m * rows) <= 1e-5);
+    int64_t entries = starts[rows];
+    int failed = lmpress_add_sparse(2, starts, columns, wide, values, entries, rows, width, x, m, y) != 0;
+    failed |= !(distance(y, expected, m * rows) <= 1e-5);
+    for (int64_t e = 0; e < entries; e += entries - 1) { /* the first and the last column point behind the width */
+        if (wide)
+            ((uint32_t *)columns)[e] = UINT32_MAX;
+        else
+            ((uint16_t *)columns)[e] = UINT16_MAX;
+        failed |= lmpress_add_sparse(2, starts, columns, wide, values, entries, rows, width, x, m, y) != -2;
+    }
+    starts[1] = entries + 1;
+    failed |= lmpress_add_sparse(2, starts, columns, wide, values, entries, rows, width, x, m, y) != -2;
     if (failed) printf("sparse rows %d width %d: wrong\n", (int)rows, (int)width);
     release();
     return failed;

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from lmpress.errors import CompressError
 from lmpress.kernels.cpu import library
+from lmpress.kernels.cpu.layout import pack
 from lmpress.kernels.cpu.product import KERNELS
 from lmpress.kernels.kernel import KernelSpec, Unavailable
 from lmpress.kernels.outliers import prepare
@@ -250,3 +252,29 @@ def test_products_with_a_sparse_residual_equal_float64(kernel, batch: int, share
         assert error(y, x.double() @ full.T) < 2e-6
         assert error(product(x), x.double() @ full.T) < 2e-6
         assert error(inputs.grad, full.sum(0).expand(batch, -1)) < 2e-6
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint16])
+@pytest.mark.parametrize("damage", ["column", "last column", "start", "end", "missing"])
+def test_a_sparse_matrix_with_bad_indices_is_refused(rows: int, dtype: torch.dtype, damage: str) -> None:
+    sparse = SparseRows.of(torch.ones(5, 40))
+    starts, columns, values = sparse.starts, sparse.columns.long(), sparse.values
+    if damage.endswith("column"):
+        columns[-1 if damage == "last column" else 3] = 65535
+    elif damage == "missing":
+        columns = columns[:-1]
+    else:
+        starts[2 if damage == "start" else -1] = 2**40
+    y, x = torch.zeros(rows, 5), torch.ones(rows, 40)
+    with pytest.raises(CompressError, match="a sparse matrix is damaged"):
+        library.add_sparse(y, x, starts, columns.to(dtype), values)
+
+
+@pytest.mark.parametrize("column", [-1, 64])
+def test_columns_outside_of_the_weight_are_refused(column: int) -> None:
+    chosen = next(iter(library.instruction_sets().values()))
+    columns, outliers = torch.tensor([3, column]), torch.ones(8, 2)
+    weight = Weight(torch.zeros(8, 64, dtype=torch.uint8), torch.ones(8, 1), None, 8, 64, None, columns, outliers)
+    with pytest.raises(CompressError, match="the columns kept in 16 bits are not all in the 64 columns of the weight"):
+        library.Linear(pack(weight, chosen.lanes), chosen.name, "float", 127.0)

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 import lmpress
-from lmpress.kernels.kernel import KernelSpec, Unavailable
+from lmpress.kernels.kernel import KernelSpec
 from lmpress.kernels.triton import configs, tuned
 from lmpress.kernels.triton.configs import GEMV, Config
 from lmpress.kernels.triton.product import TritonProduct
@@ -97,11 +98,15 @@ def test_damaged_files_are_ignored_and_written_again(content: str) -> None:
     assert Tuned(kept.path).get(REGIME) == FOUND
 
 
-def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path) -> None:
-    (tmp_path / "lmpress" / "kernels").mkdir(parents=True)
+def test_a_folder_that_others_may_write_to_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    tiles = tuned_for("a GPU")
     (tmp_path / "lmpress" / "kernels").chmod(0o777)
-    with pytest.raises(Unavailable, match="open to other users"):
-        tuned_for("a GPU").keep(REGIME, FOUND)
+    tiles.keep(REGIME, FOUND)
+    assert tiles.path.is_relative_to(tmp_path / "temporary")
+    tuned.tuned_for.cache_clear()
+    assert tuned_for("a GPU").get(REGIME) == FOUND
 
 
 @pytest.mark.parametrize(("activations", "m"), [("float", 1), ("float", 3), ("group", 3), ("token", 70)])

@@ -14,10 +14,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from ..calibrate.model.source import Source, gguf_file
-from ..compress.formats.checkpoint import Checkpoint
-from ..compress.formats.source import open_source
-from ..errors import CompressError, UsageError
+from ...calibrate.model.source import Source, gguf_file
+from ...compress.formats.checkpoint import Checkpoint
+from ...compress.formats.source import open_source
+from ...errors import CompressError, UsageError
 
 BLOCK_OUTPUT = "l_out-"  # name of the hidden states after a block in llama.cpp's graphs, without the block number
 

@@ -9,9 +9,9 @@ import pytest
 import lmpress
 from lmpress.calibrate.model import safetensors_io
 from lmpress.errors import UsageError
-from lmpress.eval import llamacpp
+from lmpress.eval.engines import llamacpp
 
-SAMPLE = Path(__file__).parents[2] / "examples" / "sample_model"
+SAMPLE = Path(__file__).parents[3] / "examples" / "sample_model"
 SUPER = {"formula": "ggml", "scale_dtype": "super"}
 GRIDS: dict[str, dict[str, Any]] = {
     "Q4_0": {"bits": 4, "group_size": 32},

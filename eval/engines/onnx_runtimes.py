@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compress.formats.export.onnx import FILE
-from ..compress.formats.export.openvino import FILE as IR
+from ...compress.formats.export.onnx import FILE
+from ...compress.formats.export.openvino import FILE as IR
 
 Inputs = dict[str, Tensor]
 Session = Callable[[Inputs], dict[str, Tensor]]  # input tensors by name -> the outputs that it was opened for

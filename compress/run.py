@@ -16,13 +16,14 @@ from ..recipes.schema import Recipe
 from .allocation.allocate import allocated, most_bytes, uniform
 from .formats.source import open_source
 from .formats.tokenizer import load_tokenizer
+from .output.target import claimed
 from .pipeline import compress_blocks, needs_calibration, round_tables
 from .plan import Plan, make_plan
 from .report.memory import peak_bytes, return_freed_pages
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, judge
 from .runtime_support import check as check_targets
-from .workspace import Workspace, check_target
+from .workspace import Workspace
 
 
 @dataclass(frozen=True)
@@ -120,8 +121,10 @@ class Run:
         Raises `UsageError` before anything is written, `CompressError` later.
         """
         device_of(self.device)
-        check_target(self.out, self.overwrite)
-        with allocated(self.source, self.skeleton, self.out, self.recipe, self.device, observer) as recipe:
+        with (
+            claimed(self.out, self.overwrite, self.source.path),
+            allocated(self.source, self.skeleton, self.out, self.recipe, self.device, observer) as recipe,
+        ):
             run = self if recipe is self.recipe else self._with(recipe)
             if on_plan is not None:
                 on_plan(run.plan)
@@ -138,9 +141,12 @@ class Run:
         observer(Event("plan", blocks=plan.blocks))
         rows = self._rows(observer) if needs_calibration(self.recipe, plan) else None
         with Workspace.open(self.out, self.source, plan, self.recipe, rows, self.overwrite) as workspace:
-            compress_blocks(self.skeleton, workspace, self.device, observer)
-            round_tables(self.skeleton, workspace)
-            observer(Event("assemble", plan.blocks, plan.blocks))
+            if workspace.unfinished and not workspace.complete:
+                observer(Event("resume", workspace.unfinished, plan.blocks))
+            if not workspace.complete:
+                compress_blocks(self.skeleton, workspace, self.device, observer)
+                round_tables(self.skeleton, workspace)
+                observer(Event("assemble", plan.blocks, plan.blocks))
             layers = workspace.finish()
         observer(Event("done", plan.blocks, plan.blocks))
         return RunReport(

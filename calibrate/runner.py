@@ -6,11 +6,12 @@ to the next one. If a pass needs the drift, a copy of each original block is run
 model: the reference.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -22,12 +23,13 @@ from ..errors import CompressError
 from .activation_store import ActivationStore, snapshot
 from .data.token_rows import TokenRows
 from .model.architecture import find_blocks, find_linears
-from .model.skeleton import Names, materialise, outside, release
+from .model.skeleton import Names, assign, materialise, outside, release
 from .model.source import Source
 from .statistics.collect import SharedInputs, Statistics, StatisticsCollector, observing
 from .statistics.drift import residual_targets
 
 TOKENS_PER_BATCH = 4096
+HEAD_ROWS = 8192  # of a head that are converted at a time
 HELD_OUT = 8  # every 8th batch is held out if a pass chooses by held-out tokens
 TOKENS_PER_STEP, FEWEST_STEPS = 1024, 8  # for training: size of a batch, and the number of batches if the rows allow it
 
@@ -126,13 +128,14 @@ class Runner:
         self._original = None
 
     @torch.no_grad()
-    def capture(self) -> None:
+    def capture(self, rewritten: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Run the model with its blocks skipped; records the first block's inputs and the arguments of every block.
 
+        `rewritten` are parameters outside the blocks that take the place of the checkpoint's, by their names in the model.
         Raises `CompressError` if the model does not call its last block.
         """
         self._calls = [[] for _ in self.blocks]
-        with self._loading_outside_on_demand(), self._blocks_recording():
+        with self._loading_outside_on_demand(rewritten), self._blocks_recording():
             for i, ids in enumerate(self._ids):
                 try:
                     self.model(input_ids=ids.to(self.device), attention_mask=self._mask(i), use_cache=False)
@@ -233,6 +236,40 @@ class Runner:
             if self._reference is not None and self._original is not None:
                 self._reference[i] = call.replay(self._original, self._reference[i].to(self.device))
 
+    @property
+    def batches(self) -> tuple[Tensor, ...]:
+        """The token ids of each batch, int64 `[rows, length]`."""
+        return self._ids
+
+    def hidden(self, batch: int) -> Tensor:
+        """The stored hidden states of a batch, float32 `[rows, length, width]`."""
+        return self._hidden[batch].to(self.device)
+
+    @contextmanager
+    def readout(self) -> Iterator[Callable[[Tensor, Tensor], Tensor]]:
+        """A function that gives the logits `[tokens, vocabulary]` of hidden states `[tokens, width]` after the last block.
+
+        Its first argument are ids int64 `[1, tokens]`, for models whose code reads them outside the blocks too.
+        """
+        last = [torch.empty(0)]
+
+        def skip(*args: Any, **kwargs: Any) -> Any:
+            return (last[0],) if as_tuple else last[0]
+
+        def logits(ids: Tensor, hidden: Tensor) -> Tensor:
+            last[0] = hidden.unsqueeze(0)
+            return self.model(input_ids=ids.to(self.device), use_cache=False).logits[0]
+
+        with self._loading_outside_on_demand():
+            as_tuple = self._returns_tuple()
+            for block in self.blocks:
+                block.forward = skip
+            try:
+                yield logits
+            finally:
+                for block in self.blocks:
+                    del block.forward
+
     def _mask(self, batch: int) -> Tensor | None:
         return None if self._masks is None else self._masks[batch].to(self.device)
 
@@ -240,18 +277,25 @@ class Runner:
         return {name: module for name, module in find_linears(self.blocks[index]).items() if name in wanted}
 
     @contextmanager
-    def _loading_outside_on_demand(self) -> Iterator[None]:
-        """Load a module outside the blocks when it is first called; the final norm and the head are never called."""
+    def _loading_outside_on_demand(self, rewritten: Mapping[str, Tensor] = MappingProxyType({})) -> Iterator[None]:
+        """Load a module outside the blocks when it is first called; only `readout` calls the final norm and the head."""
         loaded: list[nn.Module] = []
 
         def load(module: nn.Module, args: object, name: str) -> None:
-            if type(module) is nn.Embedding and module.weight.is_meta:
+            if not any(p.is_meta for p in module.parameters(recurse=False)):
+                return
+            if type(module) is nn.Embedding:
                 hooks.append(self._embed_in_stored_dtype(module, name))
-                loaded.append(module)
-            elif any(p.is_meta for p in module.parameters(recurse=False)):
+            elif module is head and type(module) is nn.Linear:
+                self._read_out_in_stored_dtype(module, name)
+            else:
                 materialise(module, name, self.source, self.names, self.device)
-                loaded.append(module)
+            loaded.append(module)
+            for leaf in module._parameters:
+                if f"{name}.{leaf}" in rewritten:
+                    assign(module, leaf, rewritten[f"{name}.{leaf}"].to(self.device))
 
+        head = self.model.get_output_embeddings()
         modules = list(outside(self.model, self.blocks))
         hooks = [module.register_forward_pre_hook(partial(load, name=name)) for name, module in modules]
         for _, module in modules:
@@ -263,8 +307,21 @@ class Runner:
             for hook in hooks:
                 hook.remove()
             for module in loaded:
+                module.__dict__.pop("forward", None)
                 release(module)
-                module.to(self._dtype)  # embeddings were loaded in their stored dtype
+                module.to(self._dtype)  # embeddings and heads were loaded in their stored dtype
+
+    def _read_out_in_stored_dtype(self, head: nn.Module, name: str) -> None:
+        """Load a head in its stored dtype and convert it slice by slice: converted, it would be the largest tensor."""
+        materialise(head, name, self.source, self.names, self.device, widen=False)
+
+        def forward(x: Tensor) -> Tensor:
+            slices = head.get_parameter("weight").split(HEAD_ROWS)
+            y = torch.cat([nn.functional.linear(x, rows.to(x.dtype)) for rows in slices], -1)
+            bias = head._parameters.get("bias")
+            return y if bias is None else y + bias.to(x.dtype)
+
+        head.forward = forward
 
     def _embed_in_stored_dtype(self, table: nn.Embedding, name: str) -> RemovableHandle:
         """Load an embedding in its stored dtype and convert its outputs: converted, it would be the largest tensor."""

@@ -35,7 +35,6 @@ from .output.target import (
     sibling,
 )
 from .report.progress import Event, Observer, silent
-from .report.verdict import judge
 from .run import Run
 from .structured import pipeline as structured
 from .workspace import REPORT
@@ -170,7 +169,7 @@ def _verdict(stage: DistillOptions | Recipe | Export, place: Path) -> dict[str, 
     """The verdict of a finished stage, if it has one."""
     if not isinstance(stage, Recipe):
         return {}
-    return {"verdict": judge(json.loads((place / REPORT).read_text())["layers"]).word}
+    return {"verdict": json.loads((place / REPORT).read_text())["verdict"]}
 
 
 def _manifest(chain: Chain, fingerprint: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibrate.channel_graph.probe import Probe
+from ..calibrate.fidelity import FidelityMeter
 from ..calibrate.kv_cache import calibrate
 from ..calibrate.model.architecture import find_linears, set_weight, weight_of
 from ..calibrate.model.skeleton import Names
@@ -35,13 +36,20 @@ TABLE_ROWS = 8192  # of an embedding that are widened at a time: the whole of it
 
 
 def compress_blocks(
-    skeleton: PreTrainedModel, workspace: Workspace, device: str = "cpu", observer: Observer = silent
+    skeleton: PreTrainedModel,
+    workspace: Workspace,
+    meter: FidelityMeter | None = None,
+    device: str = "cpu",
+    observer: Observer = silent,
 ) -> None:
-    """Apply the workspace's recipe to the blocks of `skeleton`, the model of its source without weights, and write them."""
-    walk = Walk.of(skeleton, workspace, device, observer)
+    """Apply the workspace's recipe to the blocks of `skeleton`, the model of its source without weights, and write them.
+
+    A `meter` is shown every block before and after.
+    """
+    walk = Walk.of(skeleton, workspace, meter, device, observer)
     walk.capture()
     for index in range(walk.plan.blocks):
-        if not workspace.has(index) or walk.calibrated:
+        if not workspace.has(index) or walk.calibrated or meter is not None:
             walk.visit(index)
 
 
@@ -76,17 +84,25 @@ class Walk:
     workspace: Workspace
     runner: Runner
     probe: Probe | None
+    meter: FidelityMeter | None
     observer: Observer
 
     @classmethod
-    def of(cls, skeleton: PreTrainedModel, workspace: Workspace, device: str, observer: Observer) -> "Walk":
+    def of(
+        cls,
+        skeleton: PreTrainedModel,
+        workspace: Workspace,
+        meter: FidelityMeter | None,
+        device: str,
+        observer: Observer,
+    ) -> "Walk":
         """A walk with the runner, and the probe if a pass needs one, on `device`."""
         needs, source, scratch = _needs(workspace.recipe), workspace.source, workspace.scratch
         trains = needs.block_io
         references = trains or needs.drift
         runner = Runner(skeleton, source, workspace.rows, scratch, device, references, small_batches=trains)
         probe = Probe(skeleton, source, scratch / "probe", device) if needs.samples or needs.trial else None
-        return cls(skeleton, workspace, runner, probe, observer)
+        return cls(skeleton, workspace, runner, probe, meter, observer)
 
     @property
     def plan(self) -> Plan:
@@ -114,20 +130,26 @@ class Walk:
             self.runner.capture()
         if self.probe is not None:
             self._transform_outside(self.probe)
+        if self.meter is not None:
+            self.meter.capture(_rewritten_outside(self.skeleton, self.workspace))
 
     def visit(self, index: int) -> None:
         """Compress block `index`, or restore it if it is finished, and run it for the next one."""
         self.emit(index, "load")
         module = self.runner.load(index)
+        if self.meter is not None:
+            self.meter.original(index)
         if self.workspace.has(index):
             compressed = self.workspace.compressed(index)
             _restore(self.skeleton, compressed, self.workspace.dense(index))
         else:
             compressed = self._compress(index, module)
-        if self.calibrated and index + 1 < self.plan.blocks:
-            self.emit(index, "forward")
-            with quantized_inputs(module, self._by_local_name(index, compressed)):
+        with quantized_inputs(module, self._by_local_name(index, compressed)):
+            if self.calibrated and index + 1 < self.plan.blocks:
+                self.emit(index, "forward")
                 self.runner.forward(index)
+            if self.meter is not None:
+                self.meter.compressed(index)
         del compressed  # not held while the next block is at work
         self.runner.unload(index)
         self.emit(index, "block")
@@ -217,6 +239,22 @@ class Walk:
     def _by_local_name(self, index: int, compressed: dict[str, Compressed]) -> dict[str, Compressed]:
         block = self.runner.block_name(index)
         return {_local(name, block): tensor for name, tensor in compressed.items()}
+
+
+def _rewritten_outside(skeleton: PreTrainedModel, workspace: Workspace) -> dict[str, Tensor]:
+    """The parameters outside the blocks that the result has other values for, by their names in the model."""
+    stored, tables = workspace.outside(), {f"{table.name}.weight": table for table in workspace.plan.tables}
+    found = {
+        name: tensor
+        for name, tensor in stored.items()
+        if name in dict(skeleton.named_parameters(remove_duplicate=False))
+    }
+    for name, table in tables.items():
+        assert isinstance(table.args, QuantArgs)
+        found[name] = pack_quantized.unpack(table.name, stored, table.args).dequantize()
+    names = dict(skeleton.named_parameters(remove_duplicate=False))
+    tied = {name: found[other] for name, p in names.items() for other in tables if p is names[other]}
+    return found | tied
 
 
 def _linears(block: str, module: nn.Module, planned: Plan) -> list[Linear]:

@@ -8,9 +8,11 @@ from typing import Any, Self
 
 from transformers import PreTrainedModel
 
-from ..calibrate.data.token_rows import TokenRows, calibration_rows
+from ..calibrate.data.token_rows import TokenRows, calibration_rows, held_out_rows
+from ..calibrate.fidelity import Fidelity, FidelityMeter
 from ..calibrate.model.skeleton import build, context_length, device_of
 from ..calibrate.model.source import Source
+from ..errors import CompressError
 from ..recipes.naming import default_out
 from ..recipes.schema import Recipe
 from .allocation.allocate import allocated, most_bytes, uniform
@@ -21,14 +23,19 @@ from .pipeline import compress_blocks, needs_calibration, round_tables
 from .plan import Plan, make_plan
 from .report.memory import peak_bytes, return_freed_pages
 from .report.progress import Event, Observer, silent
-from .report.verdict import Verdict, judge
+from .report.verdict import Verdict, figures_of, judge
 from .runtime_support import check as check_targets
 from .workspace import Workspace
+
+MEASURED_TOKENS, MEASURED_LENGTH = 2304, 256  # of held-out text, for the verdict
 
 
 @dataclass(frozen=True)
 class RunReport:
-    """What a run did. `layers` holds one dictionary of figures per compressed layer; sizes are those of the weight files."""
+    """What a run did. `layers` holds one dictionary of figures per compressed layer; sizes are those of the weight files.
+
+    `fidelity` compares the predictions of the result with those of the original; None if there was no text for that.
+    """
 
     out: Path
     plan: Plan
@@ -38,11 +45,8 @@ class RunReport:
     bits_per_weight: float
     seconds: float
     peak_bytes: int
-
-    @property
-    def verdict(self) -> Verdict:
-        """Whether the result can be trusted."""
-        return judge(self.layers)
+    verdict: Verdict
+    fidelity: Fidelity | None = None
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -53,7 +57,7 @@ class RunReport:
             "bits_per_weight": self.bits_per_weight,
             "seconds": self.seconds,
             "peak_bytes": self.peak_bytes,
-            "verdict": self.verdict.word,
+            **figures_of(self.verdict, self.fidelity),
             "notes": self.plan.notes,
             "layers": self.layers,
         }
@@ -141,24 +145,54 @@ class Run:
         observer(Event("plan", blocks=plan.blocks))
         rows = self._rows(observer) if needs_calibration(self.recipe, plan) else None
         with Workspace.open(self.out, self.source, plan, self.recipe, rows, self.overwrite) as workspace:
-            if workspace.unfinished and not workspace.complete:
+            if workspace.complete:
+                return self._report(workspace.report(), started)
+            if workspace.unfinished:
                 observer(Event("resume", workspace.unfinished, plan.blocks))
-            if not workspace.complete:
-                compress_blocks(self.skeleton, workspace, self.device, observer)
-                round_tables(self.skeleton, workspace)
-                observer(Event("assemble", plan.blocks, plan.blocks))
-            layers = workspace.finish()
+            round_tables(self.skeleton, workspace)
+            meter, reason = self._meter(rows, workspace.scratch)
+            compress_blocks(self.skeleton, workspace, meter, self.device, observer)
+            observer(Event("judge", plan.blocks, plan.blocks))
+            fidelity = None if meter is None else meter.read()
+            verdict = judge(workspace.layers(), [] if fidelity is None else [fidelity], reason)
+            observer(Event("assemble", plan.blocks, plan.blocks))
+            judged = figures_of(verdict, fidelity)
+            layers = workspace.finish(judged)
         observer(Event("done", plan.blocks, plan.blocks))
+        return replace(self._report({**judged, "layers": layers}, started), fidelity=fidelity)
+
+    def _report(self, content: dict[str, Any], started: float) -> RunReport:
+        """The report of a finished run from the `content` of its report.json."""
+        fidelity = content.get("fidelity")
         return RunReport(
             out=self.out,
-            plan=plan,
-            layers=layers,
-            bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_after,
-            bits_per_weight=plan.bits_per_weight,
+            plan=self.plan,
+            layers=content["layers"],
+            bytes_before=self.plan.bytes_before,
+            bytes_after=self.plan.bytes_after,
+            bits_per_weight=self.plan.bits_per_weight,
             seconds=time.monotonic() - started,
             peak_bytes=peak_bytes(),
+            verdict=Verdict(content["verdict"], content["reason"]),
+            fidelity=None if fidelity is None else Fidelity(**fidelity),
         )
+
+    def _meter(self, rows: TokenRows | None, scratch: Path) -> tuple[FidelityMeter | None, str]:
+        """What measures the fidelity, on text that no pass reads, or None and why there is none."""
+        asked, limit = self.recipe.calibration, context_length(self.skeleton.config)
+        used = None if rows is None else (asked.samples, rows.ids.shape[1])
+        length = MEASURED_LENGTH if limit is None else min(MEASURED_LENGTH, limit)
+        count = -(-MEASURED_TOKENS // length)
+        try:
+            tokenizer = load_tokenizer(self.source.path)
+            text = held_out_rows(asked.data, tokenizer, used, length, count, self.recipe.seed)
+        except CompressError as error:
+            return None, f"there is no text to measure on ({error.message})"
+        if text is None:
+            return None, f"{asked.data} is not text to measure on"
+        if int(text.ids.max()) >= self.skeleton.config.get_text_config().vocab_size:
+            return None, "the tokenizer has ids that the model does not have"
+        return FidelityMeter(self.skeleton, self.source, text, scratch, self.device), ""
 
     def _rows(self, observer: Observer) -> TokenRows:
         """The calibration rows, no longer than the model's context."""

@@ -106,6 +106,11 @@ class Workspace:
         """Store tensors outside the blocks that a transform rewrote."""
         safetensors_io.write(self._part(OUTSIDE), tensors)
 
+    def outside(self) -> dict[str, Tensor]:
+        """The tensors outside the blocks that were rewritten; none if there are none."""
+        part = self._part(OUTSIDE)
+        return safetensors_io.read(part) if part.exists() else {}
+
     def write_cache_ranges(self, index: int, ends: KVRanges) -> None:
         """Store the calibrated ranges of the cache of block `index`: before the block, so that every block has them."""
         if self.plan.attentions and self.plan.kv is not None:
@@ -126,13 +131,20 @@ class Workspace:
         tensors = safetensors_io.read(self._part(f"block-{index:05d}"))
         return {name: tensor for name, tensor in tensors.items() if name in self.plan.copied}
 
-    def finish(self) -> list[Figures]:
-        """Complete the checkpoint and put it in place. Returns the figures of every quantized layer."""
-        if self.complete:
-            target.remove_working(self.path)
-            return json.loads((self.out / REPORT).read_text())["layers"]
+    def layers(self) -> list[Figures]:
+        """The figures of every compressed layer of the finished blocks."""
+        return [each for index in range(self.plan.blocks) for each in self._figures[index]]
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json of a `complete` result, after its workspace is removed."""
+        content = json.loads((self.out / REPORT).read_text())
+        target.remove_working(self.path)
+        return content
+
+    def finish(self, judged: Mapping[str, Any] = MappingProxyType({})) -> list[Figures]:
+        """Complete the checkpoint and put it in place, `judged` in its report. Returns the figures of every quantized layer."""
         self._write_others()
-        figures = [each for index in range(self.plan.blocks) for each in self._figures[index]]
+        figures = self.layers()
         complete = self.path / "complete"
         with safetensors_io.storage_errors(self.path):
             shutil.rmtree(complete, ignore_errors=True)
@@ -141,7 +153,7 @@ class Workspace:
             if self.plan.kv is not None and self.plan.kv.static and not self.plan.attentions:
                 ranges = [read_ranges(self._cache_ranges(index))[0] for index in range(self.plan.blocks)]
                 write_ranges(complete / CACHE_RANGES, ranges)
-            self._write_documents(complete, figures)
+            self._write_documents(complete, figures, judged)
             target.publish(complete, self.out, self._request)
             target.remove_working(self.path)
         return figures
@@ -155,7 +167,7 @@ class Workspace:
             if not name.startswith(inside) and name not in rewritten:
                 safetensors_io.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
 
-    def _write_documents(self, complete: Path, figures: list[Figures]) -> None:
+    def _write_documents(self, complete: Path, figures: list[Figures], judged: Mapping[str, Any]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
         called = self.plan.called
         dense = [called.get(name, name) for name in (*self.plan.dense, *self.plan.heads, *self.plan.routers)]
@@ -173,7 +185,8 @@ class Workspace:
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
-        (complete / REPORT).write_text(json.dumps(self._provenance() | {"layers": figures}, indent=2) + "\n")
+        report = {**self._provenance(), **judged, "layers": figures}
+        (complete / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
 
     def _tables_group(self) -> dict[str, Any]:

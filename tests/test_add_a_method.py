@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-LEFT_OUT = (".*", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors", "results")
+LEFT_OUT = (".*", "build", "dist", "__pycache__", "*.egg-info", "*.safetensors")
 # Left out, as slow: the wheel, imports of all of transformers, and the runs of models but those of the new method.
 CHOSEN = "not wheel and not transformers_imports and not sample_model and (not test_cli or help or recipes)"
 LINE, REGISTRY = "the registry line", "recipes/methods.py"

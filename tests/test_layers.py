@@ -34,7 +34,7 @@ ROOMS = {
         "data model",
         "activation_store statistics",
         "observers runner",
-        "channel_graph recording",
+        "channel_graph fidelity recording",
         "kv_cache",
     ),
     "compress": (

@@ -27,6 +27,7 @@ class TokenRows:
     vocabulary  number of the tokenizer's entries
     mask        bool `[rows, length]`, true at real tokens; None if no position is padding
     notes       what a report should mention, such as a lack of text
+    held_out    whether no pass reads these tokens
     """
 
     ids: Tensor
@@ -34,6 +35,7 @@ class TokenRows:
     vocabulary: int
     mask: Tensor | None = None
     notes: tuple[str, ...] = ()
+    held_out: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -78,13 +80,8 @@ def calibration_rows(
         if bos is not None:
             ids[:, 0] = bos
         return TokenRows(ids, RANDOM, len(tokenizer))
-    found = documents(data, split)
-    if found.join == BOS:
-        order = torch.randperm(len(found.texts), generator=generator).tolist()
-        found = Documents([found.texts[i] for i in order], found.source, found.join)
-    packed = pack(found, tokenizer, length, rows=samples)
-    chosen = torch.randperm(len(packed), generator=generator)[:samples]
-    rows = TokenRows(packed[chosen], found.source, len(tokenizer))
+    found, packed, order = _drawn(documents(data, split), tokenizer, samples, length, generator)
+    rows = TokenRows(packed[order[:samples]], found.source, len(tokenizer))
     notes = []
     if len(packed) < samples:
         notes.append(
@@ -96,6 +93,43 @@ def calibration_rows(
             "vocabulary: more samples or more varied text cover more"
         )
     return replace(rows, notes=tuple(notes))
+
+
+def held_out_rows(
+    data: str, tokenizer: PreTrainedTokenizerBase, used: tuple[int, int] | None, length: int, count: int, seed: int = 0
+) -> TokenRows | None:
+    """At least `count` rows of at most `length` tokens that `calibration_rows` did not give for the same data and seed.
+
+    `used` is its number of samples and their length; None if nothing was calibrated. If the text has no other tokens, the rows
+    are some of those that were used, and `held_out` is false. None for random tokens, which are not text.
+
+    Raises what `documents` and `pack` raise.
+    """
+    if data == RANDOM:
+        return None
+    samples, row = used or (0, length)
+    generator = torch.Generator().manual_seed(seed)
+    found, packed, order = _drawn(documents(data, "calibration"), tokenizer, max(samples, 1), row, generator)
+    wanted = count * length
+    rest = packed[order[samples:]].flatten()
+    if len(rest) < wanted and found.join == BOS:
+        first = len(stream(found, tokenizer, max(samples, 1) * row))
+        rest = torch.cat([rest, stream(found, tokenizer, first + wanted)[first:]])
+    held_out = len(rest) >= 2
+    tokens = (rest if held_out else packed.flatten())[:wanted]
+    length = min(length, len(tokens))
+    return TokenRows(windows(tokens, length, length, found.source), found.source, len(tokenizer), held_out=held_out)
+
+
+def _drawn(
+    found: Documents, tokenizer: PreTrainedTokenizerBase, samples: int, length: int, generator: torch.Generator
+) -> tuple[Documents, Tensor, Tensor]:
+    """The documents in the order in which they are read, all rows of those that are read, and the order of the rows."""
+    if found.join == BOS:
+        order = torch.randperm(len(found.texts), generator=generator).tolist()
+        found = Documents([found.texts[i] for i in order], found.source, found.join)
+    packed = pack(found, tokenizer, length, rows=samples)
+    return found, packed, torch.randperm(len(packed), generator=generator)
 
 
 def pack(documents: Documents, tokenizer: PreTrainedTokenizerBase, length: int, rows: int | None = None) -> Tensor:

@@ -28,6 +28,7 @@ DOING = {
     "solve": "solving",
     "forward": "running the compressed block",
     "write": "writing",
+    "judge": "comparing the predictions with the original's",
     "assemble": "assembling the checkpoint",
     "evaluate": "evaluating",
     "bench": "timing kernels",
@@ -126,6 +127,7 @@ def print_report(console: Console, report: RunReport) -> None:
         f"{report.bits_per_weight:.2f} bits per compressed weight, scales included",
         f"{report.seconds:.1f} s, peak memory {size(report.peak_bytes)}",
         *_worst(report),
+        *_fidelity(report),
         f"{verdict.word}: {verdict.reason}" if verdict.reason else verdict.word,
         f"written to {report.out}",
     ]
@@ -184,6 +186,18 @@ def _worst(report: RunReport) -> list[str]:
     when = " before training" if any("block_loss" in layer for layer in report.layers) else ""
     median = sorted(errors.values())[len(errors) // 2]
     return [f"output error{when}: median {median:.3f}, largest {errors[worst]:.3f} ({worst})"]
+
+
+def _fidelity(report: RunReport) -> list[str]:
+    """The predictions against those of the original, if they were measured."""
+    found = report.fidelity
+    if found is None:
+        return []
+    where = "held-out tokens" if found.held_out else "tokens that calibrated it, as there is no other text,"
+    return [
+        f"{found.tokens} {where} of {found.source}: KL divergence {found.kl:.4f}, same next token "
+        f"{found.top1_agreement:.1%}, perplexity {found.perplexity_base:.2f} -> {found.perplexity:.2f}"
+    ]
 
 
 def size(nbytes: int) -> str:

@@ -21,6 +21,9 @@ Evaluate = Callable[[Path], dict[str, Any]]  # shows the evaluation of a checkpo
 
 def run_recipe(model: str, recipe: "Recipe", flags: RunFlags, evaluate: Evaluate | None, output: Output) -> None:
     """Run `recipe` on `model`, or with `--dry-run` print its plan. Exits with 3 if the verdict is BROKEN."""
+    from dataclasses import replace
+
+    from ..report.verdict import of_evaluation
     from ..run import Run
     from .console import print_plan, print_report, watching
 
@@ -30,8 +33,10 @@ def run_recipe(model: str, recipe: "Recipe", flags: RunFlags, evaluate: Evaluate
         return
     with watching(output.console, run.out.parent / f"{run.out.name}.log") as observer:
         report = run.execute(observer, on_plan=lambda plan: print_plan(output.console, plan))
+    evaluation = {} if evaluate is None else evaluate(report.out)
+    report = replace(report, verdict=of_evaluation(report.verdict, evaluation))
     print_report(output.console, report)
-    output.result(report.as_dict() | ({"evaluation": evaluate(report.out)} if evaluate else {}))
+    output.result(report.as_dict() | ({"evaluation": evaluation} if evaluation else {}))
     if report.verdict.word == "BROKEN":
         raise typer.Exit(BROKEN)
 

@@ -124,7 +124,7 @@ def test_one_sided_inputs_gain_a_bit_from_asymmetry() -> None:
             "dynamic inputs are not observed by mse; use observer minmax",
         ),
         (lambda: Scheme(inputs=QuantArgs(8, False, "tensor", None, "awq")), "inputs have no 'awq' grid"),
-        (lambda: QuantArgs(percentile=20), "percentile 20"),
+        (lambda: QuantArgs(percentile=20), "percentile must be above 50"),
     ],
 )  # fmt: skip
 def test_invalid_combinations_are_refused_with_the_reason(make: object, message: str) -> None:

@@ -28,9 +28,9 @@ OWN = (
     "recipes/scheme/kinds.py",
     "kernels/tensor/",
     "compress/formats/",
-    *(f"compress/methods/quantize/{method}.py" for method in ("nf4", "llm_int8", "lorc")),
-    "compress/methods/prune/layers.py",
-    "compress/methods/reconstruct/loop.py",
+    *(f"compress/methods/quantize/{method}.py" for method in ("nf4", "llm_int8")),
+    *(f"compress/methods/prune/{name}.py" for name in ("layers", "classifier")),
+    *(f"compress/methods/reconstruct/{name}.py" for name in ("loop", "lorc")),
 )
 
 

@@ -245,7 +245,7 @@ def identity_holds(weight: torch.Tensor, hessian: torch.Tensor, args: QuantArgs,
     prepared = gptq.prepare(hessian, args, config)
     solution = gptq.solve(weight, prepared, args, config)
     delta = (weight - solution.tensor.dequantize())[:, prepared.order].double()
-    product = gptq.swept(weight, prepared, args, config)[2].T.double() @ prepared.factor.upper.double()
+    product = gptq.sweep_columns(weight, prepared, args, config)[2].T.double() @ prepared.factor.upper.double()
     ordered = prepared.hessian.double()[prepared.order][:, prepared.order]
     damped = ordered + prepared.factor.damping * ordered.diagonal().mean() * torch.eye(len(ordered))
     loss = float((delta @ damped * delta).sum()) / 2

@@ -233,7 +233,7 @@ def test_impossible_numbers_are_wrong_usage(
 
 def test_what_is_missing_is_said(tmp_path: Path, tiny: Path, text: tuple[str, list[int]]) -> None:
     (tmp_path / "short.txt").write_text("abc")
-    with pytest.raises(CompressError, match="too short: 4 tokens, and one row needs 16"):
+    with pytest.raises(CompressError, match="too short: it has 4 tokens, and one row needs 16"):
         evaluate(tiny, str(tmp_path / "short.txt"), seq_len=16)
     (tiny / "tokenizer.json").unlink()
     with pytest.raises(CompressError, match="has no tokenizer"):

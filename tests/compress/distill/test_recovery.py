@@ -156,8 +156,8 @@ def test_what_counts_as_pruned(tiny: Path) -> None:
         ("tiny", {}, "its own teacher"),
         ("pruned", {"drop": 1}, "its zeros stay"),
         ("pruned", {"options": {"keep_zeros": False}}, "its zeros stay"),
-        ("quantized", {}, "quantized: whatever is trained"),
-        ("quantized", {"drop": 1}, "quantized: whatever is trained"),
+        ("quantized", {}, "quantized: what is trained"),
+        ("quantized", {"drop": 1}, "quantized: what is trained"),
     ],
 )
 def test_refusals(tiny: Path, tmp_path: Path, text: str, made: str, words: dict[str, Any], why: str) -> None:

@@ -176,7 +176,7 @@ LAYERS = [LayerPlan("m.0.q_proj", 0, "Linear", (128, 128), QuantArgs(group_size=
         ("vllm", CacheScheme.of(8), "static scale per tensor in 8 bits only, not kv=8 bits.*gptq-w4-kv8"),
         ("vllm", CacheScheme.shared(4), "in 8 bits only, not kv=4 bits"),
         ("transformers", CacheScheme.of(4), "in 2 or 3 or 4 or 5 or 6 or 7 or 8 bits only"),
-        ("llamacpp", CacheScheme.shared(), "reads no scales of a packed cache beside gguf; leave `kv` out"),
+        ("llamacpp", CacheScheme.shared(), "reads no scales of a packed cache with gguf; leave `kv` out"),
     ],
 )
 def test_targets_refuse_other_caches(target: str, cache: CacheScheme, message: str) -> None:

@@ -121,7 +121,7 @@ FOUR, EIGHT = QuantArgs(group_size=32), QuantArgs(bits=8, group_size=32)
         ("gptqmodel", layers(attention=FOUR, one=FOUR), r"experts.0.up_proj as gptq: it is an expert"),
         ("onnxruntime", layers(one=FOUR), "it is an expert of a mixture; export to fp16"),
         ("transformers", layers(one=FOUR, two=EIGHT), "one setting for all experts"),
-        ("transformers", layers(attention=FOUR, one=FOUR, two=None), "experts that stay dense beside packed layers"),
+        ("transformers", layers(attention=FOUR, one=FOUR, two=None), "experts that stay dense among packed layers"),
     ],
 )
 def test_targets_refuse_other_mixtures(target: str, found: list[LayerPlan], message: str) -> None:

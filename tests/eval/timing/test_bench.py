@@ -163,7 +163,7 @@ def test_a_search_sees_the_copies_of_each_triton_product(monkeypatch: pytest.Mon
     assert set(seen) == {2}
     (kept,) = (tmp_path / "lmpress" / "kernels").glob("triton-interpreter-*.json")
     assert list(json.loads(kept.read_text())) == [
-        "inputs=1 rows=64 columns=64 group=64 bits=4 zeros=False table=False activations=float dtype=float32"
+        "inputs=1 rows=64 columns=64 group=64 bits=4 zeros=False codebook=False activations=float dtype=float32"
     ]
 
 

@@ -245,7 +245,7 @@ PER_TOKEN = {"bits": 8, "strategy": "token", "group_size": None, "formula": "sig
         ({"method": "llm-int8", "bits": 4}, "need weights of 8 bits"),
         ({"method": "llm-int8", "options": {"outliers": 0}}, "needs weights with 16-bit columns"),
         ({"method": "llm-int8", "options": {"threshold": -1}}, "must be 0 or more"),
-        ({"method": "gptq", "options": {"threshold": 3}}, "leaves the inputs as they are"),
+        ({"method": "gptq", "options": {"threshold": 3}}, "does not quantize inputs"),
         ({"method": "rtn", "options": {"outliers": 0.1}}, "have no outliers"),
     ],
     ids=str,

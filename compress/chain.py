@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ..calibrate.model.safetensors_io import storage_errors, write_text
+from ..calibrate.model.source import Source
 from ..errors import CompressError, UsageError
 from ..recipes.chain import Chain, Export, base_name, kind_of, named
 from ..recipes.options.distill import DistillOptions
@@ -80,7 +81,7 @@ def run(
     """
     started = time.monotonic()
     source, names = open_source(model), chain.names(base_name(model))
-    manifest = _manifest(chain, source.fingerprint)
+    manifest = _manifest(chain, source)
     with claimed(out, overwrite, source.path):
         if out.exists() and not overwrite:
             return _published(out, chain, names, manifest, source.nbytes, evaluate)
@@ -172,9 +173,10 @@ def _verdict(stage: DistillOptions | Recipe | Export, place: Path) -> dict[str, 
     return {"verdict": json.loads((place / REPORT).read_text())["verdict"]}
 
 
-def _manifest(chain: Chain, fingerprint: str) -> dict[str, Any]:
+def _manifest(chain: Chain, source: Source) -> dict[str, Any]:
     versions = {name: version(name) for name in ("lmpress", "torch", "transformers")}
-    return {"source": fingerprint, "versions": versions, **chain.as_dict()}
+    known = {"source": source.fingerprint, "companions": source.companions}
+    return {**known, "versions": versions, **chain.as_dict()}
 
 
 def _request(manifest: dict[str, Any]) -> str:
@@ -196,7 +198,7 @@ def _prepare(work: Path, manifest: dict[str, Any], names: list[str], overwrite: 
         found = work / MANIFEST
         known = json.loads(found.read_text()) if found.exists() else manifest
         finished = sum((work / name).exists() for name in names)
-        same = all(known[key] == manifest[key] for key in ("source", "versions"))
+        same = all(known.get(key) == manifest[key] for key in ("source", "companions", "versions"))
         if not (same and known["stages"][:finished] == manifest["stages"][:finished]):
             if not overwrite:
                 raise UsageError(

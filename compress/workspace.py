@@ -224,6 +224,7 @@ class Workspace:
         return {
             "base_model": self.source.name,
             "source": self.source.fingerprint,
+            "companions": self.source.companions,
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration": None if self.rows is None else self.rows.fingerprint,
             "versions": {name: version(name) for name in ("lmpress", "torch", "transformers")},

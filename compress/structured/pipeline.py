@@ -33,16 +33,8 @@ from ..distill.training_state import TrainingState
 from ..formats.source import open_source
 from ..formats.tokenizer import load_tokenizer
 from ..load import load
-from ..output.target import (
-    MANIFEST,
-    claimed,
-    exists_already,
-    is_published,
-    make_private,
-    publish,
-    remove_working,
-    sibling,
-)
+from ..output import target
+from ..output.target import MANIFEST, sibling
 from ..report.curve import save
 from ..report.progress import Event, Observer, silent
 from .drop_layers import check_layers, keep_layers, write_model
@@ -144,7 +136,7 @@ def distill(
     packed = is_sparse(source)
     _check(reduction, options, source, count, teacher, packed)
     models = [source.path] if teacher is None else [source.path, open_source(teacher).path]
-    with claimed(out, overwrite, *models) if team.is_main_process else nullcontext():
+    with target.claimed(out, overwrite, *models) if team.is_main_process else nullcontext():
         rows = _rows(source, options.data, options.samples, options.seq_len, options.seed)
         manifest = json.dumps(_manifest(source, reduction, options, rows), indent=2, sort_keys=True)
         report = None if overwrite else _published(out, manifest, team)
@@ -183,18 +175,20 @@ def _distilled(
 
 
 def _published(out: Path, manifest: str, team: PartialState) -> DistillReport | None:
-    """The report of a run that was stopped after it gave `out` its name, whose working folder is removed; None if there is
-    no `out`. Raises `UsageError` if `out` is another result."""
+    """The report of a run that was stopped after it gave `out` its name; None if there is no `out`. Removes the working folder.
+
+    Raises `UsageError` if `out` is another result.
+    """
     if not out.exists():
         return None
-    if not is_published(out, _request(manifest)):
-        raise exists_already(out)
+    if not target.is_published(out, _request(manifest)):
+        raise target.exists_already(out)
     content = json.loads((out / REPORT).read_text())
     history = content.pop("history")
     curve = [(int(step), loss, kl) for step, loss, kl in history["curve"]]
     team.wait_for_everyone()
     if team.is_main_process:
-        remove_working(sibling(out, "distill"))
+        target.remove_working(sibling(out, "distill"))
     return DistillReport(out, **content, history=TrainingHistory(curve, history["best_step"]))
 
 
@@ -226,8 +220,8 @@ def _finish(report: DistillReport, student: Path, work: Path, observer: Observer
     if missing is not None:
         observer(Event("warning", message=missing))
     with storage_errors(report.out):
-        publish(student, report.out, _request((work / MANIFEST).read_text()))
-        remove_working(work)
+        target.publish(student, report.out, _request((work / MANIFEST).read_text()))
+        target.remove_working(work)
 
 
 def _check(
@@ -266,6 +260,7 @@ def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> T
 def _manifest(source: Source, reduction: Reduction, options: DistillOptions, rows: TokenRows) -> dict[str, Any]:
     return {
         "source": source.fingerprint,
+        "companions": source.companions,
         "teacher": None if options.teacher is None else open_source(options.teacher).fingerprint,
         "reduction": asdict(reduction),
         "training": options.training(),
@@ -284,15 +279,15 @@ def _working(out: Path, manifest: str, overwrite: bool, team: PartialState) -> I
     work = sibling(out, "distill")
     found = work / MANIFEST
     with team.main_process_first(), storage_errors(work):
-        make_private(work)
+        target.make_private(work)
         known = found.read_text() if found.exists() else ""
         if known not in ("", manifest) and not overwrite:
             raise UsageError(
                 f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
             )
         if known != manifest:
-            remove_working(work)
-            make_private(work)
+            target.remove_working(work)
+            target.make_private(work)
             safetensors_io.write_text(found, manifest)
     try:
         yield work

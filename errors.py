@@ -1,15 +1,16 @@
-"""What can go wrong, said once.
+"""Exception hierarchy.
 
     CompressError            the run failed: one line, exit code 1
-    ├── UsageError           the request itself cannot be carried out: one line, exit code 2
-    └── StorageError         the disk refused: what is finished is kept, the same command goes on
+    ├── UsageError           the request itself is wrong or impossible: one line, exit code 2
+    └── StorageError         writing failed: what is finished is kept, the same command resumes
 
-Raised where the cause is known, with the thing's name and the remedy; `cli.py` renders it, nobody else catches it.
+An error is raised where its cause is known, with the name of the file or option at fault and the remedy; the command line
+prints it.
 """
 
 
 class CompressError(Exception):
-    """A failure that names its cause; `hint` says what the user can do about it."""
+    """A failure with its cause in `message`; `hint` is what the user can do about it."""
 
     exit_code = 1
 
@@ -26,4 +27,4 @@ class UsageError(CompressError):
 
 
 class StorageError(CompressError):
-    """Writing failed for a reason outside the run (disk full, no permission)."""
+    """Writing failed for a reason outside the run (disk full, no permission, a defective disk)."""

@@ -5,6 +5,7 @@ The stages work in a hidden sibling of the target, each into a directory with th
 inside the stage, at which it stopped.
 """
 
+import hashlib
 import json
 import shutil
 import time
@@ -15,19 +16,31 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from ..calibrate.model.safetensors_io import storage_errors
+from ..calibrate.model.safetensors_io import storage_errors, write_text
+from ..calibrate.model.source import Source
 from ..errors import CompressError, UsageError
 from ..recipes.chain import Chain, Export, base_name, kind_of, named
 from ..recipes.options.distill import DistillOptions
 from ..recipes.schema import Recipe
-from .export import WEIGHTS, WHOLE_FILES, export
+from .export import WHOLE_FILES, export
 from .formats.source import open_source
+from .output.record import weight_files
+from .output.target import (
+    MANIFEST,
+    claimed,
+    exists_already,
+    is_published,
+    make_private,
+    publish,
+    remove_working,
+    sibling,
+)
 from .report.progress import Event, Observer, silent
 from .run import Run
 from .structured import pipeline as structured
-from .workspace import check_target, put_in_place
+from .workspace import REPORT
 
-MANIFEST, RECORD = "manifest.json", "stages.json"
+STAGES = "stages.json"
 
 
 @dataclass(frozen=True)
@@ -67,33 +80,77 @@ def run(
     Raises what a stage raises, with the stage's name in front; finished stages are kept then.
     """
     started = time.monotonic()
-    check_target(out, overwrite)
-    source = open_source(model)
-    work, names = out.parent / f".{out.name}.chain", chain.names(base_name(model))
-    _prepare(work, chain, source.fingerprint, names, overwrite)
-    previous: str | Path = model
-    records, served = [], previous
+    source, names = open_source(model), chain.names(base_name(model))
+    manifest = _manifest(chain, source)
+    with claimed(out, overwrite, source.path):
+        if out.exists() and not overwrite:
+            return _published(out, chain, names, manifest, source.nbytes, evaluate)
+        work = sibling(out, "chain")
+        _prepare(work, manifest, names, overwrite)
+        records = _run_stages(model, chain, names, work, device, observer)
+        last = work / names[-1]
+        report = ChainReport(out, records, source.nbytes, _weights(last), time.monotonic() - started)
+        if evaluate is not None:
+            served = _served(model, chain, names, work)
+            report = replace(report, evaluation=evaluate(served), evaluated=served.name)
+        with storage_errors(out):
+            done = [{key: value for key, value in record.items() if key != "seconds"} for record in records]
+            write_text(last / STAGES, json.dumps(chain.as_dict() | {"done": done}, indent=2) + "\n")
+            publish(last, out, _request(manifest))
+            remove_working(work)
+    observer(Event("done"))
+    return report
+
+
+def _run_stages(
+    model: str | Path, chain: Chain, names: list[str], work: Path, device: str, observer: Observer
+) -> list[dict[str, Any]]:
+    """Run the stages that are not finished in the folder `work`; what is known of every stage."""
+    previous, records = model, []
     for number, (stage, name) in enumerate(zip(chain.stages, names, strict=True), start=1):
-        place = work / name
+        place, note = work / name, _note(work, number)
         if not place.exists():
             observer(Event("warning", message=f"stage {number} of {len(names)}: {kind_of(stage)}"))
             with named(number, kind_of(stage)), _removed_if_empty(work):
                 figures = _run_stage(stage, previous, place, device, observer)
-            (work / f"{number}.json").write_text(json.dumps(figures))
-        note = work / f"{number}.json"
-        known = json.loads(note.read_text()) if note.exists() else {}
-        records.append({"stage": kind_of(stage), "name": name, "bytes": _weights(place), **known})
-        served = previous if isinstance(stage, Export) and stage.format in WHOLE_FILES else place
+            write_text(note, json.dumps(figures))
+        elif not note.exists():  # an earlier run was stopped in between
+            write_text(note, json.dumps(_verdict(stage, place)))
+        records.append(
+            {"stage": kind_of(stage), "name": name, "bytes": _weights(place), **json.loads(note.read_text())}
+        )
         previous = place
-    last, seconds = Path(previous), time.monotonic() - started
-    report = ChainReport(out, records, source.nbytes, _weights(last), seconds)
-    if evaluate is not None:
-        report = replace(report, evaluation=evaluate(Path(served)), evaluated=Path(served).name)
-    with storage_errors(out):
-        (last / RECORD).write_text(json.dumps(chain.as_dict() | {"done": records}, indent=2) + "\n")
-        put_in_place(last, out)
-        shutil.rmtree(work)
-    observer(Event("done"))
+    return records
+
+
+def _served(model: str | Path, chain: Chain, names: list[str], work: Path) -> Path:
+    """The last result that `load` reads, or the model itself."""
+    for stage, name in zip(reversed(chain.stages), reversed(names), strict=True):
+        if not (isinstance(stage, Export) and stage.format in WHOLE_FILES):
+            return work / name
+    return Path(model)
+
+
+def _published(
+    out: Path,
+    chain: Chain,
+    names: list[str],
+    manifest: dict[str, Any],
+    nbytes: int,
+    evaluate: Callable[[Path], dict[str, Any]] | None,
+) -> ChainReport:
+    """The report of a run that was stopped after it gave `out` its name, whose working folder is removed.
+
+    It is evaluated if `load` reads it. Raises `UsageError` if `out` is another result.
+    """
+    if not is_published(out, _request(manifest)):
+        raise exists_already(out)
+    records = json.loads((out / STAGES).read_text())["done"]
+    report = ChainReport(out, records, nbytes, _weights(out), 0.0)
+    last = chain.stages[-1]
+    if evaluate is not None and not (isinstance(last, Export) and last.format in WHOLE_FILES):
+        report = replace(report, evaluation=evaluate(out), evaluated=names[-1])
+    remove_working(sibling(out, "chain"))
     return report
 
 
@@ -109,28 +166,47 @@ def _run_stage(
     return {"seconds": structured.distill(model, place, stage, device=device, observer=observer).seconds}
 
 
-def _prepare(work: Path, chain: Chain, fingerprint: str, names: list[str], overwrite: bool) -> None:
+def _verdict(stage: DistillOptions | Recipe | Export, place: Path) -> dict[str, Any]:
+    """The verdict of a finished stage, if it has one."""
+    if not isinstance(stage, Recipe):
+        return {}
+    return {"verdict": json.loads((place / REPORT).read_text())["verdict"]}
+
+
+def _manifest(chain: Chain, source: Source) -> dict[str, Any]:
+    versions = {name: version(name) for name in ("lmpress", "torch", "transformers")}
+    known = {"source": source.fingerprint, "companions": source.companions}
+    return {**known, "versions": versions, **chain.as_dict()}
+
+
+def _request(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+
+
+def _note(work: Path, number: int) -> Path:
+    """The file that is written when stage `number` is finished."""
+    return work / f"{number}.json"
+
+
+def _prepare(work: Path, manifest: dict[str, Any], names: list[str], overwrite: bool) -> None:
     """Prepare the folder of this request, with what an unfinished run left of the same stages.
 
     Stages that are not finished may differ from that run's; raises `UsageError` if finished ones do.
     """
-    versions = {name: version(name) for name in ("lmpress", "torch", "transformers")}
-    manifest = {"source": fingerprint, "versions": versions, **chain.as_dict()}
-    found = work / MANIFEST
-    known = json.loads(found.read_text()) if found.exists() else manifest
-    finished = sum((work / name).exists() for name in names)
-    same = all(known[key] == manifest[key] for key in ("source", "versions"))
-    if not (same and known["stages"][:finished] == manifest["stages"][:finished]):
-        if not overwrite:
-            raise UsageError(
-                f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
-            )
-        shutil.rmtree(work)
     with storage_errors(work):
-        work.mkdir(parents=True, exist_ok=True)
-        half = work / f"{MANIFEST}.partial"
-        half.write_text(json.dumps(manifest, indent=2))
-        half.replace(found)
+        make_private(work)
+        found = work / MANIFEST
+        known = json.loads(found.read_text()) if found.exists() else manifest
+        finished = sum((work / name).exists() for name in names)
+        same = all(known.get(key) == manifest[key] for key in ("source", "companions", "versions"))
+        if not (same and known["stages"][:finished] == manifest["stages"][:finished]):
+            if not overwrite:
+                raise UsageError(
+                    f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
+                )
+            remove_working(work)
+            make_private(work)
+        write_text(found, json.dumps(manifest, indent=2))
 
 
 @contextmanager
@@ -146,4 +222,4 @@ def _removed_if_empty(work: Path) -> Iterator[None]:
 
 def _weights(folder: Path) -> int:
     """Bytes of the weight files in a directory."""
-    return sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
+    return sum(file.stat().st_size for file in weight_files(folder))

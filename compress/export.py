@@ -20,7 +20,8 @@ from .formats.export.bitsandbytes import BITSANDBYTES
 from .formats.export.dense import DTYPES, dense
 from .formats.export.gptq import GPTQ, GPTQ_V2, has_zero_of_zero
 from .formats.export.layout import LayerFormat, write_tensors
-from .workspace import appearing, check_target
+from .output.record import weight_files
+from .output.target import appearing, claimed
 
 PACKED = LayerFormat(packed.NAME, lambda args, shape: packed.supports(args), packed.pack, packed.quantization_config)
 LAYER_FORMATS = {each.name: each for each in (PACKED, GPTQ, GPTQ_V2, AWQ, BITSANDBYTES, *map(dense, DTYPES))}
@@ -50,16 +51,14 @@ def export(checkpoint: str | Path, out: str | Path, *, format: str, overwrite: b
     """
     started, target = time.monotonic(), Path(out)
     write = _writer(format)
-    check_target(target, overwrite)
     opened = Checkpoint.open(checkpoint)
-    with appearing(target) as folder:
+    with claimed(target, overwrite, opened.source.path), appearing(target) as folder:
         opened.source.copy_companions(folder)
         notes = write(opened, folder)
-        written = sum(file.stat().st_size for file in folder.iterdir() if file.suffix in WEIGHTS)
+        written = sum(file.stat().st_size for file in weight_files(folder))
     return ExportReport(target, format, tuple(notes), opened.source.nbytes, written, time.monotonic() - started)
 
 
-WEIGHTS = {".safetensors", ".gguf", ".onnx", ".data", ".xml", ".bin"}
 Writer = Callable[[Checkpoint, Path], list[str]]
 WHOLE_FILES: dict[str, Writer] = {"gguf": gguf_model.write, "onnx": onnx.write, "openvino": openvino.write}
 

@@ -21,6 +21,8 @@ from ..recipes.scheme import CACHE_KEY, CacheScheme
 from .formats.checkpoint import Checkpoint
 from .formats.kv_cache import kv_scheme_from_config, stored_ranges
 from .formats.source import open_source
+from .output.record import RECORD
+from .output.record import check as check_record
 from .report.memory import give_back
 
 GIVE_BACK_EVERY = 8  # layers
@@ -36,6 +38,7 @@ def load(
     kernel: str | None = None,
     kv_bits: int | None = None,
     kv_window: int | None = None,
+    check: bool = False,
 ) -> PreTrainedModel:
     """The causal language model at `path` (a directory, GGUF file or hub id), in eval mode, computing in `dtype` on `device`.
 
@@ -44,11 +47,15 @@ def load(
     packs the keys and values of all but the latest `kv_window` tokens while the model generates, the keys by calibrated ranges
     if the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
 
+    `check` first compares every weight file with its SHA-256 in lmpress.json.
+
     Raises `UsageError` for a path that is not a model directory or holds a format that lmpress does not read, and for a
     kernel that cannot serve here, `CompressError` if a tensor is missing, damaged or of another shape than its config says.
     """
     device_of(device)
     source = open_source(path)
+    if check and not check_record(source.path):
+        raise UsageError(f"{source.path} has no {RECORD} to check against", "load it without check=True")
     if "quantization_config" in source.config or source.path.is_file():
         model = _load_packed(source, device, Serving(exact, kernel, dtype))
     else:

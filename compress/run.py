@@ -18,13 +18,14 @@ from ..recipes.schema import Recipe
 from .allocation.allocate import allocated, most_bytes, uniform
 from .formats.source import open_source
 from .formats.tokenizer import load_tokenizer
+from .output.target import claimed
 from .pipeline import compress_blocks, needs_calibration, round_tables
 from .plan import Plan, make_plan
 from .report.memory import peak_bytes, return_freed_pages
 from .report.progress import Event, Observer, silent
 from .report.verdict import Verdict, figures_of, judge
 from .runtime_support import check as check_targets
-from .workspace import Workspace, check_target
+from .workspace import Workspace
 
 MEASURED_TOKENS, MEASURED_LENGTH = 2304, 256  # of held-out text, for the verdict
 
@@ -124,8 +125,10 @@ class Run:
         Raises `UsageError` before anything is written, `CompressError` later.
         """
         device_of(self.device)
-        check_target(self.out, self.overwrite)
-        with allocated(self.source, self.skeleton, self.out, self.recipe, self.device, observer) as recipe:
+        with (
+            claimed(self.out, self.overwrite, self.source.path),
+            allocated(self.source, self.skeleton, self.out, self.recipe, self.device, observer) as recipe,
+        ):
             run = self if recipe is self.recipe else self._with(recipe)
             if on_plan is not None:
                 on_plan(run.plan)
@@ -142,6 +145,10 @@ class Run:
         observer(Event("plan", blocks=plan.blocks))
         rows = self._rows(observer) if needs_calibration(self.recipe, plan) else None
         with Workspace.open(self.out, self.source, plan, self.recipe, rows, self.overwrite) as workspace:
+            if workspace.complete:
+                return self._report(workspace.report(), started)
+            if workspace.unfinished:
+                observer(Event("resume", workspace.unfinished, plan.blocks))
             round_tables(self.skeleton, workspace)
             meter, reason = self._meter(rows, workspace.scratch)
             compress_blocks(self.skeleton, workspace, meter, self.device, observer)
@@ -149,19 +156,25 @@ class Run:
             fidelity = None if meter is None else meter.read()
             verdict = judge(workspace.layers(), [] if fidelity is None else [fidelity], reason)
             observer(Event("assemble", plan.blocks, plan.blocks))
-            layers = workspace.finish(figures_of(verdict, fidelity))
+            judged = figures_of(verdict, fidelity)
+            layers = workspace.finish(judged)
         observer(Event("done", plan.blocks, plan.blocks))
+        return replace(self._report({**judged, "layers": layers}, started), fidelity=fidelity)
+
+    def _report(self, content: dict[str, Any], started: float) -> RunReport:
+        """The report of a finished run from the `content` of its report.json."""
+        fidelity = content.get("fidelity")
         return RunReport(
             out=self.out,
-            plan=plan,
-            layers=layers,
-            bytes_before=plan.bytes_before,
-            bytes_after=plan.bytes_after,
-            bits_per_weight=plan.bits_per_weight,
+            plan=self.plan,
+            layers=content["layers"],
+            bytes_before=self.plan.bytes_before,
+            bytes_after=self.plan.bytes_after,
+            bits_per_weight=self.plan.bits_per_weight,
             seconds=time.monotonic() - started,
             peak_bytes=peak_bytes(),
-            verdict=verdict,
-            fidelity=fidelity,
+            verdict=Verdict(content["verdict"], content["reason"]),
+            fidelity=None if fidelity is None else Fidelity(**fidelity),
         )
 
     def _meter(self, rows: TokenRows | None, scratch: Path) -> tuple[FidelityMeter | None, str]:

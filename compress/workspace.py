@@ -1,13 +1,13 @@
 """The output while it grows: a hidden sibling of the target directory, one file per finished block, renamed when complete.
 
-A run that was killed, interrupted or stopped by a full disk leaves the workspace; the same command finds it and goes on.
-Any other failure removes it.
+A run that ends early leaves its finished blocks, whatever ended it; the same command finds them and resumes. Only an
+impossible request, or a failure before the first block is finished, removes the workspace.
 """
 
+import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -28,10 +28,13 @@ from .block import Linear
 from .formats import pack_quantized
 from .formats.kv_cache import CACHE_RANGES, kv_cache_scheme, read_ranges, scales, write_ranges
 from .formats.registry import Format, format_of
+from .output import target
+from .output.parts import read_figures, write_figures
+from .output.target import MANIFEST
 from .plan import Plan
 from .report import card
 
-MANIFEST, PARTS, SCRATCH, OUTSIDE = "manifest.json", "parts", "scratch", "outside"
+PARTS, SCRATCH, OUTSIDE, REPORT = "parts", "scratch", "outside", "report.json"
 Figures = dict[str, float | int | str]
 
 
@@ -44,7 +47,8 @@ class Workspace:
     plan: Plan
     recipe: Recipe
     rows: TokenRows | None
-    _figures: dict[int, list[Figures]] = field(default_factory=dict)
+    complete: bool = False  # an earlier run has published the result and was stopped before it removed the workspace
+    _figures: dict[int, list[Figures]] = field(default_factory=dict)  # of the finished blocks
 
     @classmethod
     def open(
@@ -52,8 +56,8 @@ class Workspace:
     ) -> Self:
         """Prepare the workspace of `out`, taking up an unfinished run of the same request.
 
-        Raises `UsageError` if an unfinished run of another request lies there,
-        `StorageError` where the directory cannot be written or is too small.
+        Raises `UsageError` if an unfinished run of another request lies there or if `out` is another result, `StorageError` if
+        the directory cannot be written or is too small.
         """
         workspace = cls(out, source, plan, recipe, rows)
         try:
@@ -66,7 +70,7 @@ class Workspace:
     @property
     def path(self) -> Path:
         """The hidden sibling of the output."""
-        return self.out.parent / f".{self.out.name}.partial"
+        return target.sibling(self.out, "partial")
 
     @property
     def scratch(self) -> Path:
@@ -75,7 +79,12 @@ class Workspace:
 
     def has(self, index: int) -> bool:
         """Whether block `index` is finished."""
-        return self._part(f"block-{index:05d}").exists()
+        return index in self._figures
+
+    @property
+    def unfinished(self) -> int:
+        """The first block that is not finished."""
+        return next((i for i in range(self.plan.blocks) if not self.has(i)), self.plan.blocks)
 
     def write(self, index: int, linears: list[Linear], rewritten: Mapping[str, Tensor] = MappingProxyType({})) -> None:
         """Store block `index`: its packed linears, and its other tensors as `rewritten` has them, or else the source."""
@@ -87,9 +96,10 @@ class Workspace:
         taken = {o: stored for o, stored in self.plan.copied.items() if o.startswith(prefix)}
         tensors |= {o: rewritten[o] if o in rewritten else self.source.read(stored) for o, stored in taken.items()}
         figures = [_figures(linear) for linear in linears]
-        with safetensors_io.storage_errors(self.path):
-            self._figures_file(index).write_text(json.dumps(figures))
         safetensors_io.write(self._part(f"block-{index:05d}"), dict(sorted(tensors.items())))
+        with safetensors_io.storage_errors(self.path):
+            parts = [path for path in self._parts_of(index) if path.exists()]
+            write_figures(self._figures_file(index), figures, parts)
         self._figures[index] = figures
 
     def write_outside(self, tensors: Mapping[str, Tensor]) -> None:
@@ -123,16 +133,17 @@ class Workspace:
 
     def layers(self) -> list[Figures]:
         """The figures of every compressed layer of the finished blocks."""
-        return [f for i in range(self.plan.blocks) for f in json.loads(self._figures_file(i).read_text())]
+        return [each for index in range(self.plan.blocks) for each in self._figures[index]]
+
+    def report(self) -> dict[str, Any]:
+        """The content of report.json of a `complete` result, after its workspace is removed."""
+        content = json.loads((self.out / REPORT).read_text())
+        target.remove_working(self.path)
+        return content
 
     def finish(self, judged: Mapping[str, Any] = MappingProxyType({})) -> list[Figures]:
         """Complete the checkpoint and put it in place, `judged` in its report. Returns the figures of every quantized layer."""
-        inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
-        outside = self._part(OUTSIDE)
-        rewritten = safetensors_io.read_header(outside) if outside.exists() else {}
-        for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
-            if not name.startswith(inside) and name not in rewritten:
-                safetensors_io.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
+        self._write_others()
         figures = self.layers()
         complete = self.path / "complete"
         with safetensors_io.storage_errors(self.path):
@@ -143,9 +154,18 @@ class Workspace:
                 ranges = [read_ranges(self._cache_ranges(index))[0] for index in range(self.plan.blocks)]
                 write_ranges(complete / CACHE_RANGES, ranges)
             self._write_documents(complete, figures, judged)
-            put_in_place(complete, self.out)
-            shutil.rmtree(self.path)
+            target.publish(complete, self.out, self._request)
+            target.remove_working(self.path)
         return figures
+
+    def _write_others(self) -> None:
+        """Store the tensors outside the blocks that no transform rewrote."""
+        inside = tuple(f"{self.plan.prefix}.{i}." for i in range(self.plan.blocks))
+        outside = self._part(OUTSIDE)
+        rewritten = safetensors_io.read_header(outside) if outside.exists() else {}
+        for count, (name, stored) in enumerate(sorted(self.plan.copied.items())):
+            if not name.startswith(inside) and name not in rewritten:
+                safetensors_io.write(self._part(f"other-{count:05d}"), {name: self.source.read(stored, check=True)})
 
     def _write_documents(self, complete: Path, figures: list[Figures], judged: Mapping[str, Any]) -> None:
         used = self._format(next(iter(self.plan.quantized.values())))
@@ -165,9 +185,8 @@ class Workspace:
         (complete / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         self.source.copy_companions(complete)
         (complete / "recipe.yaml").write_text(dump(self.recipe))
-        (complete / "report.json").write_text(
-            json.dumps({**self._provenance(), **judged, "layers": figures}, indent=2) + "\n"
-        )
+        report = {**self._provenance(), **judged, "layers": figures}
+        (complete / REPORT).write_text(json.dumps(report, indent=2) + "\n")
         (complete / "README.md").write_text(card.render(self.source, self.plan, self.recipe, self.rows))
 
     def _tables_group(self) -> dict[str, Any]:
@@ -188,39 +207,68 @@ class Workspace:
     def _figures_file(self, index: int) -> Path:
         return self.path / PARTS / f"block-{index:05d}.json"
 
+    def _parts_of(self, index: int) -> tuple[Path, ...]:
+        """The files that block `index` may have."""
+        return self._part(f"block-{index:05d}"), self._part(f"cache-{index:05d}"), self._cache_ranges(index)
+
+    @property
+    def _manifest(self) -> str:
+        return json.dumps(self._provenance(), indent=2, sort_keys=True)
+
+    @property
+    def _request(self) -> str:
+        return hashlib.sha256(self._manifest.encode()).hexdigest()
+
     def _provenance(self) -> dict[str, object]:
         """What the result depends on: equal provenance means equal bytes."""
         return {
             "base_model": self.source.name,
             "source": self.source.fingerprint,
+            "companions": self.source.companions,
             "recipe": self.recipe.model_dump(mode="json"),
             "calibration": None if self.rows is None else self.rows.fingerprint,
             "versions": {name: version(name) for name in ("lmpress", "torch", "transformers")},
         }
 
     def _prepare(self, overwrite: bool) -> None:
-        manifest = json.dumps(self._provenance(), indent=2, sort_keys=True)
-        found = self.path / MANIFEST
-        known = found.read_text() if found.exists() else ""
+        manifest, found = self._manifest, self.path / MANIFEST
+        if self.out.exists() and not overwrite:
+            self.complete = target.is_published(self.out, self._request)
+            if not self.complete:
+                raise target.exists_already(self.out)
+            return
+        with safetensors_io.storage_errors(self.path):
+            target.make_private(self.path)
+            known = found.read_text() if found.exists() else ""
         if known not in ("", manifest) and not overwrite:
             raise UsageError(
                 f"{self.path} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
             )
         with safetensors_io.storage_errors(self.path):
-            self._check_space()
             if known != manifest:  # parts without their manifest are of an unknown run
-                shutil.rmtree(self.path, ignore_errors=True)
-            (self.path / PARTS).mkdir(parents=True, exist_ok=True)
-            shutil.rmtree(self.scratch, ignore_errors=True)
+                target.remove_working(self.path)
+                target.make_private(self.path)
+            for name in (SCRATCH, "complete"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+            self._find_finished()
+            self._check_space()
+            (self.path / PARTS).mkdir(exist_ok=True)
             self.scratch.mkdir()
-            half = self.path / f"{MANIFEST}.partial"
-            half.write_text(manifest)
-            half.replace(found)
+            safetensors_io.write_text(found, manifest)
+
+    def _find_finished(self) -> None:
+        """Find the finished blocks; one with a damaged file is not."""
+        for index in range(self.plan.blocks):
+            figures = read_figures(self._figures_file(index))
+            if figures is not None:
+                self._figures[index] = figures
 
     def _check_space(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        free = shutil.disk_usage(self.out.parent).free
-        needed = 2 * self.plan.bytes_after  # the finished blocks, and the shards that are put together from them
+        """Raise `StorageError` if the disk has less space than the rest of the run needs."""
+        free = shutil.disk_usage(self.path).free
+        done = [path for index in self._figures for path in self._parts_of(index) if path.exists()]
+        # the blocks, and the shards that are assembled from them
+        needed = max(0, 2 * self.plan.bytes_after - sum(path.stat().st_size for path in done))
         if free < needed:
             raise StorageError(
                 f"{self.out.parent} has {free:,} bytes free, the run takes up to {needed:,}",
@@ -236,45 +284,13 @@ class Workspace:
         self._leave(error)
 
     def _leave(self, error: BaseException | None) -> None:
-        """Keep the workspace if the same command can go on from it, else remove it."""
-        resumable = isinstance(error, StorageError | KeyboardInterrupt) and self.has(0)
-        if error is not None and not resumable:
+        """Keep finished blocks for the same command to resume from, else remove the workspace."""
+        impossible = isinstance(error, UsageError)
+        if error is not None and (impossible or not self._figures) and not self.complete:
             shutil.rmtree(self.path, ignore_errors=True)
         else:
             shutil.rmtree(self.scratch, ignore_errors=True)
 
 
-def check_target(out: Path, overwrite: bool) -> None:
-    """Raise `UsageError` if `out` exists and may not be replaced."""
-    if out.exists() and not overwrite:
-        raise UsageError(f"{out} exists already", "choose another -o, or replace it with --overwrite")
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"{out} is a file", "choose a directory for -o")
-
-
 def _figures(linear: Linear) -> Figures:
     return {"name": linear.name, **linear.args.figures, **linear.figures}
-
-
-@contextmanager
-def appearing(out: Path) -> Iterator[Path]:
-    """A hidden sibling of `out` to write into, renamed to it when complete and removed otherwise."""
-    folder = out.parent / f".{out.name}.growing"
-    with safetensors_io.storage_errors(out):
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-            put_in_place(folder, out)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def put_in_place(complete: Path, out: Path) -> None:
-    """Put the finished directory in place of `out`; an older result goes only once the new one stands."""
-    old = out.parent / f".{out.name}.replaced"
-    shutil.rmtree(old, ignore_errors=True)
-    if out.exists():
-        out.rename(old)
-    complete.rename(out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -12,6 +12,7 @@ from ..calibrate.model.source import Source
 from ..compress.formats.checkpoint import read_layers
 from ..compress.formats.source import open_source
 from ..compress.formats.tokenizer import has_tokenizer
+from ..compress.output.record import check
 from ..errors import UsageError
 from ..recipes.scheme import kinds
 
@@ -29,7 +30,10 @@ class LinearKind:
 
 @dataclass(frozen=True)
 class Inspection:
-    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit."""
+    """The structure of a model. `linears` are those of the blocks; `context` is None if the config sets no limit.
+
+    `checked`: every weight file has the SHA-256 that lmpress.json lists; False if there is no lmpress.json.
+    """
 
     path: str
     architecture: str
@@ -45,6 +49,7 @@ class Inspection:
     tied_embeddings: bool
     tokenizer: bool
     quantization: str | None
+    checked: bool
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
@@ -52,7 +57,8 @@ class Inspection:
 
 
 def inspect(model: str | Path) -> Inspection:
-    """The structure of the model in a directory or with a hub id. Raises what `open_source` and `build` raise."""
+    """The structure of the model in a directory or with a hub id. Raises what `open_source` and `build` raise, and
+    `CompressError` if a weight file is damaged."""
     source = open_source(model)
     skeleton = build(source)
     prefix, blocks = find_blocks(skeleton)
@@ -83,6 +89,7 @@ def inspect(model: str | Path) -> Inspection:
         context=context_length(skeleton.config),
         tied_embeddings=bool(skeleton.config.tie_word_embeddings),
         tokenizer=has_tokenizer(source.path),
+        checked=check(source.path),
         quantization=None if quantization is None else str(quantization.get("format", quantization["quant_method"])),
     )
 

@@ -76,6 +76,11 @@ def _with_error(value: float | None, error: float | None, form: str) -> str:
 def verification(found: Verification) -> Table:
     """What `compress verify` shows: one row per runtime."""
     lines = [f"{found.checkpoint} against the dequantized weights of {found.against}"]
+    if found.itself:
+        lines.append(
+            "without --against only the integrity of the checkpoint can be checked, not that its weights are those intended: "
+            + _integrity(found.checked)
+        )
     for each in found.findings if found.original else ():
         if each.original is not None:
             distance = f"KL {each.original.kl:.2g}, top-1 {each.original.top1:.1%}"
@@ -130,6 +135,7 @@ def inspection(found: Inspection, kernels: Sequence[Served] = ()) -> Group:
         ("vocabulary", f"{found.vocabulary:,}, embeddings {tied}"),
         ("tokenizer", "yes" if found.tokenizer else "none in the directory"),
         ("quantization", found.quantization or "none"),
+        ("integrity", _integrity(found.checked)),
     ):
         facts.add_row(name, Text(value))
     layers = Table("linear layer", "module", "out x in", "count", "stored as")
@@ -137,6 +143,10 @@ def inspection(found: Inspection, kernels: Sequence[Served] = ()) -> Group:
         rows, columns = kind.shape
         layers.add_row(Text(kind.name), kind.module, f"{rows} x {columns}", str(kind.count), Text(kind.stored))
     return Group(facts, layers, *([_kernels(kernels)] if kernels else []))
+
+
+def _integrity(checked: bool) -> str:
+    return "the weight files match lmpress.json" if checked else "unknown: there is no lmpress.json"
 
 
 def _kernels(kernels: Sequence[Served]) -> Table:

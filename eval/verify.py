@@ -21,6 +21,7 @@ from ..compress.formats.checkpoint import Checkpoint
 from ..compress.formats.kv_cache import is_scale, kv_scheme_from_config, stored_ranges
 from ..compress.formats.source import open_source
 from ..compress.load import load
+from ..compress.output.record import check
 from ..errors import UsageError
 from ..kernels.activations import quantized_inputs
 from ..kernels.cache.cache import serve_rounded
@@ -69,12 +70,18 @@ class Finding:
 @dataclass(frozen=True)
 class Verification:
     """The findings on `checkpoint`, held against the dequantized weights of `against`; `original` is a dense model whose
-    divergence is reported too."""
+    divergence is reported too.
+
+    `itself`: no other checkpoint was given to compare with, so that only integrity can be checked; `checked`: the weight files
+    of `checkpoint` have the SHA-256 that its lmpress.json lists (False: there is no lmpress.json).
+    """
 
     checkpoint: str
     against: str
     findings: tuple[Finding, ...]
     original: str | None = None
+    itself: bool = False
+    checked: bool = False
 
     @property
     def ok(self) -> bool:
@@ -101,11 +108,12 @@ def verify(
     model is reported, not judged. `python` is the interpreter that runs the runtimes, by default this one; there must be
     all that lmpress imports, lmpress itself is taken from here.
 
-    Raises `UsageError` for unknown runtimes, if `python` cannot be started, and if `against` is dense and the checkpoint is in
-    a format that lmpress does not read.
+    Raises `CompressError` if a weight file is damaged, `UsageError` for unknown runtimes, if `python` cannot be started, and if
+    `against` is dense and the checkpoint is in a format that lmpress does not read.
     """
     for name in runtime:
         runtimes.runtime(name)
+    checked = check(Path(checkpoint))
     reference, dense = _reference(checkpoint, against)
     ids = _ids(reference)
     with tempfile.TemporaryDirectory(prefix="lmpress-verify-") as scratch:
@@ -116,7 +124,9 @@ def verify(
             expected = models.outputs(runtimes.runtime(name))
             findings.append(_find(name, Path(checkpoint), reference, ids, expected, original, python))
     compared = None if dense is None else str(dense.source.path)
-    return Verification(str(checkpoint), str(reference.source.path), tuple(findings), compared)
+    return Verification(
+        str(checkpoint), str(reference.source.path), tuple(findings), compared, against is None, checked
+    )
 
 
 def _reference(checkpoint: str | Path, against: str | Path | None) -> tuple[Checkpoint, Checkpoint | None]:

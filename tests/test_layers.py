@@ -42,7 +42,7 @@ ROOMS = {
         "block",
         "formats input_grids",
         "plan",
-        "report runtime_support",
+        "output report runtime_support",
         "distill methods workspace",
         "export pipeline",
         "load",

@@ -11,7 +11,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -210,19 +210,27 @@ def nbytes(specs: Mapping[str, TensorSpec]) -> int:
 
 @contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Raise `StorageError` with `path` in place of the `OSError` of a full or unwritable disk."""
+    """Raise `StorageError` in place of any `OSError` of writing to `path`, with the name of the file that the error names."""
     full = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+    refused = {errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOENT, errno.ENOTDIR, errno.EISDIR}
+    refused |= {errno.ELOOP, errno.ENAMETOOLONG}
     try:
         yield
     except OSError as error:
+        again = "repeat the same command: it continues where it stopped"
+        file, reason = error.filename or path, error.strerror or error
         if error.errno in full:
-            message = f"the disk is full: {path} could not be written ({error.strerror})"
-            raise StorageError(
-                message, "free some space and repeat the same command: it continues where it stopped"
-            ) from error
-        if error.errno in {errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST}:
-            raise StorageError(f"{path} cannot be written ({error.strerror})", "choose another -o") from error
-        raise
+            message = f"the disk is full: {file} could not be written ({reason})"
+            raise StorageError(message, f"free some space and {again}") from error
+        if error.errno in refused:
+            raise StorageError(f"{file} cannot be written ({reason})", "choose another -o") from error
+        raise StorageError(f"{file} could not be written ({reason})", f"check the disk and {again}") from error
+
+
+def write_text(file: Path, text: str) -> None:
+    """Write a text file, completely or not at all. Raises `StorageError` if the disk is full or not writable."""
+    with storage_errors(file), _atomic_file(file) as stream:
+        stream.write(text.encode())
 
 
 def _write_index(folder: Path, shards: list[dict[str, TensorSpec]]) -> None:
@@ -232,7 +240,7 @@ def _write_index(folder: Path, shards: list[dict[str, TensorSpec]]) -> None:
     weight_map = {name: _file_name(number, len(shards)) for number, specs in enumerate(shards, 1) for name in specs}
     total = sum(spec.nbytes for specs in shards for spec in specs.values())
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+    write_text(folder / INDEX, json.dumps(index, indent=2) + "\n")
 
 
 def _bytes(tensor: Tensor) -> memoryview:
@@ -276,8 +284,10 @@ def _atomic_file(file: Path) -> Iterator[BinaryIO]:
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    except BaseException:
+        with suppress(OSError):  # the error that is on its way counts
+            partial.unlink(missing_ok=True)
+        raise
 
 
 def _copy(tensor: StoredTensor, stream: BinaryIO) -> None:

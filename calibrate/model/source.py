@@ -62,6 +62,25 @@ class Source:
                 digest.update(hashlib.file_digest(stream, "sha256").digest())
         return digest.hexdigest()
 
+    @cached_property
+    def companions(self) -> dict[str, str]:
+        """SHA-256 (hex) of the files that `copy_companions` copies, by name. Raises `UsageError` as that does."""
+        found = {}
+        for file in self._companions():
+            with file.open("rb") as stream:
+                found[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+        return found
+
+    def _companions(self) -> list[Path]:
+        found = {file for pattern in COMPANIONS for file in self.path.glob(pattern) if file.is_file()}
+        foreign = next((file for file in sorted(found) if not _belongs(file, self.path)), None)
+        if foreign is not None:
+            raise UsageError(
+                f"{foreign} is a symbolic link to a file outside the model folder",
+                "replace the link by the file itself",
+            )
+        return sorted(found)
+
     def read(self, name: str, check: bool = False) -> Tensor:
         """The tensor `name` in its stored dtype. With `check`, raises `CompressError` if it holds NaN or infinite values."""
         tensor = self.tensors[name].read()
@@ -73,11 +92,20 @@ class Source:
         return tensor
 
     def copy_companions(self, folder: Path) -> None:
-        """Copy tokenizer, generation config, licence and the like (`COMPANIONS`) into `folder`."""
-        for pattern in COMPANIONS:
-            for file in sorted(self.path.glob(pattern)):
-                if file.is_file():
-                    shutil.copyfile(file, folder / file.name)
+        """Copy tokenizer, generation config, licence and the like (`COMPANIONS`) into `folder`.
+
+        Raises `UsageError` if one is a symbolic link to a file outside the model folder (links of the Hugging Face cache to its
+        own files are followed).
+        """
+        for file in self._companions():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _belongs(file: Path, folder: Path) -> bool:
+    """Whether the file lies in the model folder, or is a link of the Hugging Face cache to its own files."""
+    target, home = file.resolve(), folder.resolve()
+    cached = home.parent.name == "snapshots" and target.is_relative_to(home.parent.parent / "blobs")
+    return target.is_relative_to(home) or cached
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -1,16 +1,15 @@
 """What a run shows: progress with the time left, warnings as they come, reports, and every event in a log file."""
 
-import logging
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.text import Text
 
-from ...calibrate.model.safetensors_io import storage_errors
 from ..chain import ChainReport
 from ..export import ExportReport
 from ..plan import Plan
@@ -18,9 +17,11 @@ from ..report.progress import Event, Observer
 from ..report.verdict import output_errors
 from ..run import RunReport
 from ..structured.pipeline import DistillReport
+from .log import log_to
 
 DOING = {
     "plan": "planning",
+    "resume": "resuming",
     "allocate": "measuring the sensitivity of each layer",
     "capture": "reading the calibration rows",
     "load": "loading",
@@ -51,27 +52,58 @@ def watching(console: Console, log_file: Path | None = None) -> Iterator[Observe
         transient=True,
         disable=console.quiet,
     )
-    with _logger(log_file) as log, progress:
+
+    def warn(message: str) -> None:
+        console.print(Text.assemble(("warning: ", "yellow"), message))
+
+    with log_to(log_file, warn) as log, progress:
         task = progress.add_task("starting", total=None, left="")
-        started: dict[str, float] = {}
+        pace = Pace()
 
         def observe(event: Event) -> None:
             log.info("%s", _line(event))
             if event.phase == "warning":
-                console.print(Text.assemble(("warning: ", "yellow"), event.message or ""))
+                warn(event.message or "")
                 return
-            kind = event.phase if event.phase in ("evaluate", "allocate") else "run"
-            begun = started.setdefault(kind, time.monotonic())
-            finished = event.block + (event.phase == "block") if kind == "run" else event.block
+            if event.phase == "resume":
+                console.print(_resuming(event), highlight=False)
+            finished, left = pace.after(event, time.monotonic())
             progress.update(
                 task,
                 description=DOING.get(event.phase, event.phase),
                 completed=finished,
                 total=event.blocks or None,
-                left=_time_left(time.monotonic() - begun, finished, event.blocks),
+                left=left,
             )
 
         yield observe
+
+
+@dataclass
+class Pace:
+    """How far a run is, and the time that the rest takes: blocks that an earlier run finished do not count."""
+
+    _started: dict[str, float] = field(default_factory=dict)
+    _resumed: int = 0
+
+    def after(self, event: Event, now: float) -> tuple[int, str]:
+        """The number of finished blocks after `event`, which came at the time `now` in seconds, and the time left in words."""
+        kind = event.phase if event.phase in ("evaluate", "allocate") else "run"
+        finished = event.block + (event.phase == "block") if kind == "run" else event.block
+        if event.phase == "resume":
+            self._resumed = event.block
+            return 0, ""
+        resumed = self._resumed if kind == "run" else 0
+        if finished <= resumed:  # what is only read again is faster than what is left
+            self._started[kind] = now
+        begun = self._started.setdefault(kind, now)
+        return finished, _time_left(now - begun, finished - resumed, event.blocks - resumed)
+
+
+def _resuming(event: Event) -> str:
+    if event.block < event.blocks:
+        return f"resuming at block {event.block + 1} of {event.blocks}"
+    return f"resuming after the last of {event.blocks} blocks"
 
 
 def _time_left(elapsed: float, finished: int, total: int) -> str:
@@ -86,25 +118,6 @@ def _line(event: Event) -> str:
     where = f" {event.block + 1}/{event.blocks}" if event.block < event.blocks else ""
     figures = " ".join(f"{k}={v:.6g}" if isinstance(v, float) else f"{k}={v}" for k, v in event.figures.items())
     return " ".join(part for part in (event.phase + where, event.layer, event.message, figures) if part)
-
-
-@contextmanager
-def _logger(file: Path | None) -> Iterator[logging.Logger]:
-    logger = logging.getLogger("lmpress.run")
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    handler: logging.Handler = logging.NullHandler()
-    if file is not None:
-        with storage_errors(file):
-            file.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(file, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    logger.addHandler(handler)
-    try:
-        yield logger
-    finally:
-        logger.removeHandler(handler)
-        handler.close()
 
 
 def print_plan(console: Console, plan: Plan) -> None:

@@ -1,6 +1,8 @@
-"""What surrounds every command: where messages and data go, threads, and errors as one line with an exit code."""
+"""The frame of every command: consoles for messages and data, threads, and errors as one line with an exit code."""
 
 import json
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -50,11 +52,12 @@ def session(
     """
     console = Console(stderr=True, quiet=quiet)
     try:
-        if threads is not None:
-            import torch
+        with _terminable():
+            if threads is not None:
+                import torch
 
-            torch.set_num_threads(threads)
-        yield Output(console, json_file)
+                torch.set_num_threads(threads)
+            yield Output(console, json_file)
     except CompressError as error:
         if debug:
             raise
@@ -73,6 +76,23 @@ def session(
             f"unexpected {type(error).__name__}: {reason}", "run it again with --debug, and report the traceback"
         )
         raise typer.Exit(1) from None
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Let SIGTERM end the command as SIGINT does: what is finished is kept, and what is temporary is removed."""
+    if threading.current_thread() is not threading.main_thread():  # others cannot set signal handlers
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _print_error(message: str, hint: str | None) -> None:

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 class Event:
     """`phase` of block `block` out of `blocks` (counted from 0); `figures` are those of the layer `layer`, if any.
 
-    Phases in order: `plan`, `capture`, then per block `load`, `collect`, `solve` (one event per finished layer), `forward`,
-    `write`, `block` (finished), and at the end `assemble` and `done`. `warning` events carry `message` and may come anywhere.
+    Phases in order: `plan`, `resume` (if an earlier run left finished blocks; `block` is the first that is not), `capture`,
+    then per block `load`, `collect`, `solve` (one event per finished layer), `forward`, `write`, `block` (finished), and at the
+    end `assemble` and `done`. `warning` events carry `message` and may come anywhere.
     """
 
     phase: str

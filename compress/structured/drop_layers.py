@@ -9,12 +9,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...calibrate.model.architecture import find_blocks
-from ...calibrate.model.safetensors_io import StoredTensor, TensorSpec, streamed
+from ...calibrate.model.safetensors_io import StoredTensor, TensorSpec, storage_errors, streamed, write_text
 from ...calibrate.model.skeleton import Names, build, config_of
 from ...calibrate.model.source import CONFIG, Source
 from ...errors import UsageError
 from ..formats.source import open_source
-from ..workspace import appearing, check_target
+from ..output.target import appearing, check_target
 from .config import check_same_blocks, config_of_layers
 
 
@@ -27,7 +27,7 @@ def keep_layers(model: str | Path, out: Path, kept: Sequence[int], overwrite: bo
     source = open_source(model)
     teacher = build(source)
     check_layers(kept, len(find_blocks(teacher)[1]))
-    check_target(out, overwrite)
+    check_target(out, overwrite, source.path)
     config = config_of_layers(source.config, config_of(source), kept)
     tensors = _renumbered(source, teacher, kept)
     with appearing(out) as folder:
@@ -55,8 +55,9 @@ def write_model(
     read: Callable[[str], Tensor],
 ) -> None:
     """Write a dense checkpoint of the tensors that `read` gives, with the files that accompany the weights of `source`."""
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-    source.copy_companions(folder)
+    write_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
+    with storage_errors(folder):
+        source.copy_companions(folder)
     with streamed(folder, specs) as put:
         for name in specs:
             put(name, read(name))

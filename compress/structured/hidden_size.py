@@ -30,10 +30,10 @@ from ...calibrate.statistics.hessian import Hessian
 from ...errors import CompressError, UsageError
 from ..formats.source import open_source
 from ..methods.transform.rotate import subtracts_mean
+from ..output.target import appearing, check_target
 from ..report.progress import Event, Observer, silent
 from ..solver.channel_pruning import refit_channels, refit_gain, shared_channels_to_remove
 from ..solver.damped_hessian import damp
-from ..workspace import appearing, check_target
 from .drop_layers import write_model
 from .width import DAMPING, SAME, kept_count, pruned_skeleton
 
@@ -73,7 +73,7 @@ def prune_hidden_size(
     """
     source = open_source(model)
     config = config_of_hidden_size(source, size)
-    check_target(out, overwrite)
+    check_target(out, overwrite, source.path)
     with appearing(out) as folder:
         skeleton = build(source)
         runner = Runner(skeleton, source, rows, folder / "scratch", device)

@@ -4,12 +4,13 @@ Layers are removed, then widths are pruned, then the student is trained to predi
 whole checkpoint into a hidden folder next to the target, and the training its state, so that a killed run can be resumed.
 """
 
+import hashlib
 import json
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from accelerate import PartialState
 from transformers import PreTrainedModel
 
 from ...calibrate.data.token_rows import TokenRows, calibration_rows
+from ...calibrate.model import safetensors_io
 from ...calibrate.model.architecture import find_blocks
 from ...calibrate.model.safetensors_io import storage_errors
 from ...calibrate.model.skeleton import Names, build, context_length, device_of
 from ...calibrate.model.source import Source
-from ...errors import CompressError, StorageError, UsageError
+from ...errors import UsageError
 from ...recipes.options.distill import DistillOptions
 from ...recipes.training import DistillConfig
 from ..distill.knowledge import TrainingHistory, train
@@ -31,9 +33,10 @@ from ..distill.training_state import TrainingState
 from ..formats.source import open_source
 from ..formats.tokenizer import load_tokenizer
 from ..load import load
+from ..output import target
+from ..output.target import MANIFEST, sibling
 from ..report.curve import save
 from ..report.progress import Event, Observer, silent
-from ..workspace import check_target, put_in_place
 from .drop_layers import check_layers, keep_layers, write_model
 from .hidden_size import config_of_hidden_size, prune_hidden_size
 from .layer_selection import check_selection, select_layers
@@ -41,7 +44,7 @@ from .sparse import is_sparse, refold, unfold
 from .width import Width, config_of_width, prune_width
 
 HELD_OUT = 16  # one row in this many is held out of the training
-MANIFEST, REPORT, PICTURE = "manifest.json", "report.json", "loss.png"
+REPORT, PICTURE = "report.json", "loss.png"
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class DistillReport:
     parameters_after: int
     bytes_before: int
     bytes_after: int
-    seconds: float
+    seconds: float = 0.0
     history: TrainingHistory = field(default_factory=TrainingHistory)
 
     def as_dict(self) -> dict[str, Any]:
@@ -132,45 +135,72 @@ def distill(
     count = len(find_blocks(build(source))[1])
     packed = is_sparse(source)
     _check(reduction, options, source, count, teacher, packed)
-    check_target(out, overwrite)
-    rows = _rows(source, options.data, options.samples, options.seq_len, options.seed)
-    manifest = _manifest(source, reduction, options, rows)
-    with _working(out.parent / f".{out.name}.distill", manifest, overwrite, team) as work:
-        with team.main_process_first():  # the others find it done
-            kept, student = _reduced(work, source, count, reduction, rows, device, observer)
-            start = unfold(source, work / "unfolded") if packed else open_source(student)
-        history = TrainingHistory()
-        if options.steps:
-            pupil, history = _taught(
-                start, teacher or model, kept, rows, options, TrainingState(work), device, observer
-            )
-            student = work / "taught"
-            if team.is_main_process:
+    models = [source.path] if teacher is None else [source.path, open_source(teacher).path]
+    with target.claimed(out, overwrite, *models) if team.is_main_process else nullcontext():
+        rows = _rows(source, options.data, options.samples, options.seq_len, options.seed)
+        manifest = json.dumps(_manifest(source, reduction, options, rows), indent=2, sort_keys=True)
+        report = None if overwrite else _published(out, manifest, team)
+        if report is None:
+            with _working(out, manifest, overwrite, team) as work:
+                report = _distilled(out, source, options, rows, work, device, observer)
+        team.wait_for_everyone()
+    observer(Event("done"))
+    return replace(report, seconds=time.monotonic() - started)
+
+
+def _distilled(
+    out: Path, source: Source, options: DistillOptions, rows: TokenRows, work: Path, device: str, observer: Observer
+) -> DistillReport:
+    """Run the stages in the folder `work` and move the result to `out`."""
+    team, packed = PartialState(), is_sparse(source)
+    with team.main_process_first():  # the others find it done
+        kept, student = _reduced(work, source, Reduction.of(options), rows, device, observer)
+        start = unfold(source, work / "unfolded") if packed else open_source(student)
+    history = TrainingHistory()
+    if options.steps:
+        teacher = options.teacher or source.path
+        pupil, history = _taught(start, teacher, kept, rows, options, TrainingState(work), device, observer)
+        student = work / "taught"
+        if team.is_main_process:
+            with storage_errors(student):
                 shutil.rmtree(student, ignore_errors=True)
                 student.mkdir()
                 write = refold if packed else _write
                 write(student, source if packed else start, pupil)
-        report = DistillReport(
-            out,
-            kept,
-            _parameters(source),
-            _parameters(start),
-            source.nbytes,
-            start.nbytes,
-            time.monotonic() - started,
-            history,
-        )
-        if team.is_main_process:
-            _finish(report, student, work, observer)
-        team.wait_for_everyone()
-    observer(Event("done"))
+    parameters = _parameters(source), _parameters(start)
+    report = DistillReport(out, kept, *parameters, source.nbytes, start.nbytes, history=history)
+    if team.is_main_process:
+        _finish(report, student, work, observer)
     return report
 
 
+def _published(out: Path, manifest: str, team: PartialState) -> DistillReport | None:
+    """The report of a run that was stopped after it gave `out` its name; None if there is no `out`. Removes the working folder.
+
+    Raises `UsageError` if `out` is another result.
+    """
+    if not out.exists():
+        return None
+    if not target.is_published(out, _request(manifest)):
+        raise target.exists_already(out)
+    content = json.loads((out / REPORT).read_text())
+    history = content.pop("history")
+    curve = [(int(step), loss, kl) for step, loss, kl in history["curve"]]
+    team.wait_for_everyone()
+    if team.is_main_process:
+        target.remove_working(sibling(out, "distill"))
+    return DistillReport(out, **content, history=TrainingHistory(curve, history["best_step"]))
+
+
+def _request(manifest: str) -> str:
+    return hashlib.sha256(manifest.encode()).hexdigest()
+
+
 def _reduced(
-    work: Path, source: Source, count: int, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
+    work: Path, source: Source, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
 ) -> tuple[list[int], Path]:
     """Run the stages of `reduction`; the numbers of the layers that stay, and the folder of the result."""
+    count = len(find_blocks(build(source))[1])
     kept, student = list(range(count)), source.path
     if reduction.drops_layers:
         kept, student = _drop_layers(work, source, count, reduction, rows, device, observer)
@@ -184,14 +214,14 @@ def _reduced(
 def _finish(report: DistillReport, student: Path, work: Path, observer: Observer) -> None:
     """Write report and picture next to the model at `student`, and move it to its final place."""
     history = report.history
-    content = {name: value for name, value in report.as_dict().items() if name != "out"}
-    (student / REPORT).write_text(json.dumps(content, indent=2) + "\n")
+    content = {name: value for name, value in report.as_dict().items() if name not in ("out", "seconds")}
+    safetensors_io.write_text(student / REPORT, json.dumps(content, indent=2) + "\n")
     missing = save(history.curve, history.best_step, student / PICTURE) if history.curve else None
     if missing is not None:
         observer(Event("warning", message=missing))
     with storage_errors(report.out):
-        put_in_place(student, report.out)
-        shutil.rmtree(work)
+        target.publish(student, report.out, _request((work / MANIFEST).read_text()))
+        target.remove_working(work)
 
 
 def _check(
@@ -230,6 +260,7 @@ def _rows(source: Source, data: str, samples: int, seq_len: int, seed: int) -> T
 def _manifest(source: Source, reduction: Reduction, options: DistillOptions, rows: TokenRows) -> dict[str, Any]:
     return {
         "source": source.fingerprint,
+        "companions": source.companions,
         "teacher": None if options.teacher is None else open_source(options.teacher).fingerprint,
         "reduction": asdict(reduction),
         "training": options.training(),
@@ -239,28 +270,29 @@ def _manifest(source: Source, reduction: Reduction, options: DistillOptions, row
 
 
 @contextmanager
-def _working(work: Path, manifest: dict[str, Any], overwrite: bool, team: PartialState) -> Iterator[Path]:
+def _working(out: Path, manifest: str, overwrite: bool, team: PartialState) -> Iterator[Path]:
     """The working folder of this request, with the stages that an unfinished run of the same request has written.
 
-    Raises `UsageError` if a run with other settings is unfinished. The folder stays if the run is killed, and is deleted if
-    the request turns out to be impossible.
+    Raises `UsageError` if a run with other settings is unfinished. The folder stays if the run ends early, unless the request
+    turns out to be impossible.
     """
-    text, found = json.dumps(manifest, indent=2, sort_keys=True), work / MANIFEST
+    work = sibling(out, "distill")
+    found = work / MANIFEST
     with team.main_process_first(), storage_errors(work):
+        target.make_private(work)
         known = found.read_text() if found.exists() else ""
-        if known not in ("", text) and not overwrite:
+        if known not in ("", manifest) and not overwrite:
             raise UsageError(
                 f"{work} holds an unfinished run with other settings", "repeat those, or discard it: --overwrite"
             )
-        if known != text:
-            shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True, exist_ok=True)
-        found.write_text(text)
+        if known != manifest:
+            target.remove_working(work)
+            target.make_private(work)
+            safetensors_io.write_text(found, manifest)
     try:
         yield work
-    except CompressError as error:
-        if not isinstance(error, StorageError):
-            shutil.rmtree(work, ignore_errors=True)
+    except UsageError:
+        shutil.rmtree(work, ignore_errors=True)
         raise
 
 
@@ -275,7 +307,7 @@ def _drop_layers(
     if wanted is not None:
         few = _first(rows, reduction.choice_rows)
         kept = select_layers(reduction.choice, wanted, source, few, work / "scratch", device, observer)
-    note.write_text(json.dumps(kept))
+    safetensors_io.write_text(note, json.dumps(kept))
     keep_layers(source.path, place, kept)
     return kept, place
 
@@ -284,9 +316,9 @@ def _prune_width(
     work: Path, model: Path, reduction: Reduction, rows: TokenRows, device: str, observer: Observer
 ) -> Path:
     """Prune the width of the blocks of `model` unless an earlier run did; the folder of the result."""
-    place = work / "width"
+    place, few = work / "width", _first(rows, reduction.width_rows)
     if not place.exists():
-        prune_width(model, place, reduction.width, _first(rows, reduction.width_rows), device, observer=observer)
+        prune_width(model, place, reduction.width, few, device, observer=observer)
     return place
 
 

@@ -24,10 +24,10 @@ from ...calibrate.model.source import CONFIG, Source
 from ...calibrate.runner import Runner
 from ...errors import CompressError, UsageError
 from ..formats.source import open_source
+from ..output.target import appearing, check_target
 from ..report.progress import Event, Observer, silent
 from ..solver.channel_pruning import channels_to_remove, refit_channels
 from ..solver.damped_hessian import damp
-from ..workspace import appearing, check_target
 from .drop_layers import write_model
 from .slices import ChannelSlice, attention_slice, mlp_slice, sliced_tensors
 
@@ -76,7 +76,7 @@ def prune_width(
     source = open_source(model)
     skeleton = build(source)
     config = config_of_width(source, width)
-    check_target(out, overwrite)
+    check_target(out, overwrite, source.path)
     with appearing(out) as folder:
         runner = Runner(skeleton, source, rows, folder / "scratch", device)
         runner.capture()
@@ -144,7 +144,7 @@ def _checked_count(flag: str, wanted: float, now: int) -> int:
 
 def pruned_skeleton(source: Source, config: Mapping[str, Any], folder: Path) -> PreTrainedModel:
     """The pruned model without weights, built from the config that it will have in `folder`."""
-    (folder / CONFIG).write_text(json.dumps(config))
+    safetensors_io.write_text(folder / CONFIG, json.dumps(config))
     return build(Source(folder, source.name, dict(config), source.tensors))
 
 

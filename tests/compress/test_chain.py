@@ -14,11 +14,12 @@ import lmpress
 from lmpress.cli import app
 from lmpress.compress import export
 from lmpress.compress.chain import run
+from lmpress.compress.output.record import check
 from lmpress.errors import CompressError, UsageError
 from lmpress.recipes import chain, schema
 from lmpress.recipes.options.distill import DistillOptions
 
-TIMED = {"stages.json"}
+OF_THE_REQUEST = {"stages.json", "lmpress.json"}
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def content(text: str) -> dict[str, Any]:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in TIMED}
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name not in OF_THE_REQUEST}
 
 
 KILLED = """
@@ -49,6 +50,7 @@ import json, os, signal, sys
 import torch
 from pathlib import Path
 from lmpress.compress.chain import run
+from lmpress.compress.output.record import check
 from lmpress.recipes import chain
 
 torch.set_num_threads(1)
@@ -73,6 +75,7 @@ def test_a_chain_is_its_stages_by_hand_also_after_a_kill(tiny: Path, tmp_path: P
     lmpress.distill(tiny, tmp_path / "tiny-distill", options=first)
     lmpress.run(tmp_path / "tiny-distill", tmp_path / "tiny-distill-gptq-w4", wanted.stages[1])
     lmpress.export(tmp_path / "tiny-distill-gptq-w4", tmp_path / "hand", format="fp16")
+    by_hand = contents(tmp_path / "hand")
     points = ["distill/2", "plan/0", "write/0", "done/1"]  # in the training, between stages, in the solving, between
     ran = subprocess.run(
         [sys.executable, "-c", KILLED, tiny, tmp_path, json.dumps(content(text)), *points],
@@ -83,7 +86,8 @@ def test_a_chain_is_its_stages_by_hand_also_after_a_kill(tiny: Path, tmp_path: P
         out, work, seen = tmp_path / str(number), tmp_path / f".{number}.chain", []
         assert not out.exists() and (work / "tiny-distill").exists() == (point != "distill/2")
         report = run(tiny, out, wanted, observer=lambda event, seen=seen: seen.append(event.phase))
-        assert contents(out) == contents(tmp_path / "hand"), point
+        assert contents(out) == by_hand, point
+        assert check(out) and "seconds" not in (out / "stages.json").read_text()
         assert ("distill" in seen, "solve" in seen) == (point == "distill/2", point != "done/1")
         assert not work.exists() and [record["stage"] for record in report.stages] == ["distill", "compress", "export"]
 

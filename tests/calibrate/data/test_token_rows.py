@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -147,12 +148,28 @@ def test_the_built_in_corpus_gets_the_split(monkeypatch: pytest.MonkeyPatch) -> 
         ("other.jsonl", '{"content": "a"}', "line 1: there is no string field `text`"),
         ("list.jsonl", '{"text": "a"}\n["a"]', "line 2: there is no string field `text`"),
         ("number.jsonl", '{"text": 3}', "line 1: there is no string field `text`"),
+        ("deep.jsonl", "[" * 50_000 + "]" * 50_000, "line 1: not valid JSON .*nested more than"),
+        (
+            "half.jsonl",
+            '{"text": "a"}\n{"text": "ab\\ud800"}',
+            "line 2: `text` holds half a surrogate pair at character 2",
+        ),
         ("bad.parquet", "no parquet", "not a readable parquet file"),
     ],
 )
 def test_unusable_content_is_located(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(CompressError, match=message):
         documents(written(tmp_path / name, content), "heldout")
+
+
+def test_damaged_tables_are_explained(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["some text"] * 5}), file)
+    whole = file.read_bytes()
+    for start in range(4, len(whole) - 8):
+        file.write_bytes(whole[:start] + b"\0\0\0\0" + whole[start + 4 :])
+        with suppress(CompressError):
+            documents(str(file), "heldout")
 
 
 @pytest.mark.parametrize(

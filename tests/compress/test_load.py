@@ -185,7 +185,7 @@ def test_a_missing_weight_is_named(llama: Path, name: str) -> None:
 def test_a_wrong_shape_is_named(llama: Path, name: str) -> None:
     out = compressed(llama)
     damage(out, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    with pytest.raises(CompressError, match=rf"{name} .*do not belong together"):
+    with pytest.raises(CompressError, match=rf"{name} .*do not (match|belong together)"):
         lmpress.load(out)
 
 

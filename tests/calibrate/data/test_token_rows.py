@@ -237,6 +237,25 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("tokenizer.json", {"model": 3}, r"cannot be read \(Exception"),
+        ("tokenizer.json", {"added_tokens": {"x": 0}}, "cannot be read"),
+        ("tokenizer_config.json", {"model_max_length": {}}, r"cannot be read \(TypeError"),
+        ("tokenizer_config.json", {"x": 0}, "nested|recursion"),
+        ("config.json", {"max_position_embeddings": "x"}, r"config\.json is not valid: .*max_position_embeddings"),
+    ],
+)
+def test_what_the_tokenizers_library_refuses_is_an_error(
+    tiny: Path, file: str, changes: dict[str, object], message: str
+) -> None:
+    text = json.dumps(json.loads((tiny / file).read_text()) | changes)
+    written(tiny / file, text.replace('"x": 0', '"x": ' + "[" * 50_000 + "]" * 50_000) if "x" in changes else text)
+    with pytest.raises(CompressError, match=message):
+        load_tokenizer(tiny)
+
+
 def test_context_length_is_read_from_either_name() -> None:
     assert context_length(LlamaConfig(max_position_embeddings=77)) == 77
     assert context_length(GPT2Config(n_positions=55)) == 55

@@ -17,6 +17,7 @@ P.weight_format  uint8 []         0: row after row
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from operator import index
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.codebook import NESTED_BLOCK, dynamic_values, nf4_values
 from ....kernels.tensor import CompressedTensor, NF4Tensor, OutlierColumnsTensor
+from ....recipes.parsing import parse_json
 from ....recipes.scheme import QuantArgs, signed_weights
 from ..int_quantized import OFFSET
 from .layout import LayerFormat
@@ -203,11 +205,18 @@ def _length(args: QuantArgs, shape: tuple[int, int]) -> int:
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(tensors[_full(name, STATE)].tolist()))
-        rows, columns = state["shape"]
-    except (ValueError, KeyError, TypeError) as error:
+        state = parse_json(bytes(tensors[_full(name, STATE)].tolist()))
+        rows, columns = map(index, state["shape"])
+        index(state["blocksize"]), float(state.get("nested_offset", 0))
+        if not isinstance(getattr(torch, state["dtype"], None), torch.dtype):
+            raise ValueError(f"dtype {state['dtype']!r}")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
-    if state.get("quant_type") != "nf4" or rows * columns > 2 * tensors[_full(name, "")].numel():
+    if (
+        state.get("quant_type") != "nf4"
+        or min(rows, columns) < 0
+        or rows * columns > 2 * tensors[_full(name, "")].numel()
+    ):
         raise CompressError(f"{_full(name, STATE)} describes another weight", "the checkpoint is damaged")
     return state
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ....calibrate.model.safetensors_io import NAMES, TensorSpec
-from ....errors import UsageError
+from ....errors import CompressError, UsageError
 from ....kernels.kernel import KernelSpec
 from ....kernels.modules.linear import Serving, SpQRLinear
 from ....kernels.packing.bitstream import pack_rows, unpack_rows
@@ -70,6 +70,14 @@ def index_dtype(columns: int) -> torch.dtype:
     return next(dtype for dtype in (torch.uint8, torch.uint16, torch.int32) if columns <= torch.iinfo(dtype).max)
 
 
+def check_indices(name: str, indices: Tensor, columns: int) -> None:
+    """Raise `CompressError` if one of the column numbers `indices` (an integer dtype) is not below `columns`."""
+    if indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < columns:
+        raise CompressError(
+            f"{name} holds numbers of columns that are not below {columns}", "the checkpoint is damaged"
+        )
+
+
 def pack(name: str, tensor: SpQRTensor) -> dict[str, Tensor]:
     """The tensors of one quantized weight."""
     rows, columns = tensor.shape
@@ -93,7 +101,7 @@ def pack(name: str, tensor: SpQRTensor) -> dict[str, Tensor]:
 
 
 def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTensor:
-    """The inverse of `pack`."""
+    """The inverse of `pack`. Raises `CompressError` if the residuals are not of this matrix."""
     rows, columns = (int(n) for n in tensors[f"{name}.weight_shape"])
     size = args.columns_per_scale(columns)
     parts = tensors[f"{name}.weight_tiles"].split(
@@ -102,12 +110,16 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> SpQRTen
     codes = _numbers(parts[0], args.bits, TILE * size).unflatten(-1, (TILE, size)).transpose(1, 2)
     levels = [_numbers(p, LEVEL.bits, TILE).transpose(1, 2).flatten(0, 1)[:rows].contiguous() for p in parts[1:3]]
     floats = parts[3].contiguous().view(torch.float16).unbind(-1)
+    counts, places = (tensors[f"{name}.weight_{part}"].to(torch.int64) for part in ("counts", "columns"))
+    check_indices(f"{name}.weight_columns", places, columns)
+    if counts.sum() != len(places) or (counts < 0).any():
+        raise CompressError(f"{name}.weight_counts does not fit {len(places)} residuals", "the checkpoint is damaged")
     return SpQRTensor(
         codes=codes.flatten(2).flatten(0, 1)[:rows, :columns].contiguous(),
         scale=Bilevel(levels[0], floats[0].contiguous(), floats[1].contiguous()),
         zero=Bilevel(levels[1], floats[2].contiguous(), floats[3].contiguous()),
-        counts=tensors[f"{name}.weight_counts"].to(torch.int64),
-        columns=tensors[f"{name}.weight_columns"].to(torch.int64),
+        counts=counts,
+        columns=places,
         values=tensors[f"{name}.weight_values"],
         args=args,
     )

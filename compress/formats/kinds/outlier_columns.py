@@ -25,7 +25,7 @@ from ....recipes.scheme import QuantArgs, inputs_per, signed_weights
 from ....recipes.scheme.kinds import Kind, Written
 from ..int_quantized import OFFSET
 from ..registry import Reader, Specs
-from .bilevel import index_dtype
+from .bilevel import check_indices, index_dtype
 
 NAME = "llm-int8"
 USE = "use --method llm-int8"
@@ -71,12 +71,14 @@ class LLMInt8:
         }
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> OutlierColumnsTensor:
-        """The inverse of `pack`."""
+        """The inverse of `pack`. Raises `CompressError` for columns that the weight does not have."""
         assert self.inputs is not None
+        codes, columns = tensors[f"{name}.weight"], tensors[f"{name}.weight_columns"].to(torch.int64)
+        check_indices(f"{name}.weight_columns", columns, codes.shape[1])
         return OutlierColumnsTensor(
-            codes=(tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8),
+            codes=(codes.to(torch.int16) + OFFSET).to(torch.uint8),
             scale=tensors[f"{name}.weight_scale"],
-            columns=tensors[f"{name}.weight_columns"].to(torch.int64),
+            columns=columns,
             outliers=tensors[f"{name}.weight_outliers"],
             args=args,
             inputs=self.inputs,

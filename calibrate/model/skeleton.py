@@ -13,6 +13,8 @@ from .config import config_of, refusals_named
 from .moe import split_fused_experts, stored_names
 from .source import Source
 
+INCOMPLETE = "the checkpoint is incomplete"
+
 
 def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: bool = True) -> PreTrainedModel:
     """The causal language model that `source` describes, in eval mode; parameters on the meta device, buffers real.
@@ -93,11 +95,36 @@ def materialise(
         stored = names.find(full)
         if stored is None:
             if isinstance(placeholder, nn.Parameter):
-                raise CompressError(f"{source.path} holds no tensor for {full}", "the checkpoint is incomplete")
+                raise CompressError(f"{source.path} holds no tensor for {full}", INCOMPLETE)
             continue
         assign(module, name, read(source, stored, placeholder, widen).to(device))
     for name, buffer in module.named_buffers():
         assign(module, name, buffer.to(device))
+
+
+def check_tensors(source: Source, model: nn.Module, names: Names) -> None:
+    """Compare the parameters of the skeleton `model` with the file headers; nothing is read.
+
+    Raises `CompressError` with the parameter's name if its tensor is missing, has another shape, or holds integers.
+    """
+    for name, parameter in model.named_parameters():
+        stored = names.find(name)
+        if stored is None:
+            raise CompressError(f"{source.path} holds no tensor for {name}", INCOMPLETE)
+        _check_shape(source, stored, parameter)
+        dtype = source.tensors[stored].spec.torch_dtype
+        if not dtype.is_floating_point:
+            raise CompressError(
+                f"{stored} in {source.tensors[stored].file} holds {str(dtype).removeprefix('torch.')}, expected floats",
+                "the checkpoint is damaged or quantized in a way that its config.json does not state",
+            )
+
+
+def _check_shape(source: Source, stored: str, like: Tensor) -> None:
+    shape = source.tensors[stored].spec.shape
+    if shape != tuple(like.shape):
+        shapes = f"{shape} in the checkpoint, {tuple(like.shape)} by its config.json"
+        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not match")
 
 
 def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tensor:
@@ -105,10 +132,7 @@ def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tenso
 
     Raises `CompressError` if its shape is not the one of `like`, or if it holds NaN or infinite values.
     """
-    shape = source.tensors[stored].spec.shape
-    if shape != tuple(like.shape):
-        shapes = f"{shape} in the checkpoint, {tuple(like.shape)} by its config.json"
-        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not match")
+    _check_shape(source, stored, like)
     tensor = source.read(stored, check=True)
     return tensor.to(like.dtype) if widen else tensor
 

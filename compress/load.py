@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
+from ..calibrate.model.config import REFUSALS, config_of, reason_of
 from ..calibrate.model.skeleton import Names, device_of, materialise, read
-from ..calibrate.model.source import Source
+from ..calibrate.model.source import Source, read_object
 from ..errors import CompressError, UsageError
 from ..kernels.cache.cache import serve_cache
 from ..kernels.cache.ranges import attach
@@ -25,6 +27,7 @@ from .output.record import RECORD
 from .output.record import check as check_record
 from .report.memory import give_back
 
+GENERATION = "generation_config.json"
 GIVE_BACK_EVERY = 8  # layers
 FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is
 
@@ -99,12 +102,19 @@ def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int 
 
 def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedModel:
     disable_progress_bar()
+    config = config_of(source)
+    _check_generation_config(source.path)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source.path, dtype=dtype, output_loading_info=True, trust_remote_code=False, use_safetensors=True
+            source.path,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            trust_remote_code=False,
+            use_safetensors=True,
         )
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CompressError(f"{source.path} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    except (*REFUSALS, SafetensorError) as error:
+        raise CompressError(f"{source.path} cannot be loaded: {reason_of(error)}", "download it again") from error
     model, info = loaded
     wrong = [*sorted(info["missing_keys"]), *(str(key) for key in info["mismatched_keys"])]
     if wrong:
@@ -112,6 +122,20 @@ def _load_dense(source: Source, device: str, dtype: torch.dtype) -> PreTrainedMo
             f"{source.path} has missing or mismatched tensors: {', '.join(wrong[:3])}", "the checkpoint is incomplete"
         )
     return model.to(device).eval()
+
+
+def _check_generation_config(path: Path) -> None:
+    """Raise `CompressError` if there is a generation_config.json that transformers cannot read."""
+    file = path / GENERATION
+    if not file.is_file():
+        return
+    read_object(file)
+    try:
+        GenerationConfig.from_pretrained(path)
+    except REFUSALS as error:
+        raise CompressError(
+            f"{file} cannot be used: {reason_of(error)}", "correct the value, or delete the file: it is optional"
+        ) from error
 
 
 def _hold_dense(checkpoint: Checkpoint, names: Names, device: torch.device, dtype: torch.dtype) -> bool:

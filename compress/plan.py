@@ -16,7 +16,7 @@ from ..calibrate.model import safetensors_io
 from ..calibrate.model.architecture import find_blocks, find_linears, weight_of
 from ..calibrate.model.moe import checkpoint_module_names, renamed, routers
 from ..calibrate.model.safetensors_io import TensorSpec
-from ..calibrate.model.skeleton import Names, outside
+from ..calibrate.model.skeleton import Names, check_tensors, outside
 from ..calibrate.model.source import Source
 from ..errors import UsageError
 from ..kernels.cache.cache import check_cache
@@ -135,13 +135,14 @@ def make_plan(source: Source, model: PreTrainedModel, recipe: Recipe) -> Plan:
     """Decide what every tensor of `source` becomes; `model` is its skeleton.
 
     Raises `UsageError` if the source is quantized already, if the recipe leaves every layer dense or has a budget that is not
-    allocated yet, or if the format cannot hold what the recipe asks for.
+    allocated yet, or if the format cannot hold what the recipe asks for, and `CompressError` as `check_tensors` does.
     """
     if "quantization_config" in source.config:
         raise UsageError(f"{source.path} is quantized already", "start from the original model")
     if recipe.allocate is not None:
         raise UsageError("this recipe has a bit budget that has not been allocated yet", "run it with lmpress.run")
     names = Names(model, source)
+    check_tensors(source, model, names)
     prefix, blocks = find_blocks(model)
     inputs, kv = _inputs(recipe), _kv(recipe, model)
     layers = tuple(_plan_layers(prefix, blocks, recipe, source, names))

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from ..errors import UsageError
 from .methods import AFTER_TRANSFORM, Family, Method, PassConfig, method, method_names
+from .parsing import parse_yaml, readable
 from .scheme import PruneArgs, QuantArgs, Scheme, WeightArgs
 from .scheme.kind_names import GGUF_BLOCKS, PRUNED
 from .scheme.prune_args import Pruning
@@ -214,7 +215,8 @@ def content(name: str | Path) -> tuple[Mapping[str, Any], str]:
     file = Path(name)
     if file.is_file():
         try:
-            text = file.read_text(encoding="utf-8")
+            with readable(file):
+                text = file.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise UsageError(f"{file} is not UTF-8", "a recipe is a YAML file; see: compress recipes list") from error
         return _mapping(text, str(file)), str(file)
@@ -225,9 +227,9 @@ def content(name: str | Path) -> tuple[Mapping[str, Any], str]:
 
 def _mapping(text: str, where: str) -> Mapping[str, Any]:
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from error
+        found = parse_yaml(text)
+    except ValueError as error:
+        raise UsageError(f"{where} is not valid YAML: {error}") from error
     if not isinstance(found, Mapping):
         raise UsageError(f"{where} is not a recipe", "it must be a mapping with a list `passes`")
     return found

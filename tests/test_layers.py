@@ -18,7 +18,7 @@ FLOORS = (
 )  # a floor imports from those before it
 # The rooms of a floor, lowest first: a room imports from those before it, not from those that share its line.
 ROOMS = {
-    "recipes": ("fields scheme", "keywords methods training", "schema", "naming options", "chain"),
+    "recipes": ("fields parsing scheme", "keywords methods training", "schema", "naming options", "chain"),
     "kernels": (
         "packing",
         "tensor",

@@ -3,13 +3,14 @@
 `datasets` and `pyarrow` are imported only when they are used: importing them takes a second and 90 MB of memory.
 """
 
-import json
 import re
 from dataclasses import dataclass
 from itertools import islice
+from json import JSONDecodeError
 from pathlib import Path
 
 from ...errors import CompressError, UsageError
+from ...recipes.parsing import parse_json, readable
 from .builtin_corpus import NAME as BUILTIN_CORPUS
 from .builtin_corpus import Split
 from .builtin_corpus import documents as builtin_documents
@@ -49,7 +50,8 @@ def documents(data: str, split: Split) -> Documents:
 
 
 def _plain(path: Path) -> list[str]:
-    raw = path.read_bytes()
+    with readable(path):
+        raw = path.read_bytes()
     try:
         return [raw.decode("utf-8").removeprefix("\ufeff")]
     except UnicodeDecodeError as error:
@@ -67,11 +69,19 @@ def _json_lines(path: Path) -> list[str]:
 
 def _json_text(line: str, place: str) -> str:
     try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
+        record = parse_json(line)
+    except JSONDecodeError as error:
         raise CompressError(f"{place}: not valid JSON ({error.msg} at column {error.colno})") from error
+    except ValueError as error:
+        raise CompressError(f"{place}: not valid JSON ({error})") from error
     if not isinstance(record, dict) or not isinstance(record.get("text"), str):
         raise CompressError(f"{place}: there is no string field `text`", 'every line must look like {"text": "..."}')
+    try:
+        record["text"].encode()
+    except UnicodeEncodeError as error:
+        raise CompressError(
+            f"{place}: `text` holds half a surrogate pair at character {error.start}", "write the whole pair, or UTF-8"
+        ) from error
     return record["text"]
 
 
@@ -83,7 +93,7 @@ def _parquet(path: Path) -> list[str]:
         with ParquetFile(path) as file:
             columns = file.schema_arrow.names
             texts = file.read(["text"])["text"].to_pylist() if "text" in columns else []
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CompressError(f"{path} is not a readable parquet file ({error})") from error
     if "text" not in columns:
         raise CompressError(f"{path} has no column `text`", f"its columns are {', '.join(columns)}")

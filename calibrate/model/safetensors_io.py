@@ -13,15 +13,15 @@ import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
 from ...errors import CompressError, StorageError
+from ...recipes.parsing import parse_json, readable
 
 DTYPES = {
     "F64": torch.float64,
@@ -43,6 +43,7 @@ SHARD_BYTES = 4 * 2**30
 CHUNK = 16 * 2**20
 INDEX = "model.safetensors.index.json"
 METADATA = {"format": "pt"}
+MOST_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 @dataclass(frozen=True)
@@ -90,40 +91,65 @@ class StoredTensor:
 
 
 def read_header(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of one file by name. Raises `CompressError` if it is truncated or not a safetensors file."""
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    """The tensors of one file by name, as the safetensors library accepts them.
+
+    Raises `CompressError` if the file is truncated or is not a safetensors file, and `UsageError` if it cannot be read.
+    """
+    with readable(file), file.open("rb") as stream:
+        size = os.fstat(stream.fileno()).st_size
         prefix = stream.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
         if not 2 <= length <= size - 8:
             raise _truncated(file)
-        try:
-            header = json.loads(stream.read(length))
-            entries = {name: _entry(file, e, 8 + length) for name, e in header.items() if name != "__metadata__"}
-            _check_layout(entries)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CompressError(f"{file} is not a safetensors file ({error})", "download it again") from error
-    if max((t.start + t.spec.nbytes for t in entries.values()), default=0) > size:
+        if length > MOST_HEADER:
+            raise CompressError(
+                f"{file} has a header of {length:,} bytes; {MOST_HEADER:,} are allowed", "download it again"
+            )
+        text = stream.read(length)
+    try:
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise ValueError("its header is not a JSON object")
+        _check_metadata(header.pop("__metadata__", {}))
+        entries = {name: _entry(file, e, 8 + length) for name, e in header.items()}
+        _check_layout(entries, 8 + length)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CompressError(f"{file} is not a safetensors file ({error})", "download it again") from error
+    end = max((t.start + t.spec.nbytes for t in entries.values()), default=8 + length)
+    if end > size:
         raise _truncated(file)
+    if end < size:
+        raise CompressError(f"{file} has {size - end:,} bytes after its last tensor", "download it again")
     return entries
 
 
-def _entry(file: Path, entry: dict[str, object], data: int) -> StoredTensor:
-    start, stop = entry["data_offsets"]  # type: ignore[misc]
-    if entry["dtype"] not in DTYPES:
-        raise ValueError(f"unknown dtype {entry['dtype']}")
-    spec = TensorSpec(str(entry["dtype"]), tuple(entry["shape"]))  # type: ignore[arg-type]
-    if stop - start != spec.nbytes or min((start, *spec.shape)) < 0:
+def _check_metadata(metadata: object) -> None:
+    pairs = metadata.items() if isinstance(metadata, dict) else [(None, None)]
+    if not all(isinstance(name, str) and isinstance(value, str) for name, value in pairs):
+        raise ValueError("__metadata__ is not an object of strings")
+
+
+def _entry(file: Path, entry: dict[str, Any], data: int) -> StoredTensor:
+    dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if dtype not in DTYPES:
+        raise ValueError(f"unknown dtype {dtype}")
+    if not all(type(number) is int and 0 <= number < 2**63 for number in (*shape, start, stop)):
+        raise ValueError(f"shape {shape} and byte range {start}..{stop} must be whole numbers from 0 to 2**63 - 1")
+    spec = TensorSpec(dtype, tuple(shape))
+    if stop - start != spec.nbytes:
         raise ValueError(f"{spec} needs {spec.nbytes} bytes, but its byte range is {start}..{stop}")
     return StoredTensor(file, spec, data + start)
 
 
-def _check_layout(entries: Mapping[str, StoredTensor]) -> None:
-    """Raise `ValueError` if two tensors share bytes."""
+def _check_layout(entries: Mapping[str, StoredTensor], data: int) -> None:
+    """Raise `ValueError` if two tensors share bytes, or if bytes from offset `data` on belong to none."""
     ordered = sorted(entries.items(), key=lambda item: (item[1].start, item[1].spec.nbytes))
-    for (name, tensor), (following, after) in pairwise(ordered):
-        if tensor.start + tensor.spec.nbytes > after.start:
-            raise ValueError(f"{name} and {following} overlap")
+    end, before = data, "the header"
+    for name, tensor in ordered:
+        if tensor.start != end:
+            words = f"{before} and {name} overlap" if tensor.start < end else f"bytes before {name} belong to no tensor"
+            raise ValueError(words)
+        end, before = end + tensor.spec.nbytes, name
 
 
 def _truncated(file: Path) -> CompressError:

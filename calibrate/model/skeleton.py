@@ -1,17 +1,19 @@
 """A model without weights: its structure on the meta device, filled from the checkpoint one block at a time."""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from ...errors import CompressError, UsageError
+from .config import config_of, refusals_named
 from .moe import split_fused_experts, stored_names
 from .source import Source
+
+INCOMPLETE = "the checkpoint is incomplete"
 
 
 def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: bool = True) -> PreTrainedModel:
@@ -19,35 +21,14 @@ def build(source: Source, dtype: torch.dtype = torch.float32, *, split_experts: 
 
     Fused experts are split into linear layers (see moe.py) unless `split_experts` is false.
 
-    Raises `UsageError` if transformers does not support the architecture; code from the checkpoint is never run.
+    Raises `UsageError` as `config_of` does; code from the checkpoint is never run.
     """
     config = config_of(source)
-    try:
-        with init_empty_weights(include_buffers=False):
-            model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
-    except ValueError as error:
-        raise _no_model(source.path, error) from error
+    with refusals_named(source), init_empty_weights(include_buffers=False):
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False)
     if split_experts:
         split_fused_experts(model)
     return model.eval()
-
-
-def config_of(source: Source) -> PreTrainedConfig:
-    """The config as a transformers object. Raises `UsageError` if transformers does not support the architecture."""
-    try:
-        if source.path.is_dir():
-            config = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
-        else:
-            config = AutoConfig.for_model(**source.config)
-    except ValueError as error:
-        raise _no_model(source.path, error) from error
-    vars(config).pop("quantization_config", None)  # our packed modules replace transformers' own loading
-    return config
-
-
-def _no_model(path: Path, error: ValueError) -> UsageError:
-    reason = str(error).strip().splitlines()[0]
-    return UsageError(f"{path / 'config.json'} does not describe a language model that transformers supports: {reason}")
 
 
 def device_of(name: str) -> torch.device:
@@ -114,11 +95,36 @@ def materialise(
         stored = names.find(full)
         if stored is None:
             if isinstance(placeholder, nn.Parameter):
-                raise CompressError(f"{source.path} holds no tensor for {full}", "the checkpoint is incomplete")
+                raise CompressError(f"{source.path} holds no tensor for {full}", INCOMPLETE)
             continue
         assign(module, name, read(source, stored, placeholder, widen).to(device))
     for name, buffer in module.named_buffers():
         assign(module, name, buffer.to(device))
+
+
+def check_tensors(source: Source, model: nn.Module, names: Names) -> None:
+    """Compare the parameters of the skeleton `model` with the file headers; nothing is read.
+
+    Raises `CompressError` with the parameter's name if its tensor is missing, has another shape, or holds integers.
+    """
+    for name, parameter in model.named_parameters():
+        stored = names.find(name)
+        if stored is None:
+            raise CompressError(f"{source.path} holds no tensor for {name}", INCOMPLETE)
+        _check_shape(source, stored, parameter)
+        dtype = source.tensors[stored].spec.torch_dtype
+        if not dtype.is_floating_point:
+            raise CompressError(
+                f"{stored} in {source.tensors[stored].file} holds {str(dtype).removeprefix('torch.')}, expected floats",
+                "the checkpoint is damaged or quantized in a way that its config.json does not state",
+            )
+
+
+def _check_shape(source: Source, stored: str, like: Tensor) -> None:
+    shape = source.tensors[stored].spec.shape
+    if shape != tuple(like.shape):
+        shapes = f"{shape} in the checkpoint, {tuple(like.shape)} by its config.json"
+        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not match")
 
 
 def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tensor:
@@ -126,10 +132,8 @@ def read(source: Source, stored: str, like: Tensor, widen: bool = True) -> Tenso
 
     Raises `CompressError` if its shape is not the one of `like`, or if it holds NaN or infinite values.
     """
+    _check_shape(source, stored, like)
     tensor = source.read(stored, check=True)
-    if tensor.shape != like.shape:
-        shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(like.shape)} by its config.json"
-        raise CompressError(f"{stored} has shape {shapes}", "the checkpoint and its config do not match")
     return tensor.to(like.dtype) if widen else tensor
 
 

@@ -13,6 +13,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from torch import Tensor
 
 from ...errors import CompressError, UsageError
+from ...recipes.parsing import parse_json, readable
 from .safetensors_io import INDEX, StoredTensor
 
 CONFIG, GGUF = "config.json", ".gguf"
@@ -154,21 +155,28 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path / CONFIG
     if not file.is_file():
         raise UsageError(f"{path} has no {CONFIG}", "give a Hugging Face model directory")
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """The JSON object in `file`. Raises `CompressError` if there is none, and `UsageError` if the file cannot be read."""
+    with readable(file):
+        text = file.read_bytes()
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        found = parse_json(text)
     except ValueError as error:
         raise CompressError(f"{file} is not valid JSON ({error})", "download it again") from error
-    if not isinstance(config, dict):
+    if not isinstance(found, dict):
         raise CompressError(f"{file} is not a JSON object", "download it again")
-    return config
+    return found
 
 
 def _indexed(index: Path) -> set[str]:
     """The shards listed in an index, which must be files in the same folder."""
     try:
-        names = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+        names = set(read_object(index)["weight_map"].values())
         outside = next((name for name in names if Path(name).name != name), None)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{index} is not a valid index of weight files ({error})", "download it again") from error
     if outside is not None:
         raise CompressError(f"{index} lists {outside}, a file outside its folder", "do not trust this checkpoint")

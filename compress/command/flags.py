@@ -12,6 +12,7 @@ from pydantic.fields import FieldInfo
 
 from ...errors import UsageError
 from ...recipes.fields import FLAGS, Flag, Options, flag_name, flag_of, option_fields
+from ...recipes.parsing import parse_yaml
 from .session import Output, session
 
 Model = Annotated[
@@ -152,16 +153,14 @@ def _parse(model: type[Options], name: str, field: FieldInfo, value: Any) -> Any
 
 def parse_options(given: list[str]) -> dict[str, Any]:
     """Turn NAME=VALUE pairs into values by YAML's rules. Raises `UsageError`."""
-    import yaml
-
     options = {}
     for pair in given:
         name, equals, value = pair.partition("=")
         if not equals or not name:
             raise UsageError(f"--set expects NAME=VALUE, got {pair!r}", "write for example --set observer=mse")
         try:
-            options[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
+            options[name] = parse_yaml(value)
+        except ValueError:
             raise UsageError(
                 f"--set {pair!r}: the value is not valid YAML", "write a number, a word, true or false"
             ) from None

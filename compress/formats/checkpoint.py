@@ -70,9 +70,15 @@ class Checkpoint:
             found = self.source.tensors[part].spec
             if found != expected:
                 raise CompressError(f"{part} is {found}, and {expected} by its config.json", UNRELATED)
-        tensor = self.reader.unpack(name, {part: self.source.read(part, check=True) for part in specs}, args)
+        tensors = {part: self.source.read(part, check=True) for part in specs}
+        stated = tensors.get(f"{name}.weight_shape")
+        if stated is not None and tuple(stated.tolist()) != shape:  # before anything of that size is allocated
+            raise CompressError(
+                f"{name}.weight_shape is {tuple(stated.tolist())}, and {shape} by its config.json", UNRELATED
+            )
+        tensor = self.reader.unpack(name, tensors, args)
         if tensor.shape != shape:
-            raise CompressError(f"{name}.weight_shape is {tensor.shape}, and {shape} by its config.json", UNRELATED)
+            raise CompressError(f"{name} is {tensor.shape} as it is stored, and {shape} by its config.json", UNRELATED)
         return tensor
 
     def shape(self, name: str) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from ...calibrate.model.safetensors_io import NAMES, TensorSpec
 from ...kernels.packing.bitstream import pack_rows, unpack_rows
 from ...kernels.tensor import CompressedTensor
 from ...recipes.scheme import QuantArgs
+from .name_pattern import matches
 
 NAME = "pack-quantized"
 EXPERT = re.compile(r".*\.experts\.\d+\..*")
@@ -147,10 +148,13 @@ def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> 
 
 
 def weights_of(name: str, groups: Iterable[Mapping[str, Any]]) -> Mapping[str, Any] | None:
-    """The weights of the group that describes the layer: by its name, by a pattern, or of all linears; None without one."""
+    """The weights of the group that describes the layer: by its name, by a pattern, or of all linears; None without one.
+
+    Raises `ValueError` for patterns that `name_pattern.py` does not support.
+    """
 
     def by_pattern(target: str) -> bool:
-        return target.startswith("re:") and re.match(target.removeprefix("re:"), name) is not None
+        return target.startswith("re:") and matches(target.removeprefix("re:"), name)
 
     describes: tuple[Callable[[str], bool], ...] = (name.__eq__, by_pattern, "Linear".__eq__)
     return next((g["weights"] for way in describes for g in groups if any(map(way, g["targets"]))), None)

@@ -9,8 +9,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ...calibrate.model.architecture import find_blocks
+from ...calibrate.model.config import config_of
 from ...calibrate.model.safetensors_io import StoredTensor, TensorSpec, storage_errors, streamed, write_text
-from ...calibrate.model.skeleton import Names, build, config_of
+from ...calibrate.model.skeleton import Names, build
 from ...calibrate.model.source import CONFIG, Source
 from ...errors import UsageError
 from ..formats.source import open_source

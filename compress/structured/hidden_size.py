@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ...calibrate.channel_graph.links import find_channel_links
 from ...calibrate.channel_graph.probe import Probe
 from ...calibrate.channel_graph.probing import difference, is_norm
 from ...calibrate.data.token_rows import TokenRows
 from ...calibrate.model.architecture import find_blocks, find_linears, set_weight, weight_of
+from ...calibrate.model.config import config_of
 from ...calibrate.model.safetensors_io import TensorSpec
 from ...calibrate.model.skeleton import assign, build, outside, release
 from ...calibrate.model.source import Source
@@ -89,7 +90,7 @@ def prune_hidden_size(
 
 def config_of_hidden_size(source: Source, size: float) -> dict[str, Any]:
     """The content of config.json of the model with `size` channels. Raises `UsageError` for sizes that are not possible."""
-    parsed = AutoConfig.from_pretrained(source.path, trust_remote_code=False)
+    parsed = config_of(source)
     text = parsed.get_text_config()
     if text is not parsed:
         raise UsageError(

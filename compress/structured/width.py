@@ -19,7 +19,8 @@ from ...calibrate.channel_graph.probing import difference
 from ...calibrate.data.token_rows import TokenRows
 from ...calibrate.model import safetensors_io
 from ...calibrate.model.architecture import find_blocks, find_linears, set_weight, weight_of
-from ...calibrate.model.skeleton import Names, assign, build, config_of, release
+from ...calibrate.model.config import config_of
+from ...calibrate.model.skeleton import Names, assign, build, release
 from ...calibrate.model.source import CONFIG, Source
 from ...calibrate.runner import Runner
 from ...errors import CompressError, UsageError

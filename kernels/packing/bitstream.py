@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ...errors import CompressError
+
 RUN = 8  # codes that fill whole bytes
 CACHED = 2**19  # codes at a time: intermediate results stay in the CPU's cache, which is three times as fast
 STAGES = ((torch.int16, 8), (torch.int32, 16), (torch.int64, 32))  # the integer, and the bits of each half
@@ -21,7 +23,11 @@ def pack_rows(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack_rows(packed: Tensor, bits: int, n: int) -> Tensor:
-    """The inverse of `pack_rows`: uint8 `[rows, n]`."""
+    """The inverse of `pack_rows`: uint8 `[rows, n]`. Raises `CompressError` if a row of `packed` has fewer than `n` codes."""
+    if not 0 <= n * bits <= 32 * packed.shape[1]:
+        raise CompressError(
+            f"{packed.shape[1]} words do not hold {n} codes of {bits} bits", "the checkpoint is damaged"
+        )
     return torch.cat([_unpacked(piece, bits, n) for piece in packed.split(_rows_at_once(n))])
 
 

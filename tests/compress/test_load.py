@@ -185,13 +185,14 @@ def test_a_missing_weight_is_named(llama: Path, name: str) -> None:
 def test_a_wrong_shape_is_named(llama: Path, name: str) -> None:
     out = compressed(llama)
     damage(out, lambda tensors: tensors.update({name: tensors[name][:-1]}))
-    with pytest.raises(CompressError, match=rf"{name} .*do not match"):
+    with pytest.raises(CompressError, match=rf"{name} .*do not (match|belong together)"):
         lmpress.load(out)
 
 
-def test_a_wrong_stored_shape_is_named(llama: Path) -> None:
+@pytest.mark.parametrize("shape", [[64, 171], [2**62, 2**62], [-64, 172], [172, 64]])
+def test_a_stored_shape_that_lies_is_named_before_anything_is_unpacked(llama: Path, shape: list[int]) -> None:
     out = compressed(llama)
-    damage(out, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor([64, 171])}))
+    damage(out, lambda tensors: tensors.update({f"{LAYER}.weight_shape": torch.tensor(shape)}))
     with pytest.raises(CompressError, match=rf"{LAYER}\.weight_shape is"):
         lmpress.load(out)
 
@@ -244,3 +245,19 @@ def test_dense_models_lacking_a_tensor_are_refused(llama: Path) -> None:
     damage(llama, lambda tensors: tensors.pop("model.norm.weight"))
     with pytest.raises(CompressError, match=r"has missing or mismatched tensors: model\.norm\.weight"):
         lmpress.load(llama)
+
+
+def test_a_generation_config_that_cannot_be_used_is_named(tiny: Path) -> None:
+    for content in ("3", "[" * 50_000, '{"max_length": {}, "cache_implementation": 3}'):
+        (tiny / "generation_config.json").write_text(content)
+        with pytest.raises(CompressError, match=r"generation_config\.json"):
+            lmpress.load(tiny)
+
+
+def test_a_pattern_of_layers_that_is_not_supported_is_named(llama: Path) -> None:
+    out = compressed(llama)
+    config = json.loads((out / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["targets"] = [r"re:^(([a-z_.0-9])*)*\1#$"]
+    (out / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UsageError, match=r"config|quantized in a way .*pattern .* is not supported from character"):
+        lmpress.load(out)

@@ -158,6 +158,9 @@ def test_wrong_arguments_are_named(changes: dict[str, object], message: str) -> 
         ("passes: [{method: gptq, scheme: {weights: {bit: 4}}}]", "gptq: scheme.weights.bit"),
         ("passes: [{method: gptq, scheme: {weights: {group_size: 0}}}]", "group size 0 is not"),
         ("passes: [{method: [gptq]}]", "has no method"),
+        ("seed: 2024-99-99", "here is not valid YAML: month"),
+        ("[" * 5000 + "]" * 5000, "here is not valid YAML: .*nested"),
+        ("seed: 1\nseed: 2", "here is not valid YAML: the key 'seed' occurs twice"),
     ],
 )
 def test_wrong_recipes_are_named(text: str, message: str) -> None:

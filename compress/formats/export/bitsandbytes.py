@@ -28,6 +28,7 @@ from ....calibrate.model.safetensors_io import TensorSpec
 from ....errors import CompressError
 from ....kernels.packing.codebook import NESTED_BLOCK, dynamic_values, nf4_values
 from ....kernels.tensor import CompressedTensor, NF4Tensor, OutlierColumnsTensor
+from ....recipes.parsing import parse_json
 from ....recipes.scheme import QuantArgs, signed_weights
 from ..int_quantized import OFFSET
 from .layout import LayerFormat
@@ -206,14 +207,14 @@ def _length(args: QuantArgs, shape: tuple[int, int]) -> int:
 
 def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
-        state = json.loads(bytes(tensors[_full(name, STATE)].tolist()))
+        state = parse_json(bytes(tensors[_full(name, STATE)].tolist()))
         rows, columns = state["shape"] = [operator.index(each) for each in state["shape"]]
         state["blocksize"] = operator.index(state["blocksize"])
         if state["dtype"] not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype {state['dtype']!r}")
         if _full(name, "nested_absmax") in tensors:
             state["nested_offset"] = float(state["nested_offset"])
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
     codes = tensors[_full(name, "")].numel()
     if state.get("quant_type") != "nf4" or min(rows, columns) < 1 or -(-rows * columns // 2) != codes:

@@ -20,8 +20,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from ....calibrate.model.safetensors_io import NAMES, StoredTensor, TensorSpec
 from ....calibrate.model.source import Source
 from ....errors import CompressError, UsageError
+from ....recipes.parsing import readable
 from ..kinds import gguf_blocks
 from . import blocks
+from .header import check_header
 from .library import DENSE, PERMUTED, library
 
 NUMBERS = {name: NAMES[dtype] for dtype, name in DENSE.items()}  # GGUF's name of a float type -> that of safetensors
@@ -35,6 +37,7 @@ ONE_SPACE = [  # what sentencepiece does to spaces if it is configured so, and t
     {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
     for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
 ]
+EPSILON = "attention.layer_norm_rms_epsilon"
 # transformers' name of a setting: GGUF's, below the name of the architecture.
 SETTINGS = {
     "hidden_size": "embedding_length",
@@ -42,8 +45,9 @@ SETTINGS = {
     "num_hidden_layers": "block_count",
     "num_attention_heads": "attention.head_count",
     "max_position_embeddings": "context_length",
-    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "rms_norm_eps": EPSILON,
 }
+SIZES = ("attention.head_count_kv", "attention.key_length", "rope.dimension_count")  # which may be absent
 
 
 class GGUFSource(Source):
@@ -84,6 +88,8 @@ def open_gguf(file: Path) -> Source:
     """The model in `file`. Raises `UsageError` for what lmpress does not read in it, `CompressError` for a damaged file."""
     gguf = library("reading")
     try:
+        with readable(file):
+            check_header(file)
         reader = gguf.GGUFReader(file)
         lists = gguf.GGUFValueType.ARRAY  # of tokens, which take long
         metadata = {name: field.contents() for name, field in reader.fields.items() if lists not in field.types}
@@ -106,7 +112,7 @@ def open_gguf(file: Path) -> Source:
             found[names[name]] = placed
     if packed:
         config["quantization_config"] = gguf_blocks.config_of(packed, [])
-    return GGUFSource(file, metadata.get("general.name", file.stem), config, found)
+    return GGUFSource(file, str(metadata.get("general.name", file.stem)), config, found)
 
 
 def tokenizer_of(file: Path) -> PreTrainedTokenizerBase:
@@ -132,6 +138,7 @@ def _config(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
     """The contents of a config.json."""
     kind = metadata.get("general.architecture")
     own = {name.removeprefix(f"{kind}."): value for name, value in metadata.items() if name.startswith(f"{kind}.")}
+    _check_numbers(file, kind, metadata)
     _check(file, kind, own, metadata, tensors)
     try:
         config: dict[str, Any] = {ours: own[theirs] for ours, theirs in SETTINGS.items()}
@@ -139,6 +146,12 @@ def _config(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
         vocabulary = int(tensors["token_embd.weight"].shape[1])
     except KeyError as error:
         raise CompressError(f"{file} has no {error.args[0]}", AGAIN) from error
+    except IndexError as error:
+        raise CompressError(f"{file}: token_embd.weight is not a matrix", AGAIN) from error
+    if config["num_hidden_layers"] > len(tensors):
+        raise CompressError(
+            f"{file}: {kind}.block_count is {config['num_hidden_layers']}, and there are {len(tensors)} tensors", AGAIN
+        )
     special = {
         f"{name}_token_id": metadata.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")
     }
@@ -158,6 +171,18 @@ def _config(file: Path, metadata: dict[str, Any], tensors: dict[str, Any]) -> di
         "pad_token_id": special["padding_token_id"],
         "dtype": "float32",
     }
+
+
+def _check_numbers(file: Path, kind: object, metadata: dict[str, Any]) -> None:
+    """Raise `CompressError` if a setting is not a number, or a size is not a whole one of at least 1."""
+    for name in (*SETTINGS.values(), *SIZES):
+        value = metadata.get(f"{kind}.{name}", 1)
+        if not (isinstance(value, float) and name == EPSILON) and (type(value) is not int or value < 1):
+            raise CompressError(f"{file}: {kind}.{name} must be a whole number of at least 1, got {value!r}", AGAIN)
+    for name in ("split.count", f"{kind}.expert_count", f"{kind}.rope.freq_base"):
+        value = metadata.get(name, 0)
+        if type(value) not in (int, float):
+            raise CompressError(f"{file}: {name} must be a number, got {value!r}", AGAIN)
 
 
 def _check(

@@ -74,10 +74,10 @@ class LLMInt8:
     def unpack(self, name: str, tensors: Mapping[str, Tensor], args: QuantArgs) -> OutlierColumnsTensor:
         """The inverse of `pack`. Raises `CompressError` if the columns do not ascend or lie outside the weight."""
         assert self.inputs is not None
-        columns = tensors[f"{name}.weight_columns"].to(torch.int64)
-        check_ascending(f"{name}.weight_columns", columns, tensors[f"{name}.weight"].shape[1])
+        codes, columns = tensors[f"{name}.weight"], tensors[f"{name}.weight_columns"].to(torch.int64)
+        check_ascending(f"{name}.weight_columns", columns, codes.shape[1])
         return OutlierColumnsTensor(
-            codes=(tensors[f"{name}.weight"].to(torch.int16) + OFFSET).to(torch.uint8),
+            codes=(codes.to(torch.int16) + OFFSET).to(torch.uint8),
             scale=tensors[f"{name}.weight_scale"],
             columns=columns,
             outliers=tensors[f"{name}.weight_outliers"],

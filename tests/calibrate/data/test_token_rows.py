@@ -3,6 +3,7 @@
 import hashlib
 import json
 import struct
+from contextlib import suppress
 from pathlib import Path
 
 import datasets
@@ -147,12 +148,28 @@ def test_the_built_in_corpus_gets_the_split(monkeypatch: pytest.MonkeyPatch) -> 
         ("other.jsonl", '{"content": "a"}', "line 1: there is no string field `text`"),
         ("list.jsonl", '{"text": "a"}\n["a"]', "line 2: there is no string field `text`"),
         ("number.jsonl", '{"text": 3}', "line 1: there is no string field `text`"),
+        ("deep.jsonl", "[" * 50_000 + "]" * 50_000, "line 1: not valid JSON .*nested more than"),
+        (
+            "half.jsonl",
+            '{"text": "a"}\n{"text": "ab\\ud800"}',
+            "line 2: `text` holds half a surrogate pair at character 2",
+        ),
         ("bad.parquet", "no parquet", "not a readable parquet file"),
     ],
 )
 def test_unusable_content_is_located(tmp_path: Path, name: str, content: str | bytes, message: str) -> None:
     with pytest.raises(CompressError, match=message):
         documents(written(tmp_path / name, content), "heldout")
+
+
+def test_damaged_tables_are_explained(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    parquet.write_table(pyarrow.table({"text": ["some text"] * 5}), file)
+    whole = file.read_bytes()
+    for start in range(4, len(whole) - 8):
+        file.write_bytes(whole[:start] + b"\0\0\0\0" + whole[start + 4 :])
+        with suppress(CompressError):
+            documents(str(file), "heldout")
 
 
 @pytest.mark.parametrize(
@@ -218,6 +235,25 @@ def test_a_broken_tokenizer_is_an_error(tmp_path: Path) -> None:
     written(tmp_path / "tokenizer.json", "{")
     with pytest.raises(CompressError, match="cannot be read"):
         load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("tokenizer.json", {"model": 3}, r"cannot be read \(Exception"),
+        ("tokenizer.json", {"added_tokens": {"x": 0}}, "cannot be read"),
+        ("tokenizer_config.json", {"model_max_length": {}}, r"cannot be read \(TypeError"),
+        ("tokenizer_config.json", {"x": 0}, "nested|recursion"),
+        ("config.json", {"max_position_embeddings": "x"}, r"config\.json is not valid: .*max_position_embeddings"),
+    ],
+)
+def test_what_the_tokenizers_library_refuses_is_an_error(
+    tiny: Path, file: str, changes: dict[str, object], message: str
+) -> None:
+    text = json.dumps(json.loads((tiny / file).read_text()) | changes)
+    written(tiny / file, text.replace('"x": 0', '"x": ' + "[" * 50_000 + "]" * 50_000) if "x" in changes else text)
+    with pytest.raises(CompressError, match=message):
+        load_tokenizer(tiny)
 
 
 def test_context_length_is_read_from_either_name() -> None:

@@ -137,11 +137,35 @@ def test_a_file_cut_after_its_header_was_read_is_reported_as_truncated(tmp_path:
         ({"w": entry(-2, 0)}, b"ab"),
         ({"v": entry(0, 4), "w": entry(2, 6)}, b"abcdef"),
         ({"v": entry(0, 4), "w": entry(0, 4)}, b"abcd"),
+        ({"w": entry(0, 2) | {"data_offsets": [0.0, 2.0]}}, b"ab"),
+        ({"w": entry(0, 2, shape=[2.0])}, b"ab"),  # type: ignore[list-item]
+        ({"w": entry(0, 2, shape=[True, 2])}, b"ab"),
+        ({"w": entry(0, 0, shape=[0, 2**63])}, b""),
+        ({"v": entry(0, 2), "w": entry(3, 5)}, b"abcde"),
+        ({"w": entry(1, 3)}, b"abc"),
+        ({"w": entry(0, 2), "__metadata__": {"format": 1}}, b"ab"),
+        ({"w": entry(0, 2), "__metadata__": []}, b"ab"),
+        (b'{"w": 1, "w": {"dtype": "U8", "shape": [2], "data_offsets": [0, 2]}}', b"ab"),
+        (b'{"__metadata__": {"a": "b"}, "__metadata__": {"a": "b"}}', b""),
+        (b"[" * 50_000 + b"]" * 50_000, b""),
     ],
 )
 def test_inconsistent_headers_are_refused(tmp_path: Path, header: object, data: bytes) -> None:
     file = safetensors_file(tmp_path / "x.safetensors", header, data)
     with pytest.raises(CompressError, match=r"x\.safetensors is not a safetensors file"):
+        safetensors_io.read_header(file)
+
+
+def test_bytes_after_the_last_tensor_are_refused(tmp_path: Path) -> None:
+    file = safetensors_file(tmp_path / "x.safetensors", {"w": entry(0, 2)}, b"abc")
+    with pytest.raises(CompressError, match=r"x\.safetensors has 1 bytes after its last tensor"):
+        safetensors_io.read_header(file)
+
+
+def test_a_header_above_the_librarys_limit_is_never_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    file = safetensors_file(tmp_path / "x.safetensors", {"w": entry(0, 2)}, b"ab")
+    monkeypatch.setattr(safetensors_io, "MOST_HEADER", 20)
+    with pytest.raises(CompressError, match=r"x\.safetensors has a header of \d+ bytes; 20 are allowed"):
         safetensors_io.read_header(file)
 
 

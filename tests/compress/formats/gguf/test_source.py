@@ -1,5 +1,6 @@
 """GGUF files of other tools: written here by the gguf library alone, and read as transformers reads them."""
 
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import lmpress
+from lmpress.compress.formats.gguf.header import check_header
 from lmpress.compress.formats.tokenizer import load_tokenizer
 from lmpress.errors import CompressError, UsageError
 from lmpress.eval.inspect import inspect
@@ -155,3 +157,53 @@ def test_what_is_not_read_is_refused_by_name(llama: LlamaForCausalLM, tmp_path: 
     (tmp_path / "not.gguf").write_bytes(b"no such thing")
     with pytest.raises(CompressError, match="is not a complete GGUF file"):
         lmpress.load(tmp_path / "not.gguf")
+
+
+def damaged(file: Path, key: str, code: str, value: int) -> None:
+    """Write `value`, packed by struct's `code`, over the value of the entry `key`."""
+    data = file.read_bytes()
+    place = data.index(key.encode()) + len(key) + 4
+    new = struct.pack(f"<{code}", value)
+    file.write_bytes(data[:place] + new + data[place + len(new) :])
+
+
+@pytest.mark.parametrize(
+    ("key", "code", "value", "message"),
+    [
+        ("llama.block_count", "I", 2**32 - 1, "block_count is 4294967295, and there are 21 tensors"),
+        ("llama.attention.head_count", "I", 0, "attention.head_count must be a whole number of at least 1, got 0"),
+        ("llama.attention.head_count_kv", "I", 0, "head_count_kv must be a whole number of at least 1, got 0"),
+        ("llama.feed_forward_length", "I", 2**31, "intermediate_size is 2147483648, and the weight files"),
+        ("llama.context_length", "I", 0, "context_length must be"),
+        ("general.architecture", "Q", 2**62, "is not a complete GGUF file"),
+    ],
+)
+def test_numbers_of_the_metadata_are_checked(
+    llama: LlamaForCausalLM, tmp_path: Path, key: str, code: str, value: int, message: str
+) -> None:
+    file = foreign(llama, tmp_path / "m.gguf", {})
+    damaged(file, key, code, value)
+    with pytest.raises(CompressError, match=message):
+        lmpress.load(file)
+
+
+@pytest.mark.parametrize("place", [8, 16])  # of the numbers of tensors and of entries
+def test_counts_beyond_the_file_are_refused_at_once(llama: LlamaForCausalLM, tmp_path: Path, place: int) -> None:
+    file = foreign(llama, tmp_path / "m.gguf", {})
+    data = file.read_bytes()
+    file.write_bytes(data[:place] + struct.pack("<Q", 2**62) + data[place + 8 :])
+    with pytest.raises(ValueError, match=r"states|cut off|dimensions|a value of type"):
+        check_header(file)
+
+
+def test_the_count_of_an_array_is_compared_with_the_file(tmp_path: Path) -> None:
+    for order, version in (("<", 3), (">", 3)):
+        entry = struct.pack(f"{order}Q1sIIQ", 1, b"a", 9, 4, 2**40) + bytes(64)
+        head = struct.pack(f"{order}IQQ", version, 0, 1)
+        (tmp_path / "m.gguf").write_bytes(b"GGUF" + head + entry)
+        with pytest.raises(ValueError, match=r"states 4,398,046,511,104 bytes"):
+            check_header(tmp_path / "m.gguf")
+
+
+def test_headers_by_the_library_pass(llama: LlamaForCausalLM, tmp_path: Path) -> None:
+    check_header(foreign(llama, tmp_path / "m.gguf", {}, general__note="a"))

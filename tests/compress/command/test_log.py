@@ -26,7 +26,7 @@ def test_a_link_is_not_followed(tmp_path: Path) -> None:
 
 def test_a_failing_disk_is_one_warning(capsys: pytest.CaptureFixture[str]) -> None:
     warnings: list[str] = []
-    with open("/dev/full", "w") as full:
+    with Path("/dev/full").open("w") as full:
         handler = LogFile(full, warnings.append)
         for _ in range(3):
             handler.handle(logging.LogRecord("x", logging.INFO, "f", 1, "line", (), None))

@@ -38,7 +38,7 @@ def distill(model: Path, out: Path, text: str) -> None:
 def export(model: Path, out: Path, text: str) -> None:
     packed = out.parent / f"{out.name}-packed"
     rtn(model, packed, text)
-    lmpress.export(packed, out, format="gptq")
+    lmpress.export(packed, out, format="fp16")
 
 
 def chained(model: Path, out: Path, text: str) -> None:

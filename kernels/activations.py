@@ -1,4 +1,4 @@
-"""Integer grids of activations: found at every call (dynamic) or calibrated once (static).
+"""Integer grids of activations: computed at every call (dynamic) or calibrated once (static).
 
     symmetric   scale = absmax / (2**(bits-1) - 1), zero = 2**(bits-1)        SmoothQuant, compressed-tensors
     asymmetric  scale = (max(high, 0) - min(low, 0)) / (2**bits - 1), zero = round(-low / scale)
@@ -50,7 +50,7 @@ def encode(x: Tensor, grid: InputGrid, args: QuantArgs) -> Tensor:
 
 
 def fake_quantize(x: Tensor, args: QuantArgs, grid: InputGrid | None = None, reach: float = 0.0) -> Tensor:
-    """`x` rounded to the calibrated `grid`, or without one to that of its own ranges (see `grid_of`). In float32."""
+    """`x` rounded to the calibrated `grid`, or if there is none to that of its ranges (see `grid_of`). In float32."""
     values = x.float()
     if grid is None:
         grid = grid_of(*extremes(values, args), args, reach=reach)
@@ -72,9 +72,9 @@ def quantized_inputs(block: nn.Module, compressed: Mapping[str, Compressed], rea
 
 def decompose(x: Tensor, args: QuantArgs, columns: Tensor) -> Tensor:
     """`x` `[..., width]` rounded but for `columns` and those that reach the threshold, which widen no scale (LLM.int8)."""
-    apart = (x.abs() >= args.threshold).flatten(0, -2).any(0) if args.threshold else x.new_zeros(x.shape[-1]).bool()
-    apart[columns] = True
-    return torch.where(apart, x, fake_quantize(x.masked_fill(apart, 0), args))
+    outlying = (x.abs() >= args.threshold).flatten(0, -2).any(0) if args.threshold else x.new_zeros(x.shape[-1]).bool()
+    outlying[columns] = True
+    return torch.where(outlying, x, fake_quantize(x.masked_fill(outlying, 0), args))
 
 
 def _straight_through(

@@ -36,7 +36,7 @@ class Choice:
     passed_over: tuple[tuple[str, Refusal], ...] = ()
 
     def __str__(self) -> str:
-        """One line for people."""
+        """The name, and in parentheses why others were passed over."""
         skipped = [f"{name}: {refusal.reason}" for name, refusal in self.passed_over]
         return self.kernel.name + (f" ({'; '.join(skipped)})" if skipped else "")
 
@@ -52,7 +52,7 @@ def choose(need: KernelSpec, kernel: str | None = None, kernels: Sequence[Kernel
     for candidate in kernels:
         refused = refusal(candidate, need)
         if refused is None:
-            _tell(candidate, passed_over)
+            _warn_about(candidate, passed_over)
             return Choice(candidate, tuple(passed_over))
         passed_over.append((candidate.name, refused))
     reasons = "; ".join(f"{name}: {refused.reason}" for name, refused in passed_over)
@@ -80,13 +80,13 @@ def _named(name: str, need: KernelSpec, kernels: Sequence[Kernel]) -> Kernel:
     return found
 
 
-def _tell(chosen: Kernel, passed_over: Sequence[tuple[str, Refusal]]) -> None:
+def _warn_about(chosen: Kernel, passed_over: Sequence[tuple[str, Refusal]]) -> None:
     reasons = dict.fromkeys(refused.reason for _, refused in passed_over if refused.worth_warning)
     for reason in reasons:
-        _say(f"{reason}; {chosen.name} serves instead")
+        _warn_once(f"{reason}; {chosen.name} serves instead")
 
 
 @cache
-def _say(message: str) -> None:
-    """Each message once, however many layers it is about."""
+def _warn_once(message: str) -> None:
+    """Log each message once, however many layers it is about."""
     logger.warning(message)

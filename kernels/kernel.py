@@ -20,19 +20,19 @@ FLOAT_DTYPES = frozenset({torch.float32, torch.float16, torch.bfloat16})
 
 
 class Unavailable(CompressError):
-    """A kernel cannot run on this machine; the message says why. Another one can: the dispatch catches this."""
+    """A kernel cannot run on this machine; the message gives the reason. The dispatch then tries the next one."""
 
 
 class WrongMachine(Unavailable):
-    """It was made for other hardware: nothing to repair, nothing to report."""
+    """The kernel was made for other hardware: there is nothing to repair, and no warning is given."""
 
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """What a layer asks of its kernel.
+    """What a layer needs of its kernel.
 
     `values` is the dtype of what a pruned weight stores, and then `bits` are those of the dtype and there is no grid; None for
-    codes. `activations` says how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
+    codes. `activations` is how inputs enter the product: `float` as they are (exact), `group` as int8 codes with a scale per
     row and group of the weight, `token` as int8 codes with a scale per row. A scale is `absmax / steps`. `parts` are those
     of `Weight` that this one has in addition to its codes, scales and zeros, in the order of `PARTS`.
     """
@@ -95,7 +95,7 @@ class Capabilities:
             stored = (
                 ("codebook bits", need.bits, self.codebook_bits) if need.codebook else ("bits", need.bits, self.bits)
             )
-        asked = [
+        needs = [
             stored,
             ("activations", need.activations, self.activations),
             ("device", need.device, self.devices),
@@ -104,7 +104,7 @@ class Capabilities:
             ("symmetric", need.symmetric, self.symmetric),
         ]
         return next(
-            (f"{what} {value} not served" for what, value, ok in asked if ok is not None and value not in ok), None
+            (f"{what} {value} not served" for what, value, ok in needs if ok is not None and value not in ok), None
         )
 
 
@@ -120,7 +120,7 @@ class Product(nn.Module, ABC):
 
 
 class CodedProduct(Product):
-    """The product of a weight of codes, which it can give back: nobody has to keep them twice."""
+    """The product of a weight of codes, which it can return, so that they are kept in memory once."""
 
     @abstractmethod
     def codes(self) -> Tensor:
@@ -153,7 +153,7 @@ class Kernel:
     """A named way to multiply by a quantized weight.
 
     `prepare` makes the product of a weight and raises `Unavailable` if the machine cannot run it; `pruned` does the same for
-    a pruned weight, if `serves` has `values`. `mixes` says that it multiplies 16-bit columns too; `added` is how it adds the
+    a pruned weight, if `serves` has `values`. `mixes`: it multiplies 16-bit columns too; `added` is how it adds the
     product of a residual to float32 sums, perhaps in place. `tolerance` is the largest relative error against float64 (with the
     activations quantized as the need says) that its self-test accepts.
     """

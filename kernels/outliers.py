@@ -1,4 +1,4 @@
-"""What goes around any kernel: 16-bit columns and the threshold of the inputs (LLM.int8), and sparse residuals (SpQR)."""
+"""Additions to the product of any kernel: 16-bit columns, the threshold of inputs (LLM.int8), sparse residuals (SpQR)."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .weight import PrunedWeight, SparseRows, Weight
 
 
 def prepare(kernel: Kernel, weight: Weight | PrunedWeight, need: KernelSpec) -> Product:
-    """The product of `weight` by `kernel`, with whatever the weight keeps apart."""
+    """The product of `weight` by `kernel`, with its outlier columns, threshold and residual."""
     if isinstance(weight, PrunedWeight):
         assert kernel.pruned is not None
         return kernel.pruned(weight, need)
@@ -45,9 +45,10 @@ class WithColumns(CodedProduct):
 
 
 class WithThreshold(CodedProduct):
-    """Input columns that reach the threshold, but for those kept apart, leave the int8 product and widen none of its scales.
+    """Input columns that reach the threshold are left out of the int8 product, so that they widen none of its scales.
 
-    They are found at every call and meet the dequantized codes, for want of better weights (Dettmers et al. 2022).
+    They are found at every call and multiplied by the dequantized codes (Dettmers et al. 2022). Columns that are stored in 16
+    bits are not among them.
     """
 
     def __init__(self, inner: CodedProduct, weight: Weight) -> None:

@@ -50,7 +50,7 @@ class SparseRows:
 
 @dataclass(frozen=True)
 class Levels:
-    """The scales and zeros of SpQR as two levels, tile by tile of 16 rows, those of the last one that are missing being 0.
+    """The bilevel scales and zeros of SpQR in tiles of 16 rows; the last tile is padded with zeros.
 
     codes  uint8 `[tiles, groups, 16]`: the code of a row's scale in the low nibble, that of its zero in the high one
     grids  float16 `[tiles, groups, 4]`: scale and zero of the scale codes, then those of the zero codes
@@ -61,7 +61,7 @@ class Levels:
 
     @classmethod
     def of(cls, scale: Bilevel, zero: Bilevel) -> "Levels":
-        """Both in one."""
+        """The codes and grids of `scale` and `zero`, joined."""
         both = scale.codes | zero.codes << 4
         tiles = F.pad(both, (0, 0, 0, -len(both) % TILE)).unflatten(0, (-1, TILE)).transpose(1, 2)
         grids = (scale.scale, scale.zero, zero.scale, zero.zero)
@@ -72,7 +72,7 @@ class Levels:
         return moved(self, device)
 
     def two(self, rows: int) -> tuple[Bilevel, Bilevel]:
-        """The scales and the zeros of so many rows."""
+        """The scales and the zeros of the first `rows` rows."""
         codes = self.codes.transpose(1, 2).flatten(0, 1)[:rows]
         grids = [part.contiguous() for part in self.grids.unbind(-1)]
         return Bilevel(codes & 15, *grids[:2]), Bilevel(codes >> 4, *grids[2:])
@@ -80,13 +80,13 @@ class Levels:
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight `[out, in]`: `scale * (codes - zero)`, or `scale * codebook[codes]`, plus what was kept apart.
+    """A weight `[out, in]`: `scale * (codes - zero)`, or `scale * codebook[codes]`, plus outlier columns and a residual.
 
     codes     uint8 `[out, in]`, below `2**bits`
     scale     float `[out, groups]`; group g covers the columns `g * group ..`, the last group may be shorter
     zero      `[out, groups]`, integers or reals; None if it is `2**(bits - 1)`, and with a codebook
     codebook  float `[2**bits]`, or None for a uniform grid
-    columns, outliers  the indices int64 `[c]` of input columns kept in high precision, and their weights `[out, c]`; the
+    columns, outliers  the indices int64 `[c]` of input columns in high precision, and their weights `[out, c]`; the
               codes of these columns do not count
     threshold  from which on a value of the inputs takes its column out of the int8 product; 0: none does
     residual  sparse entries `[out, in]` that are added to the rest (SpQR), or None
@@ -121,7 +121,7 @@ class Weight:
         return replace(moved(self, device), residual=residual, levels=levels)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out, in]` computed in `dtype`: what every kernel is held against."""
+        """The weight `[out, in]` computed in `dtype`: the reference for every kernel."""
         width = self.codes.shape[1]
         scale = self.scale.to(dtype).repeat_interleave(self.group, dim=1)[:, :width]
         if self.codebook is not None:
@@ -180,6 +180,6 @@ class PrunedWeight:
         return torch.cat([counts.new_zeros(1), counts.cumsum(0)])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight `[out, in]` in `dtype`: what every kernel is held against."""
+        """The weight `[out, in]` in `dtype`: the reference for every kernel."""
         kept = self.kept()
         return self.values.new_zeros(kept.shape, dtype=dtype).masked_scatter_(kept, self.values.to(dtype))

@@ -25,19 +25,19 @@ class CpuProduct(PackedLayout[Panels]):
     def __init__(self, weight: Weight, spec: KernelSpec, instructions: str) -> None:
         lanes = library.instruction_set(instructions).lanes
         super().__init__(pack(weight, lanes))
-        self.lanes, self.how = lanes, (instructions, spec.activations, spec.steps)
+        self.lanes, self.settings = lanes, (instructions, spec.activations, spec.steps)
         self._call: library.Linear | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
-            return torch.ops.lmpress.cpu_linear(x, *flatten_layout(self.layout), *self.how)
+            return torch.ops.lmpress.cpu_linear(x, *flatten_layout(self.layout), *self.settings)
         return multiply(x, self.call)
 
     @property
     def call(self) -> library.Linear:
         """The product with the addresses of its tensors, prepared once."""
         if self._call is None:
-            self._call = library.Linear(self.layout, *self.how)
+            self._call = library.Linear(self.layout, *self.settings)
         return self._call
 
     def codes(self) -> Tensor:

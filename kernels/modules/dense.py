@@ -1,6 +1,6 @@
 """Layers and tables that are not quantized, in the 16 bits that they are stored in, for models that compute in float32.
 
-The compiled kernels multiply by them as they are: half of the memory that float32 takes, and the same products. A head and
+The compiled kernels multiply by them as they are stored: half of the memory of float32, and the same products. A head and
 a table of embeddings that are tied hold one copy.
 """
 
@@ -44,7 +44,7 @@ class DenseLinear(PrunedLinear):
 
 
 class DenseEmbedding(nn.Module):
-    """Rows of a table `[rows, width]` that is held in 16 bits; they come out in `dtype`."""
+    """Rows of a table `[rows, width]` that is held in 16 bits; the output is in `dtype`."""
 
     def __init__(self, rows: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
@@ -60,7 +60,7 @@ class DenseEmbedding(nn.Module):
         return f"{self.num_embeddings}, {self.embedding_dim}, {self.rows.dtype}"
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "DenseEmbedding":
-        """Moves and casts change where and in what dtype rows come out; what is stored keeps its dtype."""
+        """Moves and casts change the device and the dtype of the output; what is stored keeps its dtype."""
         place = fn(torch.empty(0, dtype=self.dtype, device=self.rows.device))
         self.rows, self.dtype = self.rows.to(place.device), place.dtype
         return self

@@ -1,4 +1,4 @@
-"""The module of a packed table: only the rows that are looked up are unfolded."""
+"""The module of a packed table: only the rows that are looked up are unpacked."""
 
 from collections.abc import Callable
 
@@ -43,7 +43,7 @@ class PackedEmbedding(nn.Module):
         return CompressedTensor(codes, self.scale[ids], None if self.zero is None else self.zero[ids], self.args)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PackedEmbedding":
-        """Moves and casts change where and in what dtype rows come out; what is stored keeps its dtype."""
+        """Moves and casts change the device and the dtype of the output; what is stored keeps its dtype."""
         stored = dict(self.named_buffers())
         place = fn(torch.empty(0, dtype=self.dtype, device=self.words.device))
         super()._apply(fn, recurse)

@@ -1,4 +1,4 @@
-"""The modules that take a linear layer's place: their weights stay packed in memory, and a kernel multiplies by them."""
+"""The modules that replace linear layers: their weights stay packed in memory, and a kernel multiplies by them."""
 
 from abc import ABC, abstractmethod
 from collections import Counter
@@ -21,7 +21,7 @@ from ..weight import Levels, PrunedWeight, Weight
 class Serving:
     """How packed layers are to compute.
 
-    `exact` False lets inputs become int8 codes, one scale per group: faster, and off by a few thousandths. `kernel` forces
+    `exact` False rounds inputs to int8 codes, one scale per group: faster, with an error of a few thousandths. `kernel` forces
     one by name. `dtype` is that of the inputs.
     """
 
@@ -94,14 +94,14 @@ class ServedLinear(nn.Module, ABC):
         self._release(tensor, weight)
 
     def _release(self, tensor: Any, weight: Any) -> None:
-        """Let go of what the product holds as well."""
+        """Drop what the product holds too."""
 
     @abstractmethod
     def _weight(self, tensor: Any) -> Weight | PrunedWeight:
         """What the kernels are given."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "ServedLinear":
-        """Moves and casts choose the kernel again for where they lead; what is stored keeps its dtype."""
+        """Moves and casts choose the kernel again for the new device and dtype; what is stored keeps its dtype."""
         kept = dict(self.named_buffers(recurse=False))
         before = next(self.product.buffers()).device
         place = fn(torch.empty(0, dtype=self.serving.dtype, device=before))
@@ -136,7 +136,7 @@ class PackedLinear(ServedLinear):
 
     @property
     def codes(self) -> Tensor:
-        """Those of the weight, uint8 `[out, in]`."""
+        """The codes of the weight, uint8 `[out, in]`."""
         return self._coded.codes()
 
     @property
@@ -182,7 +182,7 @@ class OutlierColumnsLinear(PackedLinear):
 
 
 class PrunedLinear(ServedLinear):
-    """`y = x W^T + bias` with only the weights that are left in memory, and a bit for each that says which these are."""
+    """`y = x W^T + bias` with only the weights that are not pruned in memory, and a mask of one bit per weight."""
 
     @property
     def compressed(self) -> PrunedTensor:
@@ -193,7 +193,7 @@ class PrunedLinear(ServedLinear):
 
     @property
     def activations(self) -> Activations:
-        """Pruned weights are no codes, and their inputs are none either."""
+        """Pruned weights are not codes, and their inputs are not quantized."""
         return "float"
 
     def extra_repr(self) -> str:
@@ -227,7 +227,7 @@ class SpQRLinear(PackedLinear):
         self.register_buffer("grids", levels.grids, persistent=False)
 
     def _release(self, tensor: SpQRTensor, weight: Weight) -> None:
-        """The scales are held here alone."""
+        """The product does not hold the scales, so nothing is dropped."""
 
     def _weight(self, tensor: SpQRTensor) -> Weight:
         """With the levels that are held here."""

@@ -7,7 +7,7 @@ from ..tensor import LowRankTensor
 
 
 class LowRankLinear(nn.Module):
-    """`y = inner(x) + x right^T left^T`: `inner` serves the quantized weight and the bias by a kernel of its own.
+    """`y = inner(x) + x right^T left^T`: `inner` computes the product with the quantized weight and adds the bias.
 
     The term multiplies the inputs as they are, even if `inner` rounds them.
     """

@@ -1,4 +1,4 @@
-"""The module that takes a linear layer's place if inputs are quantized too: integer codes meet integer codes."""
+"""The module that replaces a linear layer if its inputs are quantized too: products of integer codes."""
 
 from torch import Tensor
 
@@ -12,7 +12,7 @@ from .linear import PackedLinear
 def entering(inputs: QuantArgs) -> tuple[Activations, float]:
     """How inputs that are quantized by `inputs` enter the product, and the steps of a scale: `absmax / steps`.
 
-    Kernels find symmetric scales per token on their way through the inputs; any other grid makes codes before.
+    Kernels compute symmetric scales per token while they read the inputs; for any other grid the codes are made before.
     """
     if inputs.strategy == "token" and inputs.symmetric:
         return "token", 2.0 ** (inputs.bits - 1) - 1
@@ -39,7 +39,7 @@ class IntegerLinear(PackedLinear):
 
     @property
     def activations(self) -> Activations:
-        """How inputs enter the product: that is the checkpoint's choice, not the server's."""
+        """How inputs enter the product: the checkpoint decides."""
         return entering(self.inputs)[0]
 
     @property

@@ -26,7 +26,7 @@ def replace_linear(
 
 
 def packed_linear(tensor: Compressed, bias: nn.Parameter | None, serving: Serving | None) -> nn.Module:
-    """The module that takes the place of a linear layer with the weight `tensor`."""
+    """The module that replaces a linear layer, with the weight `tensor`."""
     return kinds.kind_of_tensor(tensor).module(tensor, bias, serving)
 
 

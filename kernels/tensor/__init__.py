@@ -1,4 +1,4 @@
-"""What a pass leaves in place of a weight: an instance of `Compressed`. Formats write it, kernels serve it."""
+"""What a pass leaves in place of a weight: an instance of `Compressed`. Formats store it, kernels multiply by it."""
 
 from torch import Tensor
 

@@ -31,15 +31,15 @@ from ...recipes.scheme.kind_names import NF4, OUTLIER_COLUMNS
 
 # The search of GPTQ's quantizer (quant.py, `mse=True`): shrink both ends of the range in steps of 1/100 down to 0.21.
 MSE_STEPS, MSE_SHRINK, MSE_NORM = 100, 0.8, 2.4
-# With importances the error is the layer's own, a square: a coarse search, then steps of a half and a quarter around its best.
+# With importances the error is the squared one of the output: a coarse search, then steps of a half and a quarter.
 WEIGHTED_STRIDE, WEIGHTED_STEPS = 12, (6, 3)
-CACHED = 2**18  # weights searched at a time: what a search goes over again and again should stay near the processor
+CACHED = 2**18  # weights searched at a time: what a search reads repeatedly should stay in the processor's cache
 LARGEST = {
     True: 127,
     False: 63,
 }  # multiples of a super-block's units, by whether it is symmetric: signed bytes, or six bits
 NEARBY = (-4, -3, -2, -1, 1, 2, 3, 4)  # multiples tried around the nearest one if the observer searches
-NOT_GRIDS = (NF4, OUTLIER_COLUMNS)  # kinds that have no groups of their own to be fitted
+NOT_GRIDS = (NF4, OUTLIER_COLUMNS)  # kinds without groups to fit
 
 
 @dataclass(frozen=True)

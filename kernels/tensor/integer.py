@@ -22,7 +22,7 @@ class CompressedTensor:
     scale  `args.scale_dtype` `[out, groups]` (one group per row for channel and tensor grids)
     zero   uint8 `[out, groups]`, or None if the grid is symmetric (then it is `2**(bits - 1)`)
     args   the grid's description, its group size resolved for this width
-    inputs how the layer's inputs are quantized, or None; where that is static, `input_grid` holds their scale
+    inputs how the layer's inputs are quantized, or None; if they are static, `input_grid` holds their scale
            (`inputs.scale_dtype`) and zero (float32), both `[1]`
     """
 

@@ -13,12 +13,12 @@ Instance = TypeVar("Instance", bound="DataclassInstance")
 
 
 def parts(tensor: "DataclassInstance") -> dict[str, Tensor | None]:
-    """The tensors of `tensor` by their fields' names, `None` if one is left out."""
+    """The tensors of `tensor` by the names of their fields, `None` if one is absent."""
     return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.type in (Tensor, Tensor | None)}
 
 
 def settings(tensor: "DataclassInstance") -> dict[str, Any]:
-    """What else a tensor knows of itself: its arguments."""
+    """The fields of `tensor` that are not tensors: its arguments."""
     return {each.name: getattr(tensor, each.name) for each in fields(tensor) if each.name not in parts(tensor)}
 
 

@@ -1,4 +1,4 @@
-"""What every compressed weight has, whatever its kind (see `recipes/scheme/kinds.py`)."""
+"""What compressed weights of every kind have in common (see `recipes/scheme/kinds.py`)."""
 
 from typing import Protocol, Self
 

@@ -92,7 +92,7 @@ class Tuned:
     def keep(self, regime: Regime, config: Config) -> None:
         """Store the tile, together with those that other processes have stored meanwhile; the file is replaced as a whole.
 
-        Raises `Unavailable` if the cache folder cannot be created or is open to other users.
+        Raises `Unavailable` if no private folder can be created.
         """
         self.path = private_folder() / self.path.name
         self._found = _read(self.path) | {str(regime): config}

@@ -59,7 +59,7 @@ def test_a_kernel_that_fails_its_self_test_is_passed_over_and_named(product, cap
 
 
 class Misplaced(ReferenceProduct):
-    """Takes the two-level scales of a tile of rows from the tile before it."""
+    """Takes the bilevel scales of a tile of rows from the tile before it."""
 
     def __init__(self, weight: Weight, need: KernelSpec) -> None:
         assert weight.levels is not None
@@ -88,7 +88,7 @@ def test_a_forced_kernel_must_pass_too() -> None:
         dispatch.choose(NEED, "nonsense")
 
 
-def test_why_nothing_better_runs_is_said_once(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_reason_why_no_faster_kernel_serves_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     missing = named("missing", unavailable)
     with caplog.at_level(logging.WARNING):
         for bits in (2, 3, 4):
@@ -163,7 +163,7 @@ def test_a_build_that_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
         forget_what_was_found()
 
 
-def test_without_a_compiler_the_chain_goes_on(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog) -> None:
+def test_without_a_compiler_the_next_kernel_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog) -> None:
     """int8 activations allowed: torch's int4 product; exact: dequantizing. Said once, no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
     forget_what_was_found()

@@ -1,4 +1,4 @@
-"""What is not quantized stays in 16 bits, computes as its float32 would, and is held once where it is tied."""
+"""Layers that are not quantized stay in 16 bits, compute as float32 would, and are held once if they are tied."""
 
 import copy
 from collections.abc import Callable

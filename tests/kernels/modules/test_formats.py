@@ -1,4 +1,4 @@
-"""Every packed format, loaded and asked for 64 tokens: the answer of the model with the dequantized weights."""
+"""Every packed format generates the same 64 tokens as the model with the dequantized weights."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Blocks that answer single tokens: the words are those of the model's own code, and what differs stays the model's own."""
+"""Fused single-token decoding: the same tokens as with the model's code, which still runs for blocks that differ."""
 
 import copy
 from collections.abc import Callable
@@ -33,7 +33,7 @@ def packed(model: PreTrainedModel, serving: Serving | None = None) -> PreTrained
 
 
 def alone(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy whose layers run the model's own code."""
+    """A copy whose layers run the model's code."""
     other = copy.deepcopy(model)
     for module in other.modules():
         module.__dict__.pop("forward", None)
@@ -58,7 +58,7 @@ def close(a: Tensor, b: Tensor, bound: float = 1e-5) -> bool:
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 @pytest.mark.parametrize("instructions", ["avx512-vnni", "avx2", "neon-dotprod", "portable"])
-def test_equals_the_model_s_own_code(make_model: Make, family: str, instructions: str) -> None:
+def test_equals_the_model_s_code(make_model: Make, family: str, instructions: str) -> None:
     if instructions not in instruction_sets():
         pytest.skip(f"this machine has no {instructions}")
     changes = {"head_dim": 12} if family in ("llama", "mistral", "qwen3") else {}
@@ -70,7 +70,7 @@ def test_equals_the_model_s_own_code(make_model: Make, family: str, instructions
     assert blocks_of(model) == ({"fused": 1, "refused": 1} if without_positions else FUSED)
 
 
-def test_same_words_for_long(make_model: Make) -> None:
+def test_a_long_text_has_the_same_tokens(make_model: Make) -> None:
     model = packed(make_model("llama", **SHAPE))
     prompt = torch.tensor([[3, 5, 7]])
     answers = [each.generate(prompt, max_new_tokens=64, min_new_tokens=64) for each in (model, alone(model))]
@@ -95,7 +95,7 @@ def other_norms(model: PreTrainedModel) -> None:
 
 
 @pytest.mark.parametrize("change", [other_gates, other_norms])
-def test_blocks_that_compute_something_else_keep_their_own_code(
+def test_blocks_that_compute_something_else_are_not_fused(
     make_model: Make, change: Callable[[PreTrainedModel], None]
 ) -> None:
     model = packed(make_model("llama", **SHAPE))
@@ -114,7 +114,7 @@ def test_other_families_and_layers_that_are_not_packed_are_left_alone(make_model
     assert blocks_of(dense) == {}
 
 
-def test_a_block_of_which_a_part_was_changed_is_asked_anew(make_model: Make) -> None:
+def test_a_replaced_part_of_a_block_is_used(make_model: Make) -> None:
     model = packed(make_model("llama", **SHAPE))
     logits(model)
     old = model.model.layers[0].mlp.up_proj
@@ -160,7 +160,7 @@ def test_a_sliding_window(make_model: Make) -> None:
 
 
 @torch.inference_mode()
-def test_more_than_one_sequence_and_hidden_pasts_go_the_model_s_way(make_model: Make) -> None:
+def test_batches_and_masks_run_the_model_s_code(make_model: Make) -> None:
     model = packed(make_model("llama", **SHAPE))
     logits(model)
     other = alone(model)

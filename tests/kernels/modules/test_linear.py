@@ -101,7 +101,7 @@ def test_three_bits_take_three_bits() -> None:
     assert largest == 32 * 256 * 3 / 8
 
 
-def test_a_copy_serves_the_same_and_is_its_own() -> None:
+def test_a_copy_serves_the_same_and_shares_nothing() -> None:
     linear = PackedLinear(quantized(4, symmetric=False), bias())
     twin = copy.deepcopy(linear)
     assert torch.equal(twin(inputs(2)), linear(inputs(2)))

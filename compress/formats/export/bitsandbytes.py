@@ -207,9 +207,10 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     try:
         state = parse_json(bytes(tensors[_full(name, STATE)].tolist()))
         rows, columns = map(index, state["shape"])
-        index(state["blocksize"]), float(state.get("nested_offset", 0))
         if not isinstance(getattr(torch, state["dtype"], None), torch.dtype):
             raise ValueError(f"dtype {state['dtype']!r}")
+        if type(state["blocksize"]) is not int or type(state.get("nested_offset", 0)) not in (int, float):
+            raise ValueError("blocksize and nested_offset must be numbers")
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error
     if (

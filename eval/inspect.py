@@ -83,7 +83,9 @@ def inspect(model: str | Path) -> Inspection:
         context=context_length(skeleton.config),
         tied_embeddings=bool(skeleton.config.tie_word_embeddings),
         tokenizer=has_tokenizer(source.path),
-        quantization=None if quantization is None else str(quantization.get("format", quantization.get("quant_method"))),
+        quantization=None
+        if quantization is None
+        else str(quantization.get("format", quantization.get("quant_method"))),
     )
 
 

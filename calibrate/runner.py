@@ -101,6 +101,8 @@ class Runner:
         self.model, self.source, self.device = model, source, torch.device(device)
         self.names, self._dtype = Names(model, source), model.dtype
         self.prefix, self.blocks = find_blocks(model)
+        if rows is not None:
+            rows.check_vocabulary(model.config.get_text_config().vocab_size)
         batch = 1 if rows is None else _batch(rows.ids, small_batches)
         self._ids: tuple[Tensor, ...] = () if rows is None else rows.ids.split(batch)
         self._masks = None if rows is None or rows.mask is None else rows.mask.split(batch)

@@ -29,7 +29,7 @@ from .report.memory import give_back
 
 GENERATION = "generation_config.json"
 GIVE_BACK_EVERY = 8  # layers
-FULL_BITS = 16  # what `kv_bits` says for a cache that stays as it is
+FULL_BITS = 16  # the value of `kv_bits` for a cache that stays as it is
 
 
 def load(
@@ -48,12 +48,12 @@ def load(
     Packed layers compute what their dequantized weights would; `exact` False lets their inputs become int8 codes, which is
     faster and off by a few thousandths: for generation, not for measurements. `kernel` forces one by name. `kv_bits` (2 to 8)
     packs the keys and values of all but the latest `kv_window` tokens while the model generates, the keys by calibrated ranges
-    if the checkpoint has them; by default as the checkpoint's recipe says, 16: not at all.
+    if the checkpoint has them; by default as in the checkpoint's recipe; 16: not at all.
 
     `check` first compares every weight file with its SHA-256 in lmpress.json.
 
     Raises `UsageError` for a path that is not a model directory or holds a format that lmpress does not read, and for a
-    kernel that cannot serve here, `CompressError` if a tensor is missing, damaged or of another shape than its config says.
+    kernel that cannot serve here, `CompressError` if a tensor is missing, damaged or of another shape than in its config.
     """
     device_of(device)
     source = open_source(path)
@@ -68,7 +68,7 @@ def load(
 
 
 def _serve_cache(model: PreTrainedModel, source: Source, bits: int | None, window: int | None) -> None:
-    """Have the model pack its cache as asked, or as the checkpoint says, and its config say so."""
+    """Have the model pack its cache as asked, or as in the checkpoint, and record that in its config."""
     carried = getattr(model.config, CACHE_KEY, None)
     if carried is None and bits != FULL_BITS:
         elsewhere = kv_scheme_from_config(source.config.get("quantization_config", {}))
@@ -85,17 +85,17 @@ def _serve_cache(model: PreTrainedModel, source: Source, bits: int | None, windo
 
 
 def cache_scheme(config: PreTrainedConfig, bits: int | None = None, window: int | None = None) -> CacheScheme | None:
-    """How the cache of a model with this config is packed: as the config says, at `bits` and with a `window` if they are
+    """How the cache of a model with this config is packed: as in the config, at `bits` and with a `window` if they are
     given; None: not at all.
 
-    Raises `UsageError` for bits and windows that cannot be.
+    Raises `UsageError` for bits and windows that are not possible.
     """
     scheme = None if bits == FULL_BITS else CacheScheme.found_in(config)
     if bits not in (None, FULL_BITS):
         scheme = CacheScheme.of(bits) if scheme is None else scheme.at(bits)
     if window is None or scheme is None:
         if window is not None:
-            raise UsageError("a window of a cache that is not packed", "give --kv-bits 8 or 4 with --kv-window")
+            raise UsageError("--kv-window needs a packed cache", "give --kv-bits 8 or 4 with --kv-window")
         return scheme
     return replace(scheme, window=window)
 

@@ -90,7 +90,9 @@ def inspect(model: str | Path) -> Inspection:
         tied_embeddings=bool(skeleton.config.tie_word_embeddings),
         tokenizer=has_tokenizer(source.path),
         checked=check(source.path),
-        quantization=None if quantization is None else str(quantization.get("format", quantization["quant_method"])),
+        quantization=None
+        if quantization is None
+        else str(quantization.get("format", quantization.get("quant_method"))),
     )
 
 

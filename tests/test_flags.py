@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 import lmpress
 from lmpress import cli
-from lmpress.compress.command.flags import ResultFlags, RunFlags
+from lmpress.compress.command.flags import ResultFlags, RunFlags, check_outputs
 from lmpress.errors import UsageError
 from lmpress.recipes.fields import Options, flag_name, flag_of, option_fields
 from lmpress.recipes.methods import METHODS
@@ -186,3 +187,51 @@ def test_only_commands_that_resume_offer_it(
     done = compress(arguments[0], tiny, *arguments[1:])
     assert done.exit_code == 130 and "error: interrupted" in done.stderr
     assert ("the same command continues" in done.stderr) == resumes
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--json", "absent/x.json"), "--json absent/x.json: there is no folder absent"),
+        (("--json", "folder"), "--json folder is a directory"),
+        (("--json", "file/x.json"), "--json file/x.json: .*file is not a folder"),
+        (("--json", "n" * 250), "--json has a name of 250 bytes; 240 are supported"),
+        (("-o", "file/a/out"), "-o file/a/out: .*file is not a folder"),
+        (("-o", "a/" + "n" * 250), "-o has a name of 250 bytes; 240 are supported"),
+    ],
+    ids=str,
+)
+def test_outputs_are_checked_before_any_work(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: tuple[str, str], message: str
+) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.chdir(tmp_path)
+    result = compress("quantize", tiny, "--method", "rtn", "--group-size", "8", *flags)
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("flag", ["--json", "--plot"])
+def test_bench_and_eval_check_their_files_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flag: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = compress("bench", flag, "absent/x.svg")
+    assert result.exit_code == 2 and f"{flag} absent/x.svg: there is no folder absent" in result.stderr
+
+
+def test_folders_that_cannot_be_written_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "access", lambda *arguments: False)  # root may write everywhere
+    for json_file, paths in (
+        (str(tmp_path / "x"), {}),
+        (None, {"out": tmp_path / "a/b"}),
+        (None, {"plot": tmp_path / "x"}),
+    ):
+        with pytest.raises(UsageError, match="permission denied"):
+            check_outputs(json_file, paths)
+
+
+def test_names_that_are_too_long_are_usage_errors() -> None:
+    result = compress("inspect", "n" * 300)
+    assert result.exit_code == 2 and "cannot be read (File name too long)" in result.stderr

@@ -47,6 +47,15 @@ class TokenRows:
         """Number of real tokens."""
         return self.ids.numel() if self.mask is None else int(self.mask.sum())
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise `CompressError` if a token is not in the vocabulary of a model, which has `size` entries."""
+        largest = int(self.ids.max()) if self.ids.numel() else 0
+        if largest >= size:
+            raise CompressError(
+                f"the tokenizer returns the token {largest}, and the model's vocabulary has {size:,} entries",
+                "the tokenizer belongs to another model: copy the files of the right one into the model's folder",
+            )
+
     @cached_property
     def vocabulary_share(self) -> float:
         """The share of the tokenizer's entries that occur at least once."""

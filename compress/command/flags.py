@@ -1,6 +1,7 @@
 """From option models to a command's flags, and the flags that several commands share."""
 
 import inspect
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType, UnionType
@@ -18,6 +19,7 @@ from .session import Output, session
 Model = Annotated[
     str, typer.Argument(help="Model directory (config.json and safetensors), or org/name of a Hugging Face Hub model.")
 ]
+LONGEST_NAME = 240  # bytes: file systems allow 255, and unfinished results have a longer name
 KEYWORD = inspect.Parameter.KEYWORD_ONLY
 
 
@@ -93,6 +95,7 @@ def command(app: typer.Typer, name: str | None = None, resumes: bool = False) ->
                 arguments: dict[str, Any] = {name: values[name] for name in hints if name in values}
                 for parameter, model in models.items():
                     arguments[parameter] = output if parameter == output_name else _build(model, values, given)
+                check_outputs(settings.json_file, {name: values.get(name) for name in ("plot", "out")})
                 function(**arguments)
 
         parameters = [inspect.Parameter("context", KEYWORD, annotation=typer.Context)]
@@ -107,6 +110,45 @@ def command(app: typer.Typer, name: str | None = None, resumes: bool = False) ->
         return function
 
     return register
+
+
+def check_outputs(json_file: str | None, paths: Mapping[str, Path | None]) -> None:
+    """Raise `UsageError` if what was given for `--json`, `--plot` or `--out` cannot be written, before any work is done.
+
+    Files need a folder that exists; the folders above a result are created.
+    """
+    if json_file not in (None, "-"):
+        _check_file("--json", Path(str(json_file)))
+    plot, out = paths.get("plot"), paths.get("out")
+    if plot is not None:
+        _check_file("--plot", plot)
+    if out is not None:
+        _check_name("-o", out)
+        _check_folder("-o", out, next((each for each in out.absolute().parents if each.exists()), Path("/")))
+
+
+def _check_file(flag: str, file: Path) -> None:
+    _check_name(flag, file)
+    if file.is_dir():
+        raise UsageError(f"{flag} {file} is a directory", "give the name of a file")
+    if not file.absolute().parent.exists():
+        raise UsageError(f"{flag} {file}: there is no folder {file.parent}", "create it, or choose another file")
+    _check_folder(flag, file, file.absolute().parent)
+    if file.exists() and not os.access(file, os.W_OK):
+        raise UsageError(f"{flag} {file} cannot be written (permission denied)", "choose another file")
+
+
+def _check_folder(flag: str, path: Path, folder: Path) -> None:
+    if not folder.is_dir():
+        raise UsageError(f"{flag} {path}: {folder} is not a folder", "choose another path")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UsageError(f"{flag} {path}: {folder} cannot be written (permission denied)", "choose another path")
+
+
+def _check_name(flag: str, path: Path) -> None:
+    longest = max((len(os.fsencode(part)) for part in path.parts), default=0)
+    if longest > LONGEST_NAME:
+        raise UsageError(f"{flag} has a name of {longest} bytes; {LONGEST_NAME} are supported", "choose a shorter one")
 
 
 def refuse_with_recipe(options: Options) -> None:

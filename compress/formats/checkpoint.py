@@ -154,6 +154,8 @@ def read_layers(source: Source) -> tuple[Reader, dict[str, WeightArgs]]:
     """
     try:
         config = source.config["quantization_config"]
+        if not isinstance(config.get("quant_method"), str):
+            raise ValueError("its quantization_config has no quant_method")
         stored = {name: tensor.spec for name, tensor in source.tensors.items()}
         reader = reader_of(config, stored)
         return reader, dict(reader.arguments(config, stored))

@@ -1,6 +1,6 @@
 """Where a checkpoint keeps the calibrated ranges of its cache.
 
-One scale of all keys of a layer and one of its values are stored as compressed-tensors has them, beside its formats of weights:
+One scale of all keys of a layer and one of its values are stored as compressed-tensors has them, with any format of weights:
 
 P.self_attn.k_scale, P.self_attn.v_scale   [1] in the scale's dtype: state = scale * (code - 2**(bits-1))
 quantization_config.kv_cache_scheme        bits, and that they are symmetric, static and of the whole tensor
@@ -29,7 +29,7 @@ from ...recipes.scheme import CacheScheme
 
 CACHE_RANGES = "cache_ranges.lmpress"
 SCALES = ("k_scale", "v_scale")
-PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")  # by which compressed-tensors knows an attention layer
+PROJECTIONS = ("k_proj", "v_proj", "qkv_proj", "kv_b_proj")  # by which compressed-tensors recognizes an attention layer
 IN_FULL = "load it with kv_bits=16"
 
 

@@ -84,7 +84,7 @@ def quantization_config(quantized: Mapping[str, QuantArgs], ignored: Iterable[st
         groups.setdefault(args, []).append(name)
     single = len(groups) == 1
     mixtures = [args for args, names in groups.items() if any(map(EXPERT.match, names))]
-    if len(mixtures) == 1:  # transformers looks for experts by a pattern that says so
+    if len(mixtures) == 1:  # transformers finds experts by this pattern
         others = [name for name in groups[mixtures[0]] if not EXPERT.match(name)]
         groups[mixtures[0]] = [f"re:{EXPERT.pattern}", *others]
     return {

@@ -14,7 +14,7 @@ Specs = Mapping[str, TensorSpec]
 
 
 class Format(Protocol):
-    """How weights of some kind lie on disk: a module, a `Layout`, or an object that knows how inputs are quantized."""
+    """How weights of some kind lie on disk: a module, a `Layout`, or an object that holds how inputs are quantized."""
 
     def supports(self, args: Any, /) -> str | None:
         """Why the format cannot hold a weight compressed by `args`, or None if it can."""
@@ -51,7 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Reader:
-    """How one checkpoint is read; `optional` tensors of a layer may be absent. `inputs` says how layers' inputs are quantized.
+    """How one checkpoint is read; `optional` tensors of a layer may be absent. `inputs` is how layers' inputs are quantized.
 
     arguments  of every layer that a `quantization_config` and the specs of the stored tensors describe
     specs      of a layer's tensors, from its name, arguments, rows and columns

@@ -291,3 +291,12 @@ def test_one_batch_cannot_be_held_out(tmp_path: Path) -> None:
     runner = opened(tmp_path / "model", rows(), tmp_path)
     names = set(find_linears(runner.load(0)))
     assert not runner.collect(0, names, hold_out=True).held_out
+
+
+def test_tokens_that_the_model_lacks_are_refused_before_any_work(tiny: Path, tmp_path: Path) -> None:
+    source = open_source(tiny)
+    Runner(build(source), source, TokenRows(torch.tensor([[1, 9]]), "test", 11), tmp_path)
+    with pytest.raises(
+        CompressError, match="the tokenizer returns the token 10, and the model's vocabulary has 10 entries"
+    ):
+        Runner(build(source), source, TokenRows(torch.tensor([[1, 10]]), "test", 11), tmp_path)

@@ -97,5 +97,5 @@ def test_the_command(tiny: Path, text: str) -> None:
 
 
 def test_a_window_needs_bits(tiny: Path, text: str) -> None:
-    with pytest.raises(UsageError, match="a window of a cache that is not packed"):
+    with pytest.raises(UsageError, match="--kv-window needs a packed cache"):
         lmpress.evaluate(tiny, text, kv_window=8)

@@ -21,7 +21,7 @@ LABELS = {"Q4_K": "Q4_K_S"}  # the file types whose names are not the block's
 
 
 def write(checkpoint: Checkpoint, folder: Path) -> list[str]:
-    """Write `folder/model.gguf` with the tokenizer that lies beside it. Returns what was rounded.
+    """Write `folder/model.gguf` with the tokenizer in the same folder. Returns what was rounded.
 
     Raises `UsageError` for models that GGUF readers would not run.
     """

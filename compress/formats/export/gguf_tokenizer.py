@@ -9,7 +9,7 @@ NO_VOCABULARY = "no_vocab"
 
 
 def add_tokenizer(writer: Any, folder: Path, config: Any) -> list[str]:
-    """Add the tokenizer of `folder` to `writer`; returns what could not be told. `config` has ids of special tokens."""
+    """Add the tokenizer of `folder` to `writer`; returns what could not be written. `config` has ids of special tokens."""
     file = folder / "tokenizer.json"
     described = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"model": {"type": None}}
     if described["model"]["type"] != "BPE":

@@ -79,7 +79,8 @@ def unpack(name: str, tensors: Mapping[str, Tensor], args: QuantArgs, *, offset:
     zero = ((stored + offset) & args.maxq).T.contiguous()
     if args.symmetric and bool((zero != 2 ** (args.bits - 1)).any()):
         raise CompressError(
-            f"{name} has zeros off the middle, although the config says sym", "the checkpoint is damaged"
+            f"{name} has zeros other than the middle code, although its config has sym=true",
+            "the checkpoint is damaged",
         )
     return CompressedTensor(codes, scales.T.contiguous(), None if args.symmetric else zero, args)
 
@@ -152,7 +153,7 @@ def stored_args(config: Mapping[str, Any], symmetric: bool, stored: Mapping[str,
             scale_dtype=dtype,
         )
     if not found:
-        raise ValueError(f"its config says {config['quant_method']}, but no layer is packed so")
+        raise ValueError(f"its config has quant_method {config['quant_method']}, and no layer is stored in that layout")
     return found
 
 

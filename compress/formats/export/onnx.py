@@ -4,7 +4,7 @@
     scales       float32 [out, groups]                      exactly our scales
     zero_points  uint8 [out, ceil(groups * bits / 8)]       left out for 4 bits symmetric, whose default 8 is ours
 
-Groups must be a power of two of at least 16; other layers become float32 matrices, and the export says so. The graph maps
+Groups must be a power of two of at least 16; other layers become float32 matrices, and the export lists them. The graph maps
 `input_ids` int64 `[batch, length]` to `logits`; it has no cache of keys and values. `hidden.N` names the output of block N.
 Weights lie in `model.onnx.data`, written one at a time.
 """

@@ -81,7 +81,7 @@ def bytes_per_row(block: Kind, width: int) -> int:
 
 
 def pack(name: str, tensor: Compressed) -> Tensor:
-    """The layer `name` as bytes: uint8 `[out, bytes of a row]`, of the blocks that `kind` says."""
+    """The layer `name` as bytes: uint8 `[out, bytes of a row]`, in blocks of `kind`."""
     block = kind(tensor.args, tensor.shape[1])
     if block == "F16":
         return _as_bytes(cast(name, tensor.dequantize(), torch.float16))

@@ -32,7 +32,7 @@ INNER = (
     *(f"self_attn.{part}" for part in ("q_proj", "k_proj", "v_proj", "o_proj", "q_norm", "k_norm")),
     *("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj", "input_layernorm", "post_attention_layernorm"),
 )
-AGAIN = "fetch it again"
+AGAIN = "download it again"
 ONE_SPACE = [  # what sentencepiece does to spaces if it is configured so, and transformers leaves out
     {"type": "Replace", "pattern": {"Regex": pattern}, "content": content}
     for pattern, content in ((r"\A +| +\z", ""), (" +", " "))
@@ -65,7 +65,7 @@ class FileTensor(StoredTensor):
     """A tensor of a GGUF file as transformers has it.
 
     heads  of a projection whose rows lie in pairs of rotary channels; 0: they lie in transformers' order
-    block  what its numbers are packed in and unfolded from when they are read; None if they are as `spec` says
+    block  the blocks that its numbers are unpacked from when they are read; None if they are stored as in `spec`
     """
 
     heads: int = 0

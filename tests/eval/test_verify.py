@@ -146,7 +146,7 @@ def test_rounded_inputs_are_part_of_what_is_verified(checkpoint: Path, tmp_path:
 
 
 def test_the_runtimes_may_live_in_another_environment(checkpoint: Path, tmp_path: Path) -> None:
-    """`--python` starts them; an interpreter that cannot is told in its own words."""
+    """`--python` starts them; the error of one that cannot is reported."""
     broken = tmp_path / "python"
     broken.write_text("#!/bin/sh\necho 'ImportError: no such thing' >&2\nexit 1\n")
     broken.chmod(0o755)

@@ -73,7 +73,7 @@ def test_every_part_of_a_weight_is_tested(part) -> None:
     right = Kernel("right", REFERENCE.serves, ReferenceProduct)
     wrong = {
         "levels": replace(right, prepare=Misplaced),
-        "columns": replace(right, mixes=True),  # it says that it multiplies them, and does not
+        "columns": replace(right, mixes=True),  # it claims to multiply them, and does not
         "residual": replace(right, added=lambda residual, y, x: y),
     }
     assert selftest.failure(right, need) is None
@@ -164,7 +164,7 @@ def test_a_build_that_fails_is_tried_once(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_without_a_compiler_the_next_kernel_serves(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog) -> None:
-    """int8 activations allowed: torch's int4 product; exact: dequantizing. Said once, no error."""
+    """int8 activations allowed: torch's int4 product; exact: dequantizing. One warning, no error."""
     monkeypatch.setenv("PATH", str(tmp_path))
     forget_what_was_found()
     try:

@@ -109,7 +109,7 @@ each_format = pytest.mark.parametrize("checkpoint", FORMATS, indirect=True)
 
 
 def dequantized(path: Path) -> PreTrainedModel:
-    """The model with plain layers in place of the packed ones, their inputs rounded where the format says so."""
+    """The model with plain layers in place of the packed ones, their inputs rounded if the format rounds them."""
     model, stored = lmpress.load(path), Checkpoint.open(path)
     for name, source in sources(stored).items():
         parent, _, leaf = name.rpartition(".")

@@ -164,6 +164,25 @@ def whole_models() -> str:
     return _table(titles, rows)
 
 
+def verdicts() -> str:
+    """Trained models, rounded and pruned from harmless to ruined."""
+    titles = ("model", "result", "KL", "same next token", "perplexity, times the original's", "verdict")
+    return _table(
+        titles,
+        (
+            [
+                r["model"],
+                r["run"],
+                f"{r['kl']:.4f}",
+                f"{r['top1_agreement']:.1%}",
+                f"{r['perplexity'] / r['perplexity_base']:.3g}",
+                r["verdict"],
+            ]
+            for r in _read("verdicts")["rows"]
+        ),
+    )
+
+
 def products() -> str:
     """How many times as fast as float32 in torch each product is, by shape and number of input rows."""
     timings = _read(PRODUCTS)["timings"]
@@ -184,6 +203,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantize-costs": quantize_costs,
     "whole-models": whole_models,
     "products": products,
+    "verdicts": verdicts,
 }
 
 

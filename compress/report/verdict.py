@@ -1,8 +1,7 @@
 """Whether a result can be trusted: from its predictions against those of the original, and from the figures of its layers.
 
-The bounds come from `benchmarks/verdicts.py` (docs/measurements.md): six trained models of 260 thousand to 270 million weights,
-rounded to 2, 3, 4 and 8 bits and pruned by magnitude to 30, 50, 70 and 95 %. A divergence of `d` nats per token multiplies the
-perplexity by about `exp(d)`.
+The bounds come from `benchmarks/verdicts.py` (docs/measurements.md): trained models, rounded to 2, 3, 4 and 8 bits and
+pruned by magnitude to 30, 50, 70 and 95 %. A divergence of `d` nats per token multiplies the perplexity by about `exp(d)`.
 """
 
 from collections.abc import Mapping, Sequence

@@ -125,8 +125,15 @@ def wrote(config: Mapping[str, Any]) -> bool:
 
 
 def read_config(config: Mapping[str, Any], stored: Mapping[str, TensorSpec]) -> dict[str, PruneArgs]:
-    """The arguments of every sparse layer, by the `quantization_config` of a checkpoint."""
-    return {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
+    """The arguments of every sparse layer, by the `quantization_config` of a checkpoint.
+
+    Raises `ValueError` if a group does not name the dtype of its values.
+    """
+    found = {name: PruneArgs(**group["weights"]) for group in config["config_groups"] for name in group["targets"]}
+    for name, args in found.items():
+        if args.dtype is None:
+            raise ValueError(f"the group of {name} has no dtype")
+    return found
 
 
 def read(config: Mapping[str, Any], stored: Specs) -> Reader | None:

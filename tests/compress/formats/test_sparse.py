@@ -70,7 +70,7 @@ def test_a_damaged_bitmask_is_refused() -> None:
 
 
 def test_the_config_names_every_pruned_layer_and_no_dense_one() -> None:
-    mask, dense = PruneArgs(0.5, storage="bitmask"), PruneArgs(0.5)
+    mask, dense = PruneArgs(0.5, storage="bitmask", dtype="float16"), PruneArgs(0.5)
     config = sparse.quantization_config({"a": mask, "b": mask, "c": dense}, ["head"])
     assert config is not None and sparse.wrote(config)
     assert sparse.read_config(config, {}) == {"a": mask, "b": mask}
@@ -92,3 +92,9 @@ def test_the_module_serves_what_is_stored() -> None:
 def test_contradictions_are_refused(values: dict) -> None:
     with pytest.raises(UsageError):
         PruneArgs(**values)
+
+
+def test_a_group_without_the_dtype_of_its_values_is_refused() -> None:
+    group = {"targets": ["x"], "weights": {"pattern": "2:4", "storage": "2:4"}}
+    with pytest.raises(ValueError, match="the group of x has no dtype"):
+        sparse.read_config({"config_groups": [group]}, {})

@@ -1,7 +1,7 @@
 """The output while it grows: a hidden sibling of the target directory, one file per finished block, renamed when complete.
 
 A run that ends early leaves its finished blocks, whatever ended it; the same command finds them and resumes. Only an
-impossible request, or a failure before the first block is finished, removes the workspace.
+impossible request (or a damaged model), or a failure before the first block is finished, removes the workspace.
 """
 
 import hashlib
@@ -19,7 +19,7 @@ from torch import Tensor
 from ..calibrate.data.token_rows import TokenRows
 from ..calibrate.model import safetensors_io
 from ..calibrate.model.source import Source
-from ..errors import StorageError, UsageError
+from ..errors import CompressError, StorageError, UsageError
 from ..kernels.cache.ranges import KVRanges
 from ..kernels.tensor import Compressed
 from ..recipes.schema import Recipe, dump
@@ -285,7 +285,7 @@ class Workspace:
 
     def _leave(self, error: BaseException | None) -> None:
         """Keep finished blocks for the same command to resume from, else remove the workspace."""
-        impossible = isinstance(error, UsageError)
+        impossible = isinstance(error, CompressError) and not isinstance(error, StorageError)
         if error is not None and (impossible or not self._figures) and not self.complete:
             shutil.rmtree(self.path, ignore_errors=True)
         else:

@@ -19,7 +19,7 @@ from .model.skeleton import assign
 from .model.source import Source
 from .runner import Runner
 
-TOKENS_AT_ONCE = 128  # whose logits are in memory
+TOKENS_AT_ONCE = 128  # whose logits are in memory; no more than a row, which the context holds
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class FidelityMeter:
             for batch, ids in enumerate(self._before.batches):
                 before, after = self._before.hidden(batch), self._after.hidden(batch)
                 following = torch.cat([ids[:, 1:], torch.full_like(ids[:, :1], -1)], 1).flatten()
-                for part in torch.arange(ids.numel()).split(TOKENS_AT_ONCE):
+                for part in torch.arange(ids.numel()).split(min(TOKENS_AT_ONCE, ids.shape[1])):
                     given = ids.flatten()[part].unsqueeze(0)
                     base = readout(given, before.flatten(0, 1)[part])
                     with _assigned(self._model, self._rewritten):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import lmpress
 from lmpress.calibrate.data.token_rows import calibration_rows, held_out_rows
@@ -101,3 +101,12 @@ def test_a_model_without_a_tokenizer_is_unmeasured(tmp_path: Path, make_model: C
     report = lmpress.quantize(tmp_path / "model", tmp_path / "out", method="rtn", bits=8, group_size=8)
     assert report.fidelity is None
     assert report.verdict.word == "UNMEASURED" and "tokenizer" in report.verdict.reason
+
+
+def test_learned_positions_reach_no_further_than_the_context(
+    tmp_path: Path, text: str, make_model: Callable[..., PreTrainedModel], letters: PreTrainedTokenizerBase
+) -> None:
+    make_model("gpt2", n_positions=24).save_pretrained(tmp_path / "model")
+    letters.save_pretrained(tmp_path / "model")
+    report = lmpress.quantize(tmp_path / "model", tmp_path / "out", method="rtn", bits=8, group_size=8, calib=text)
+    assert report.fidelity is not None and report.fidelity.kl < 0.1

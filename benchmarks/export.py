@@ -25,7 +25,7 @@ import torch
 from memory import BARE, CONFIG, MEASURE, make_model, peak_of
 
 import lmpress
-from lmpress.compress.export import WEIGHTS
+from lmpress.compress.output.record import WEIGHTS
 
 # Name of a checkpoint -> how it is quantized.
 GRIDS: dict[str, dict[str, Any]] = {

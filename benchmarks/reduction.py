@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 import lmpress
 from lmpress import distill, evaluate
 from lmpress.calibrate.data.token_rows import calibration_rows
-from lmpress.compress.export import WEIGHTS
 from lmpress.compress.formats.tokenizer import load_tokenizer
+from lmpress.compress.output.record import WEIGHTS
 from lmpress.compress.structured.hidden_size import prune_hidden_size
 from lmpress.compress.structured.layer_selection import SELECTIONS
 from lmpress.compress.structured.width import Width, prune_width

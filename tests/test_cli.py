@@ -98,7 +98,7 @@ def test_json_goes_to_a_file(tiny: Path, tmp_path: Path, text: str) -> None:
     found = json.loads((tmp_path / "x.json").read_text())
     assert {"perplexity", "tokens", "protocol"} <= found.keys() and "kl" not in found
     refused(
-        compress("eval", tiny, "--data", text, "--rows", "3", "--json", tiny / "config.json" / "x"), 1, "cannot be written"
+        compress("eval", tiny, "--data", text, "--rows", "3", "--json", tiny / "config.json" / "x"), 2, "is not a folder"
     )  # fmt: skip
 
 
@@ -205,7 +205,7 @@ def test_an_existing_output_is_kept_until_it_is_replaced(tiny: Path, tmp_path: P
 @pytest.mark.parametrize("below", ["out", "a/out"])
 def test_an_output_below_a_file_is_refused(tiny: Path, tmp_path: Path, text: str, below: str) -> None:
     (tmp_path / "file").write_text("x")
-    refused(quantize(tiny, tmp_path / "file" / below, text), 1, "cannot be written", "choose another -o")
+    refused(quantize(tiny, tmp_path / "file" / below, text), 2, "is not a folder", "choose another path")
     assert (tmp_path / "file").read_text() == "x"
 
 

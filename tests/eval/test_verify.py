@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 import lmpress
 from lmpress.calibrate.model import safetensors_io
 from lmpress.cli import app
-from lmpress.errors import UsageError
+from lmpress.compress.output.record import RECORD
+from lmpress.errors import CompressError, UsageError
 from lmpress.eval import runtimes
 from lmpress.eval.tables import verification
 from lmpress.eval.verify import FLIPPED
@@ -66,6 +67,9 @@ def test_one_corruption_is_found_and_named(
     tensors = safetensors_io.read(tmp_path / "bad" / "model.safetensors")
     corrupt(tensors)
     safetensors_io.write(tmp_path / "bad" / "model.safetensors", tensors)
+    with pytest.raises(CompressError, match="SHA-256"):
+        lmpress.verify(tmp_path / "bad", against=checkpoint, runtime=["lmpress"])
+    (tmp_path / "bad" / RECORD).unlink()
     (finding,) = lmpress.verify(tmp_path / "bad", against=checkpoint, runtime=["lmpress"]).findings
     assert not finding.ok and finding.error is None
     assert finding.wrong_layers == (LAYER,) and finding.worst_layer == LAYER and finding.steps >= 0.5
@@ -92,6 +96,7 @@ def test_transformers_and_its_gguf_reader_serve_the_weights_of_the_checkpoint(ch
 def test_the_message_of_the_runtime_is_reported(checkpoint: Path, tmp_path: Path) -> None:
     shutil.copytree(checkpoint, tmp_path / "bad")
     (tmp_path / "bad" / "model.safetensors").unlink()
+    (tmp_path / "bad" / RECORD).unlink()
     command = ["verify", str(tmp_path / "bad"), "--against", str(checkpoint), "--runtime", "lmpress", "--json", "-"]
     done = CliRunner().invoke(app, command)
     assert done.exit_code == 1 and "has no weights" in json.loads(done.stdout)["findings"][0]["error"]

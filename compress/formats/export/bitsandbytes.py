@@ -212,7 +212,7 @@ def _read_state(name: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
         state["blocksize"] = operator.index(state["blocksize"])
         if state["dtype"] not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"dtype {state['dtype']!r}")
-        if _full(name, "nested_absmax") in tensors:
+        if "nested_offset" in state or _full(name, "nested_absmax") in tensors:
             state["nested_offset"] = float(state["nested_offset"])
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CompressError(f"{_full(name, STATE)} is not readable ({error})", "the checkpoint is damaged") from error

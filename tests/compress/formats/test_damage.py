@@ -19,9 +19,9 @@ WEIGHT = torch.randn(16, 32, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize(
     ("part", "value", "message"),
     [
-        ("columns", [0, 32, 5], "weight_columns holds numbers of columns that are not below 32"),
-        ("counts", [4] + [0] * 15, "weight_counts does not fit 3 residuals"),
-        ("counts", [2] + [0] * 15, "weight_counts does not fit 3 residuals"),
+        ("columns", [0, 32, 5], "weight_columns holds 32, expected numbers from 0 to 31"),
+        ("counts", [4] + [0] * 15, "weight_counts adds up to 4, expected 3"),
+        ("counts", [2] + [0] * 15, "weight_counts adds up to 2, expected 3"),
     ],
 )
 def test_residuals_outside_the_matrix(part: str, value: list[int], message: str) -> None:
@@ -44,7 +44,7 @@ def test_outlier_columns_outside_the_matrix() -> None:
     packed = layout.pack("x", tensor)
     assert layout.unpack("x", packed, args).columns.tolist() == [3, 31]
     packed["x.weight_columns"] = torch.tensor([3, 32], dtype=torch.uint8)
-    with pytest.raises(CompressError, match="weight_columns holds numbers of columns that are not below 32"):
+    with pytest.raises(CompressError, match="weight_columns holds 32, expected numbers from 0 to 31"):
         layout.unpack("x", packed, args)
 
 

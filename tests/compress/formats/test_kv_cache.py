@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import lmpress
 from lmpress.calibrate.model import safetensors_io
 from lmpress.compress.formats.kv_cache import CACHE_RANGES, attentions
+from lmpress.compress.output.record import RECORD
 from lmpress.compress.plan import LayerPlan
 from lmpress.compress.runtime_support import check
 from lmpress.errors import CompressError, UsageError
@@ -91,6 +92,7 @@ def test_transformers_applies_the_scales(tiny: Path, tmp_path: Path) -> None:
     assert found.ok and found.outputs is not None and found.outputs.logits < 1e-5
     other = compressed(tiny, tmp_path / "other")
     rescale(other, 8.0)
+    (other / RECORD).unlink()
     (wrong,) = verify(other, against=out).findings
     assert not wrong.ok and wrong.block == 0 and wrong.steps == 0
 

@@ -226,7 +226,7 @@ def test_load_takes_bits_and_window(tiny: Path) -> None:
         cache = lmpress.load(tiny, **options)(input_ids=ids).past_key_values
         assert cache.layers[0].scheme == CacheScheme.of(options["kv_bits"], window)
     assert type(lmpress.load(tiny)(input_ids=ids).past_key_values) is DynamicCache
-    with pytest.raises(UsageError, match="a cache that is not packed"):
+    with pytest.raises(UsageError, match="--kv-window needs a packed cache"):
         lmpress.load(tiny, kv_window=8)
 
 

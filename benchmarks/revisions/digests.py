@@ -1,7 +1,7 @@
 """The SHA-256 of every weight file that a fixed list of commands writes, to check that two revisions write the same bytes.
 
-    python benchmarks/digests.py --models stories260K examples/sample_model --out before.json
-    python benchmarks/digests.py --models stories260K examples/sample_model --against before.json
+    python benchmarks/revisions/digests.py --models stories260K examples/sample_model --out before.json
+    python benchmarks/revisions/digests.py --models stories260K examples/sample_model --against before.json
 
 Floating-point sums depend on the processor and the thread count, so compare files written on one machine with equal
 `--threads`. A command that does not fit a model is refused, and must be refused with the same exit code. Exit code 1 if
